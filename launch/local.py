@@ -1,0 +1,97 @@
+"""Ranks on one machine: forked after import, watched until the last one ends.
+
+Importing torch and megatron-core costs seconds of CPU a process; a fork inherits them. On a machine with GPUs the parent
+must not touch CUDA before it forks, and nothing here does.
+"""
+
+import atexit
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+
+GRACE = 10.0  # seconds that the others get after one rank has failed
+
+
+def start(
+    count: int,
+    function: Callable[[int], int | None],
+    environment: Mapping[str, str] = {},
+    logs: str | None = None,
+    speak: bool = False,
+    timeout: float | None = None,
+) -> int:
+    """Runs `function(rank)` on `count` forked ranks and gives the first non-zero exit code, else 0.
+
+    What a rank prints goes to `logs/rank-00000.log`; with `speak`, rank 0 keeps this terminal. SIGTERM, SIGINT and
+    SIGUSR2 are passed on. When one rank fails, the others get GRACE seconds, then SIGKILL.
+    """
+    children: dict[int, int] = {}
+    for rank in range(count):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            log = None if logs is None or (speak and rank == 0) else os.path.join(logs, f"rank-{rank:05d}.log")
+            os._exit(child(rank, count, function, environment, log))
+        children[pid] = rank
+    return watch(children, time.monotonic() + timeout if timeout else None)
+
+
+def child(
+    rank: int, count: int, function: Callable[[int], int | None], environment: Mapping[str, str], log: str | None
+) -> int:
+    """Life of one forked rank; gives its exit code."""
+    atexit._clear()  # the parent's endings are not ours; what this rank registers (shared memory) is run below
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+    if log is not None:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+    os.environ.update(environment)
+    code = 1
+    try:
+        code = function(rank) or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return code
+
+
+def watch(children: dict[int, int], deadline: float | None) -> int:
+    """Waits for all children; gives the exit code of the first that failed."""
+
+    def forward(number: int, _: object) -> None:
+        for pid in children:
+            os.kill(pid, number)
+
+    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    before = {number: signal.signal(number, forward) for number in caught}
+    failed = 0
+    try:
+        while children:
+            for pid in list(children):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if not done:
+                    continue
+                del children[pid]
+                code = os.waitstatus_to_exitcode(status)
+                if code and not failed:
+                    failed = code if code > 0 else 128 - code
+                    deadline = min(deadline or float("inf"), time.monotonic() + GRACE)
+            if deadline is not None and time.monotonic() > deadline:
+                failed = failed or 124
+                for pid in children:
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return failed

@@ -1,0 +1,1 @@
+"""nlscale: distributed pretraining of continuum-memory Transformers."""

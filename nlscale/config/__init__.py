@@ -1,0 +1,1 @@
+"""The run as data: frozen dataclasses hold every default and check. Nothing here imports torch."""

@@ -1,0 +1,44 @@
+"""Where rows come from, and in which order."""
+
+from dataclasses import dataclass, field
+
+from nlscale.config.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One dataset of a mixture."""
+
+    path: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A prepared dataset (or several with weights) and the order of its rows.
+
+    `canonical_nodes`, `shuffle_block` and `shuffle_seed` alone decide the order of the global batches; no layout does.
+    """
+
+    path: str | None = None
+    streams: list[Stream] = field(default_factory=list)  # a mixture, instead of path
+    sequence: int = 2048
+    shuffle: bool = True
+    shuffle_seed: int = 9176
+    shuffle_block: int = 4096  # rows
+    canonical_nodes: int = 1
+    workers: int = 0  # loader processes a rank; 0: rows are read between steps
+
+    def __post_init__(self) -> None:
+        require(bool(self.path) != bool(self.streams), "data: give either data.path or data.streams")
+        require(self.sequence >= 2, f"data.sequence={self.sequence} must be at least 2")
+        require(self.canonical_nodes >= 1, f"data.canonical_nodes={self.canonical_nodes} must be at least 1")
+        require(self.shuffle_block >= 1, f"data.shuffle_block={self.shuffle_block} must be at least 1")
+        require(self.workers >= 0, f"data.workers={self.workers} must not be negative")
+        for stream in self.streams:
+            require(bool(stream.path) and stream.weight > 0, "data.streams: each needs a path and a weight above 0")
+
+    @property
+    def sources(self) -> list[Stream]:
+        """The mixture, also where it is a single dataset."""
+        return self.streams or [Stream(path=self.path or "", weight=1.0)]

@@ -1,0 +1,24 @@
+"""What a run's end means to whoever started it: exit codes, and the one error that is the user's to mend."""
+
+FINISHED = 0
+SAVED_ON_SIGNAL = 75
+USER_ERROR = 78
+STOPPED_ON_PURPOSE = 93
+
+
+class UserError(Exception):
+    """The config, the data or the folder is wrong. The message is shown alone, without a traceback; exit code 78."""
+
+
+class SavedOnSignal(Exception):
+    """A signal asked the run to stop; its state is saved and it wants to go on. Exit code 75."""
+
+
+class StoppedOnPurpose(Exception):
+    """Going on would not help: diverged, or no good checkpoint is left. Exit code 93."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError with `message` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)

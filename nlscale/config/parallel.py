@@ -1,0 +1,39 @@
+"""The layout: how many ranks share one replica of the model."""
+
+from dataclasses import dataclass
+
+from nlscale.config.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Degrees of model parallelism; data parallelism is what remains of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1  # chunks of layers a stage (interleaved 1F1B)
+    context: int = 1
+    sequence: bool = False  # activations between tensor-parallel layers are split along the sequence
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context"):
+            require(getattr(self, name) >= 1, f"parallel.{name}={getattr(self, name)} must be at least 1")
+        require(self.context == 1, "parallel.context: context parallelism is not available yet; 1 works")
+        require(
+            self.virtual_pipeline == 1 or self.pipeline > 1,
+            f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of 2 or more",
+        )
+        require(
+            not self.sequence or self.tensor > 1,
+            "parallel.sequence=true needs parallel.tensor of 2 or more: it splits activations over those ranks",
+        )
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that hold one replica."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def stages(self) -> int:
+        """Chunks of layers, over all pipeline ranks."""
+        return self.pipeline * self.virtual_pipeline

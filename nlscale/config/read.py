@@ -1,0 +1,90 @@
+"""Recipe, section files and overrides -> one Run. Unknown keys and wrong types stop here, with their place."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import nlscale_configs
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nlscale.config.errors import UserError, require
+from nlscale.config.run import Run
+
+CONFIGS = Path(nlscale_configs.__file__).parent
+SECTIONS = tuple(field.name for field in fields(Run))
+
+
+def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
+    """The run that a recipe describes.
+
+    A recipe is YAML: `use: {model: 125m, levels: four}` names one shipped file a section, and every other key is a
+    section with what differs. `overrides` are `section.key=value`, with or without leading dashes; `use.model=350m`
+    changes a section's file. Raises UserError.
+    """
+    try:
+        raw = load(find(recipe))
+        said = OmegaConf.from_dotlist([override.removeprefix("--") for override in map(assigned, overrides)])
+        use = {**raw.pop("use", {}), **said.pop("use", {})}
+        parts: list[Any] = [section_file(section, name) for section, name in use.items()]
+        config = OmegaConf.merge(OmegaConf.structured(Run), *parts, raw, said)
+        run = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from None
+    assert isinstance(run, Run)
+    return run
+
+
+def assigned(override: str) -> str:
+    """`override` itself if it has the form key=value."""
+    require("=" in override, f"override '{override}' must have the form section.key=value")
+    return override
+
+
+def find(recipe: str) -> Path:
+    """The recipe's file: a path, or the bare name of a shipped one."""
+    for path in (Path(recipe), CONFIGS / "recipes" / f"{recipe}.yaml"):
+        if path.is_file():
+            return path
+    raise UserError(f"no recipe '{recipe}': neither a file nor one of {', '.join(shipped('recipes'))}")
+
+
+def section_file(section: str, name: str) -> DictConfig:
+    """What a shipped section file says, under its section's key."""
+    require(section in SECTIONS, f"use.{section}: sections are {', '.join(SECTIONS)}")
+    path = CONFIGS / section / f"{name}.yaml"
+    require(path.is_file(), f"use.{section}={name}: choose from {', '.join(shipped(section)) or 'none yet'}")
+    return OmegaConf.create({section: OmegaConf.load(path)})
+
+
+def shipped(section: str) -> list[str]:
+    """Names of the files of one folder of configs."""
+    return sorted(path.stem for path in (CONFIGS / section).glob("*.yaml"))
+
+
+def load(path: Path) -> DictConfig:
+    """A YAML mapping; raises UserError with the place of a syntax error."""
+    try:
+        content = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    require(isinstance(content, DictConfig), f"{path}: a recipe is a mapping of sections")
+    return content  # type: ignore[return-value]
+
+
+def explain(error: OmegaConfBaseException) -> str:
+    """One line of a config error: the key and what was wrong with it."""
+    return str(error).split("\n")[0] + (f" (at {error.full_key})" if error.full_key else "")
+
+
+def dump(run: Run) -> str:
+    """The run as YAML that reads back as the same run."""
+    return OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
+def plain(run: Run) -> dict[str, Any]:
+    """The run as nested dicts and lists, for JSON and for comparison."""
+    return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(run))))

@@ -1,0 +1,88 @@
+"""A run as one frozen value, and the arithmetic that its sections must satisfy together."""
+
+from dataclasses import dataclass, field
+
+from nlscale.config.data import Data
+from nlscale.config.errors import require
+from nlscale.config.model import Level, Levels, Model, divisors, nearest
+from nlscale.config.optim import Optim
+from nlscale.config.parallel import Parallel
+from nlscale.config.train import Checkpoint, Cluster, Identity, Log, Train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that decides what a run computes. `config.yaml` in its folder is this value."""
+
+    run: Identity = field(default_factory=Identity)
+    model: Model = field(default_factory=Model)
+    levels: list[Level] = field(default_factory=lambda: [Level()])
+    data: Data = field(default_factory=lambda: Data(path="corpora/default"))
+    optim: Optim = field(default_factory=Optim)
+    parallel: Parallel = field(default_factory=Parallel)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+    cluster: Cluster = field(default_factory=Cluster)
+
+    def __post_init__(self) -> None:
+        model, parallel, tensor = self.model, self.parallel, self.parallel.tensor
+        for name, value in (("model.heads", model.heads), ("model.kv_heads", model.key_value_heads)):
+            require(
+                value % tensor == 0,
+                f"{name}={value} cannot be split over parallel.tensor={tensor}; "
+                f"parallel.tensor in {divisors(value)} or {name}={nearest(value, tensor)} would work",
+            )
+        require(
+            model.layers % parallel.stages == 0,
+            f"model.layers={model.layers} cannot be split over {parallel.stages} stages (parallel.pipeline x "
+            f"parallel.virtual_pipeline); stages in {divisors(model.layers)} "
+            f"or model.layers={nearest(model.layers, parallel.stages)} would work",
+        )
+        for name, units in Levels(levels=self.levels).units(model.feed_forward).items():
+            require(
+                units % tensor == 0,
+                f"level {name} has {units} feed-forward units, which parallel.tensor={tensor} does not divide; "
+                f"choose model.hidden so that every level's share is a multiple of {tensor}",
+            )
+        require(
+            not parallel.sequence or self.data.sequence % tensor == 0,
+            f"data.sequence={self.data.sequence} cannot be split over parallel.tensor={tensor} (parallel.sequence); "
+            f"{nearest(self.data.sequence, tensor)} would work",
+        )
+        if model.vocabulary is not None:
+            require(
+                model.vocabulary % tensor == 0,
+                f"model.vocabulary={model.vocabulary} cannot be split over parallel.tensor={tensor}; "
+                f"{nearest(model.vocabulary, tensor)} would work",
+            )
+
+    @property
+    def folder(self) -> str:
+        """The run folder."""
+        return self.run.folder or f"runs/{self.run.name}"
+
+
+def replicas(run: Run, world: int) -> int:
+    """Data-parallel degree of `run` on `world` ranks; raises UserError where the world or the batch does not fit."""
+    need, train = run.parallel.ranks, run.train
+    layout = f"parallel.tensor={run.parallel.tensor} x parallel.pipeline={run.parallel.pipeline}"
+    require(
+        world % need == 0,
+        f"{world} ranks cannot hold whole replicas of {layout} = {need} ranks; "
+        f"{', '.join(str(need * k) for k in (1, 2, 4))} ... ranks would work",
+    )
+    count = world // need
+    require(
+        train.global_batch % (count * train.micro_batch) == 0,
+        f"train.global_batch={train.global_batch} is no multiple of {count} replicas x "
+        f"train.micro_batch={train.micro_batch}; {nearest(train.global_batch, count * train.micro_batch)} would work",
+    )
+    micro_batches = train.global_batch // (count * train.micro_batch)
+    require(
+        run.parallel.virtual_pipeline == 1 or micro_batches % run.parallel.pipeline == 0,
+        f"interleaved stages need micro-batches ({micro_batches}) in multiples of "
+        f"parallel.pipeline={run.parallel.pipeline}; train.global_batch="
+        f"{nearest(train.global_batch, count * train.micro_batch * run.parallel.pipeline)} would work",
+    )
+    return count

@@ -1,0 +1,70 @@
+"""The loop, its checkpoints and what it writes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nlscale.config.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, with how many rows, at which precision."""
+
+    steps: int = 1000
+    seed: int = 1234
+    global_batch: int = 256  # sequences a step, over all replicas
+    micro_batch: int = 1  # sequences a forward pass on one replica
+    precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: Literal["none", "block"] = "none"  # block: activations inside a block are computed again in backward
+    evaluate_interval: int = 0  # steps between held-out losses; 0: only at the end
+    evaluate_rows: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "micro_batch"):
+            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+        for name in ("evaluate_interval", "evaluate_rows"):
+            require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When to save, and how much to keep."""
+
+    interval: int = 500  # steps; the last step is always saved
+    keep: int = 3  # newest checkpoints kept; 0 keeps all
+    windows: Literal["each", "total"] = "each"  # each: every replica's open windows, so that a resume is bit-exact;
+    # total: their sum, which is smaller and equal up to rounding
+
+    def __post_init__(self) -> None:
+        require(self.interval >= 1, f"checkpoint.interval={self.interval} must be at least 1")
+        require(self.keep >= 0, f"checkpoint.keep={self.keep} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What a person sees, and how often."""
+
+    interval: int = 10  # steps between lines where there is no terminal
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "nlscale"
+    peak_flops: float | None = None  # of one device at the run's precision; unset: by the device's name, or measured
+
+    def __post_init__(self) -> None:
+        require(self.interval >= 1, f"log.interval={self.interval} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What the run is called and where it lives."""
+
+    name: str = "run"
+    folder: str | None = None  # unset: runs/NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The kind of machine; a Slurm cluster's facts join it with `submit`."""
+
+    nproc: int | None = None  # ranks that `nlscale train` starts on this machine; unset: what the layout needs
+    threads: int | None = None  # of one rank on a CPU; unset: cores shared evenly
+    timeout: int = 600  # seconds until a collective that waits is given up

@@ -1,0 +1,1 @@
+"""The network: parameters and wiring. Read hope.py first."""

@@ -1,0 +1,147 @@
+"""The continuum memory system in place of a feed-forward block (Behrouz et al., 2025, eqs. 70-74; spec 2.2, 2.4).
+
+A feed-forward block holds one or several levels. Its hidden units belong to levels, slice by slice, so that forward and
+backward stay one pair of matrix products and tensor parallelism keeps one collective each way; the identity
+"sum of level blocks = one block of summed width" is exact (spec V13).
+
+    independent   one FeedForward, all levels side by side:   y = x + sum_l W_l act(U_l norm(x))
+    sequential    a chain of them, one level each:            x_l = x_{l-1} + W_l act(U_l norm_l(x_{l-1})), fast first
+
+T tokens, B rows, D width, U hidden units of this rank.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from nlscale.model.layers import Norm
+from nlscale.model.leaf import Leaf, prefixed
+
+
+def gelu(hidden: Tensor) -> Tensor:
+    """GELU, tanh form."""
+    return F.gelu(hidden, approximate="tanh")
+
+
+def swiglu(hidden: Tensor) -> Tensor:
+    """silu(gate) * up of a fused (gate, up) product (Shazeer, 2020)."""
+    gate, up = hidden.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
+    "gelu": (gelu, ("up",)),
+    "swiglu": (swiglu, ("gate", "up")),
+}
+
+
+@dataclass
+class ContinuumSubmodules:
+    """The parallel linear layers a continuum is built of."""
+
+    up: type | ModuleSpec = ColumnParallelLinear
+    down: type | ModuleSpec = RowParallelLinear
+
+
+class FeedForward(MegatronModule):
+    """x + down(act(up(norm(x)))), its hidden units cut into levels."""
+
+    def __init__(
+        self, units: Mapping[str, int], activation: str, config: TransformerConfig, submodules: ContinuumSubmodules
+    ) -> None:
+        """`units`: level name -> hidden units over all ranks; a level with 0 units has no leaf here."""
+        super().__init__(config)
+        self.units = {name: count // config.tensor_model_parallel_size for name, count in units.items() if count}
+        self.activation, self.inward = ACTIVATIONS[activation]
+        total, width = sum(units.values()), config.hidden_size
+        options = {"config": config, "init_method": config.init_method, "bias": False, "skip_bias_add": False}
+        self.norm = Norm(width, config)
+        self.up = build_module(
+            submodules.up, width, total * len(self.inward), gather_output=False, is_expert=False, **options
+        )
+        self.down = build_module(submodules.down, total, width, input_is_parallel=True, is_expert=False, **options)
+
+    def forward(self, x_TBD: Tensor) -> Tensor:
+        """(T, B, D) -> (T, B, D)."""
+        hidden, _ = self.up(self.norm(x_TBD))
+        update, _ = self.down(self.activation(hidden))
+        return x_TBD + update
+
+    def leaves(self) -> Iterator[Leaf]:
+        """norm, then up (gate) and down of each level."""
+        yield from self.norm.leaves()
+        total, start = sum(self.units.values()), 0
+        for name, count in self.units.items():
+            for index, part in enumerate(self.inward):
+                first = index * total + start
+                yield Leaf(f"{name}.{part}.weight", self.up.weight, axis=0, start=first, length=count, shard=0)
+            yield Leaf(f"{name}.down.weight", self.down.weight, axis=1, start=start, length=count, shard=1)
+            start += count
+
+
+class Sequential(MegatronModule):
+    """A chain of feed-forward blocks, one level each, fast first."""
+
+    def __init__(
+        self, units: Mapping[str, int], activation: str, config: TransformerConfig, submodules: ContinuumSubmodules
+    ) -> None:
+        super().__init__(config)
+        chain = {name: FeedForward({name: n}, activation, config, submodules) for name, n in units.items() if n}
+        self.chain = nn.ModuleDict(chain)
+
+    def forward(self, x_TBD: Tensor) -> Tensor:
+        """(T, B, D) -> (T, B, D)."""
+        for level in self.chain.values():
+            x_TBD = level(x_TBD)
+        return x_TBD
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Each level's own norm, up (gate) and down."""
+        for name, level in self.chain.items():
+            for leaf in level.leaves():
+                yield from prefixed(name, iter([leaf])) if leaf.name == "norm.weight" else iter([leaf])
+
+
+VARIANTS: dict[str, type[FeedForward] | type[Sequential]] = {"independent": FeedForward, "sequential": Sequential}
+
+
+class MegatronContinuum(MegatronModule):
+    """A continuum as the `mlp` of a megatron-core TransformerLayer, which adds the residual itself."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: ContinuumSubmodules,
+        units: Mapping[str, int],
+        activation: str = "swiglu",
+        variant: str = "independent",
+        **_: object,
+    ) -> None:
+        super().__init__(config)
+        self.continuum = VARIANTS[variant](units, activation, config, submodules)
+
+    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
+        """(T, B, D) -> the update (T, B, D) and no bias."""
+        return self.continuum(hidden_states) - hidden_states, None
+
+
+def continuum_spec(units: Mapping[str, int], activation: str = "swiglu", variant: str = "independent") -> ModuleSpec:
+    """Spec for `TransformerLayerSubmodules.mlp` of any Megatron program; pair it with `pre_mlp_layernorm=IdentityOp`.
+
+    `units`: level name -> hidden units, fast to slow.
+    """
+    return ModuleSpec(
+        module=MegatronContinuum,
+        submodules=ContinuumSubmodules(),
+        params={"units": dict(units), "activation": activation, "variant": variant},
+    )
+
+
+__all__ = ["ContinuumSubmodules", "FeedForward", "IdentityOp", "Sequential", "VARIANTS", "continuum_spec"]

@@ -1,0 +1,56 @@
+"""Initial values, as a table over leaf names. They depend on the seed and the name alone: every layout starts equal."""
+
+import hashlib
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from nlscale.config.model import Model
+from nlscale.model.leaf import Leaf
+
+# The first pattern that matches decides: a gain of ones, or the standard deviation's divisor.
+TABLE: tuple[tuple[str, str], ...] = (
+    ("*norm.weight", "ones"),
+    ("embed.weight", "normal"),
+    ("head.weight", "normal"),
+    ("blocks.*.mix.out.weight", "residual"),
+    ("blocks.*.continuum.*.down.weight", "residual"),
+    ("blocks.*.mix.[qkv].weight", "normal"),
+    ("blocks.*.continuum.*.gate.weight", "normal"),
+    ("blocks.*.continuum.*.up.weight", "normal"),
+)
+BLOCK = 64  # rows (along the sharded axis) drawn by one generator, so that a rank draws only what it holds
+
+
+def kind(name: str) -> str:
+    """The table's word for a leaf; raises KeyError for a name that no pattern matches."""
+    for pattern, word in TABLE:
+        if fnmatchcase(name, pattern):
+            return word
+    raise KeyError(f"no initial value for '{name}'")
+
+
+@torch.no_grad()
+def initialize(leaves: list[Leaf], model: Model, seed: int, tensor_rank: int) -> None:
+    """Fills every leaf of this rank. Residual projections are scaled by 1/sqrt(2 layers) (Radford et al., 2019)."""
+    deviation = {"normal": model.init_std, "residual": model.init_std / (2 * model.layers) ** 0.5}
+    for leaf in leaves:
+        word = kind(leaf.name)
+        if word == "ones":
+            leaf.value.fill_(1.0)
+            continue
+        axis = leaf.shard or 0
+        offset = tensor_rank * leaf.value.shape[axis] if leaf.shard is not None else 0
+        draw(leaf.value.movedim(axis, 0), offset, f"{seed}:{leaf.name}", deviation[word])
+
+
+def draw(out_RN: Tensor, offset: int, key: str, deviation: float) -> None:
+    """Fills rows `offset ...` of a global normal matrix, block of rows by block of rows."""
+    rows, rest = out_RN.shape[0], out_RN.shape[1:]
+    for block in range(offset // BLOCK, -(-(offset + rows) // BLOCK)):
+        digest = hashlib.sha256(f"{key}:{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        values = torch.randn((BLOCK, *rest), generator=generator) * deviation
+        first, last = max(offset, block * BLOCK), min(offset + rows, (block + 1) * BLOCK)
+        out_RN[first - offset : last - offset].copy_(values[first - block * BLOCK : last - block * BLOCK])

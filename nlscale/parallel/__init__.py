@@ -1,0 +1,1 @@
+"""The one fixed order in which a model is split and scheduled."""

@@ -1,0 +1,90 @@
+"""Run -> the chunks of the model on this rank, and the one function that runs forward and backward on them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nlscale.config.model import Levels
+from nlscale.config.run import Run
+from nlscale.model.hope import Hope, Stage
+from nlscale.model.init import initialize
+from nlscale.model.layers import transformer_config
+from nlscale.model.leaf import Leaf
+from nlscale.runtime.world import World
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MicroBatch = tuple[Tensor, Tensor, Tensor]  # tokens, targets, starts, each (B, T)
+
+
+@dataclass(frozen=True)
+class Parallelized:
+    """A model laid out over ranks: this rank's chunks and leaves, and how to run them."""
+
+    chunks: list[Hope]
+    leaves: list[Leaf]
+    forward_backward: Callable[[Sequence[MicroBatch], bool], Tensor]
+
+
+def stages(run: Run, pipeline_rank: int) -> list[Stage]:
+    """What a pipeline rank holds: chunk v of rank p is stage v * pipeline + p."""
+    count, virtual = run.parallel.stages, run.parallel.virtual_pipeline
+    per = run.model.layers // count
+    held = [v * run.parallel.pipeline + pipeline_rank for v in range(virtual)]
+    return [
+        Stage(range(s * per, (s + 1) * per), s == 0, s == count - 1, v if virtual > 1 else None)
+        for v, s in enumerate(held)
+    ]
+
+
+def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Parallelized:
+    """Builds, initialises and schedules the model. `dtype` overrides the precision's (float64 references)."""
+    dtype = dtype or PRECISIONS[run.train.precision]
+    config = transformer_config(run.model, run.parallel, dtype, world.device)
+    units = Levels(levels=run.levels).units(run.model.feed_forward)
+    chunks = [Hope(run.model, units, run.data.sequence, config, stage) for stage in stages(run, world.pipeline_rank)]
+    leaves = [leaf for chunk in chunks for leaf in chunk.leaves()]
+    initialize(leaves, run.model, run.train.seed, world.tensor_rank)
+    if run.train.recompute == "block":
+        for chunk in chunks:
+            for block in chunk.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    return Parallelized(chunks, leaves, scheduled(chunks, run))
+
+
+def scheduled(chunks: list[Hope], run: Run) -> Callable[[Sequence[MicroBatch], bool], Tensor]:
+    """The step's schedule: no pipeline, 1F1B or interleaved 1F1B, settled here once."""
+    schedule = get_forward_backward_func()
+    rows, tokens = run.train.micro_batch, run.data.sequence
+
+    def step(batches: Iterator[MicroBatch], model: Hope) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        batch = next(batches)
+        return model(*batch), partial(summed, targets=batch[1])
+
+    def forward_backward(batches: Sequence[MicroBatch], learn: bool = True) -> Tensor:
+        """Runs all micro-batches; gives (sum of losses, targets counted), float64, zeros off the last stage."""
+        iterators = [iter(batches) for _ in chunks]
+        losses = schedule(
+            forward_step_func=step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batches),
+            seq_length=tokens,
+            micro_batch_size=rows,
+            forward_only=not learn,
+        )
+        device = batches[0][0].device
+        return torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=device)
+
+    return forward_backward
+
+
+def summed(loss: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a schedule wants of a micro-batch: the loss to differentiate, its tokens, and what to report."""
+    count = (targets >= 0).sum()
+    return loss, count.int(), torch.stack([loss.detach().double(), count.double()])

@@ -1,0 +1,120 @@
+"""Joining the world: which rank this process is, the groups it belongs to, its device."""
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from nlscale.config.errors import UserError
+from nlscale.config.parallel import Parallel
+from nlscale.config.train import Cluster
+from nlscale.runtime import cpu
+
+ORDER = "tp-cp-ep-pp-dp"  # ranks of one replica are neighbours: they read the same rows (StreamingDataset replication)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all ranks. A value that is passed, never asked for."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    replica: int
+    replicas: int
+    tensor_rank: int
+    pipeline_rank: int
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    data: dist.ProcessGroup  # the same shard on every replica
+    model: dist.ProcessGroup  # all shards of one replica
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for the run."""
+        return self.rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipeline_rank == self.pipeline.size() - 1
+
+
+def ranks_from_environment() -> tuple[int, int, int, int] | None:
+    """(rank, size, local rank, local size) as torchrun or srun set them; None where neither started this process."""
+    env = os.environ
+    for names in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    ):
+        if all(name in env for name in names[:3]):
+            rank, size, local = (int(env[name]) for name in names[:3])
+            return rank, size, local, int(env.get(names[3], size))
+    return None
+
+
+def announce(rank: int, size: int, local_rank: int, local_size: int) -> None:
+    """Writes the rank where torch, streaming and DeepSpeed look for it."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    os.environ.update(LOCAL_WORLD_SIZE=str(local_size))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        job = int(os.environ.get("SLURM_JOB_ID", "0"))
+        os.environ["MASTER_PORT"] = str(20000 + job % 20000)
+
+
+def join(parallel: Parallel, cluster: Cluster, seed: int) -> World:
+    """Joins the process group and makes megatron-core's groups.
+
+    The rank comes from torchrun's or srun's environment; alone, a process is a world of one.
+    """
+    rank, size, local_rank, local_size = ranks_from_environment() or (0, 1, 0, 1)
+    announce(rank, size, local_rank, local_size)
+    if size % parallel.ranks:
+        raise UserError(f"{size} ranks are no multiple of the {parallel.ranks} that one replica needs")
+    cpu.install()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(cluster.threads or max(1, (os.cpu_count() or 1) // local_size))
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=cluster.timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        order=ORDER,
+        create_gloo_process_groups=False,
+    )
+    random.seed(seed)
+    torch.manual_seed(seed)
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=local_rank,
+        device=device,
+        replica=parallel_state.get_data_parallel_rank(),
+        replicas=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
+    )
+
+
+def leave() -> None:
+    """Ends the groups that `join` made."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,39 @@
+"""ranks(n): a function on n real gloo processes, forked after import so that a test pays for imports once."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from nlscale_launch.local import start
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """Results of `function(*args)` on `count` ranks, by rank; the first rank's error is raised here.
+
+    The ranks find each other through the environment, as under torchrun.
+    """
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+
+        def run(rank: int) -> None:
+            torch.set_num_threads(1)
+            torch.save(function(*args), f"{folder}/{rank}.pt")
+
+        code = start(count, run, environment={"MASTER_PORT": str(free_port())}, logs=folder, timeout=timeout)
+        if code:
+            logs = [open(f"{folder}/rank-{rank:05d}.log").read() for rank in range(count)]
+            failed = next((log for log in logs if "Traceback" in log), "\n".join(logs))
+            raise RuntimeError(f"{count} ranks ended with {code}\n{failed[-4000:]}")
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
