@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nlscale.config.model import Model
 from nlscale.model.layers import Norm
-from nlscale.model.leaf import Leaf
+from nlscale.runtime.leaf import Leaf
 
 
 class Attention(MegatronModule):

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nlscale.model.layers import Norm
-from nlscale.model.leaf import Leaf, prefixed
+from nlscale.runtime.leaf import Leaf, prefixed
 
 
 def gelu(hidden: Tensor) -> Tensor:

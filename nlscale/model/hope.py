@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nlscale.config.model import Model
 from nlscale.model.attention import Attention, document_mask, rotary_table
 from nlscale.model.continuum import VARIANTS, ContinuumSubmodules
-from nlscale.model.leaf import Leaf, prefixed
+from nlscale.runtime.leaf import Leaf, prefixed
 from nlscale.model.loss import Head
 
 MASKS = {"document": document_mask, "causal": lambda starts_BT: None}

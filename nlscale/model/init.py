@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nlscale.config.model import Model
-from nlscale.model.leaf import Leaf
+from nlscale.runtime.leaf import Leaf
 
 # The first pattern that matches decides: a gain of ones, or the standard deviation's divisor.
 TABLE: tuple[tuple[str, str], ...] = (

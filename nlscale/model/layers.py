@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nlscale.config.model import Model
 from nlscale.config.parallel import Parallel
-from nlscale.model.leaf import Leaf
+from nlscale.runtime.leaf import Leaf
 
 
 def transformer_config(model: Model, parallel: Parallel, dtype: torch.dtype, device: torch.device) -> TransformerConfig:

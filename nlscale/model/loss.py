@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nlscale.model.layers import Norm
-from nlscale.model.leaf import Leaf
+from nlscale.runtime.leaf import Leaf
 
 CHUNK = 2**24  # logits held at once
 IGNORE = -1  # a target that counts for nothing

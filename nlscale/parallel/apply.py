@@ -15,7 +15,7 @@ from nlscale.config.run import Run
 from nlscale.model.hope import Hope, Stage
 from nlscale.model.init import initialize
 from nlscale.model.layers import transformer_config
-from nlscale.model.leaf import Leaf
+from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}

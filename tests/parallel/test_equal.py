@@ -4,16 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nlscale.config.read import read
 from nlscale.config.run import Run
 from nlscale.parallel.apply import parallelize
 from nlscale.runtime.world import join
 from nlscale.testing import ranks
+from tests.tiny import micro_batches, tiny
 from tests.whole import Pieces, assemble
-
-LEVELS = "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 4, width: 0.25}, {name: long, period: 8, width: 0.25}]"
-SMALL = ["model.layers=4", "model.width=32", "model.heads=4", "model.kv_heads=2", "model.hidden=64", "model.vocabulary=128"]
-TRAIN = ["data.sequence=16", "train.global_batch=8", "train.micro_batch=1", "train.precision=fp32", "parallel.tensor=1"]
 
 LAYOUTS = {
     "tensor": (2, ["parallel.tensor=2"]),
@@ -29,22 +25,11 @@ LAYOUTS = {
 }
 
 
-def run(*overrides: str) -> Run:
-    """A tiny run."""
-    return read("demo", [LEVELS, *SMALL, *TRAIN, *overrides])
-
-
 def gradients(run: Run, dtype: torch.dtype) -> tuple[float, Pieces]:
     """Loss a token and gradients of one global batch, summed over replicas."""
     world = join(run.parallel, run.cluster, run.train.seed)
     model = parallelize(run, world, dtype)
-    generator = torch.Generator().manual_seed(0)
-    rows, size = run.train.global_batch, run.train.micro_batch
-    tokens = torch.randint(0, 128, (rows, run.data.sequence + 1), generator=generator)
-    starts = tokens[:, :-1] < 12
-    mine = range(world.replica * size, rows, world.replicas * size)
-    batches = [(tokens[i : i + size, :-1], tokens[i : i + size, 1:], starts[i : i + size]) for i in mine]
-    total = model.forward_backward(batches, True)
+    total = model.forward_backward(micro_batches(run, 0, world.replica, world.replicas), True)
     dist.all_reduce(total)
     pieces = {}
     for leaf in model.leaves:
@@ -61,7 +46,7 @@ def gradients(run: Run, dtype: torch.dtype) -> tuple[float, Pieces]:
 def one() -> dict:
     """Results of one process, by variant and precision."""
     cases = [(v, d) for v in ("independent", "sequential") for d in (torch.float32, torch.float64)]
-    return {(v, d): ranks(1, gradients, run(f"model.variant={v}"), d)[0] for v, d in cases}
+    return {(v, d): ranks(1, gradients, tiny(f"model.variant={v}"), d)[0] for v, d in cases}
 
 
 @pytest.mark.parametrize("variant", ["independent", "sequential"])
@@ -73,7 +58,7 @@ def test_layout_equals_one_process(one: dict, layout: str, variant: str, dtype: 
     base = layout.removesuffix("-data") if layout != "data" else None
     count, overrides = LAYOUTS[base] if base else (1, [])
     count *= 2 if layout.endswith("data") else 1
-    results = ranks(count, gradients, run(f"model.variant={variant}", *overrides), dtype)
+    results = ranks(count, gradients, tiny(f"model.variant={variant}", *overrides), dtype)
     loss, expected = one[variant, dtype][0], assemble([one[variant, dtype][1]])
     assert all(abs(result[0] - loss) < tolerance * loss for result in results)
     actual = assemble([result[1] for result in results])

@@ -1,0 +1,5 @@
+"""Imports are paid here once; ranks are forked from this process."""
+
+from nlscale.runtime.quiet import quiet
+
+quiet()
