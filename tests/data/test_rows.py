@@ -1,0 +1,135 @@
+"""Written rows are read back; the order of the global batches depends on no layout and survives a resume."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nlscale.config.data import Data, Stream
+from nlscale.config.errors import UserError
+from nlscale.config.parallel import Parallel
+from nlscale.config.train import Cluster
+from nlscale.data.batch import HASH_BITS, token_hash
+from nlscale.data.card import check_data, load_card
+from nlscale.data.loader import HeldOut, Loader
+from nlscale.data.verify import verify
+from nlscale.data.write import Preparation, prepare
+from nlscale.runtime.world import join
+from nlscale.testing import ranks
+
+WORDS = ["memory", "learns", "at", "its", "own", "pace", "slow", "fast", "level", "window"]
+
+
+def corpus(folder: Path, seed: int = 0, documents: int = 300, space: str = " ") -> Path:
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    lines = [json.dumps({"text": space.join(random.choice(WORDS, 40))}) for _ in range(documents)]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("rows")
+    plan = Preparation(sources=(str(corpus(root / "in")),), out=str(root / "out"), sequence=32, tokeniser="bytes", held_out=0.1)
+    prepare(plan)
+    return str(root / "out")
+
+
+def hashes(data: Data, parallel: Parallel, steps: int, start: int, batch: int = 8) -> tuple[int, list[int], list[bytes]]:
+    """(replica, hash of its rows a step, its rows)."""
+    world = join(parallel, Cluster(), 0)
+    loader = Loader(data, batch, world)
+    if start:
+        loader.load_state_dict({"step": start})
+    rows = [next(loader) for _ in range(steps)]
+    return world.replica, [token_hash(r) for r in rows], [r.tobytes() for r in rows]
+
+
+def global_hashes(results: list) -> list[int]:
+    by_replica = {replica: values for replica, values, _ in results}
+    return [sum(step) % 2**HASH_BITS for step in zip(*by_replica.values(), strict=True)]
+
+
+def test_same_global_batches_at_every_layout_and_after_a_resume(prepared: str) -> None:
+    data = Data(path=prepared, sequence=32)
+    rows = load_card(prepared).rows["train"]
+    steps = rows // 8 + 5  # into a second epoch
+    whole = global_hashes(ranks(1, hashes, data, Parallel(), steps, 0))
+    assert len(set(whole)) == steps
+    for count, parallel in ((2, Parallel()), (4, Parallel()), (2, Parallel(tensor=2)), (4, Parallel(tensor=2))):
+        results = ranks(count, hashes, data, parallel, 12, 0)
+        assert global_hashes(results) == whole[:12]
+        per_replica: dict[int, set] = {}
+        for replica, _, batches in results:
+            per_replica.setdefault(replica, set()).add(tuple(batches))
+        assert all(len(copies) == 1 for copies in per_replica.values()), "ranks of one replica read different rows"
+    for start in (3, rows // 8, rows // 8 + 2):
+        assert global_hashes(ranks(2, hashes, data, Parallel(), 3, start)) == whole[start : start + 3]
+
+
+def test_loader_processes_change_nothing(prepared: str) -> None:
+    plain = ranks(1, hashes, Data(path=prepared, sequence=32), Parallel(), 6, 2)
+    assert ranks(1, hashes, Data(path=prepared, sequence=32, workers=1), Parallel(), 6, 2)[0][1] == plain[0][1]
+
+
+def test_an_epoch_gives_every_row_once(prepared: str) -> None:
+    rows = load_card(prepared).rows["train"]
+    ((_, _, batches),) = ranks(1, hashes, Data(path=prepared, sequence=32), Parallel(), rows, 0, 1)
+    assert len(set(batches)) == rows
+
+
+def mixture_counts(data: Data) -> float:
+    loader = Loader(data, 8, join(Parallel(), Cluster(), 0))
+    rows = np.concatenate([next(loader) for _ in range(60)])
+    return float((rows == 1 + ord("#")).any(1).mean())
+
+
+def test_mixture_keeps_its_weights(tmp_path: Path) -> None:
+    paths = []
+    for name in ("one", "two"):
+        folder = corpus(tmp_path / name, documents=200, space="#" if name == "two" else " ")
+        paths.append(str(tmp_path / f"{name}-mds"))
+        prepare(Preparation(sources=(str(folder),), out=paths[-1], sequence=32, tokeniser="bytes"))
+    data = Data(sequence=32, streams=[Stream(path=paths[0], weight=3), Stream(path=paths[1], weight=1)])
+    (marked,) = ranks(1, mixture_counts, data)
+    assert marked == pytest.approx(0.25, abs=0.08)
+
+
+def heldout(data: Data, parallel: Parallel) -> tuple[int, int]:
+    world = join(parallel, Cluster(), 0)
+    return world.replica, token_hash(HeldOut(data, 8, 1, world).rows())
+
+
+def test_held_out_rows_are_the_same_at_every_layout(prepared: str) -> None:
+    data = Data(path=prepared, sequence=32)
+    ((_, whole),) = ranks(1, heldout, data, Parallel())
+    halves = dict(ranks(2, heldout, data, Parallel()))
+    assert sum(halves.values()) % 2**HASH_BITS == whole
+    assert {value for _, value in ranks(2, heldout, data, Parallel(tensor=2))} == {whole}
+
+
+def test_verify_names_the_damaged_shard(prepared: str, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared, copy)
+    assert verify(str(copy)) == []
+    shard = next((copy / "train").rglob("*.mds"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    shard.write_bytes(content)
+    (fault,) = verify(str(copy))
+    assert shard.name in fault and "digest differs" in fault
+    shard.unlink()
+    assert verify(str(copy))[0].endswith("missing")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"sequence": 64}, "data.sequence=32 would work"), ({"path": "nowhere"}, "no such folder")],
+)
+def test_a_dataset_that_does_not_fit_is_refused(prepared: str, change: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_data(Data(**{"path": prepared, "sequence": 32, **change}))
