@@ -11,6 +11,7 @@ class Train:
     """How long, with how many rows, at which precision."""
 
     steps: int = 1000
+    stop_at: int | None = None  # save and end after this step; the same command without it goes on
     seed: int = 1234
     global_batch: int = 256  # sequences a step, over all replicas
     micro_batch: int = 1  # sequences a forward pass on one replica

@@ -1,0 +1,1 @@
+"""The run: loop, step, state, checkpoints, what it reports."""

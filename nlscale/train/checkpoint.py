@@ -1,0 +1,176 @@
+"""Checkpoints: shards, then train_state.json, then a manifest of sizes and digests, then one rename.
+
+A folder without a manifest does not exist for anyone. Nothing is applied before its digest was checked; a damaged
+checkpoint is passed over for the newest good one, aloud; a run never starts from scratch while any is there.
+"""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+from nlscale.config.errors import StoppedOnPurpose, UserError
+from nlscale.config.read import dump
+from nlscale.runtime.folder import MANIFEST, STATE, Folder, write_durably
+from nlscale.runtime.log import Journal
+from nlscale.train.pieces import Pieces, load, save
+from nlscale.train.state import TrainState, dealt, window_name
+
+
+class Checkpoints:
+    """Saves and restores the state of one run."""
+
+    def __init__(self, folder: Folder, journal: Journal) -> None:
+        self.folder, self.journal = folder, journal
+
+    def due(self, state: TrainState) -> bool:
+        """Whether the interval ends at this step."""
+        return state.step % state.run.checkpoint.interval == 0
+
+    def save(self, state: TrainState) -> None:
+        """Commits the state of this step; nothing to do where it stands already. A collective."""
+        final, world, began = self.folder.checkpoint(state.step), state.world, time.monotonic()
+        if (final / MANIFEST).is_file():
+            return
+        partial = final.with_name("." + final.name + ".partial")
+        if world.leads:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        save({**state.shards(), **state.windows_to_save()}, partial)
+        facts = state.facts()
+        mine = [path for path in partial.glob(f"__{world.rank}_*")]
+        digests: list[dict] = [{} for _ in range(world.size)]
+        dist.all_gather_object(digests, {path.name: digest(path) for path in mine})
+        if world.leads:
+            write_durably(partial / STATE, json.dumps(facts))
+            write_durably(partial / "config.yaml", dump(state.run))
+            files = {name: facts for each in digests for name, facts in each.items()}
+            files |= {name: digest(partial / name) for name in (".metadata", STATE, "config.yaml")}
+            write_durably(partial / MANIFEST, json.dumps({"step": state.step, "files": files}, indent=1))
+            commit(partial, final)
+            self.prune(state.run.checkpoint.keep)
+        dist.barrier()
+        self.journal.event("save", state.step, seconds=round(time.monotonic() - began, 3))
+
+    def prune(self, keep: int) -> None:
+        """Removes all but the newest `keep` checkpoints, and what killed saves left behind."""
+        for step in self.folder.steps()[keep:] if keep else []:
+            target = self.folder.checkpoint(step)
+            (target / MANIFEST).unlink()  # first: a half-removed checkpoint must not look whole
+            shutil.rmtree(target)
+        for leftover in (self.folder.path / "checkpoints").glob(".step-*.partial"):
+            shutil.rmtree(leftover)
+
+    def restore(self, state: TrainState) -> bool:
+        """Takes over the newest good checkpoint; False where the run has none. A collective.
+
+        Raises UserError for a checkpoint of another model or dataset, StoppedOnPurpose where all are damaged.
+        """
+        steps = self.folder.steps()
+        dist.barrier()
+        for step in steps:
+            faults = verify(self.folder.checkpoint(step), state.world.rank, state.world.size)
+            everyone: list[list[str]] = [[] for _ in range(state.world.size)]
+            dist.all_gather_object(everyone, faults)
+            faults = [fault for each in everyone for fault in each]
+            if not faults:
+                self.load(state, self.folder.checkpoint(step))
+                return True
+            self.journal.event("damaged checkpoint", step, faults=faults)
+            self.journal.say(f"checkpoint of step {step} is damaged ({faults[0]}); trying the one before")
+        if steps:
+            raise StoppedOnPurpose(f"none of the {len(steps)} checkpoints in {self.folder.path} is good")
+        return False
+
+    def load(self, state: TrainState, path: Path) -> None:
+        """Applies a checked checkpoint."""
+        facts = json.loads((path / STATE).read_text())
+        compare(state.identity(), facts["identity"], path)
+        if facts["data"] != state.fingerprints:
+            raise UserError(
+                f"{path} was trained on another dataset (fingerprint {' '.join(facts['data'])}, now "
+                f"{' '.join(state.fingerprints)}); give the old data.path or another run.name"
+            )
+        load(state.shards(), path)
+        state.apply_facts(facts)
+        for shard in state.optimizer.shards.values():
+            shard.gather()
+        self.load_windows(state, facts["windows"], path)
+        self.journal.event("restore", state.step, checkpoint=path.name, layout=facts["layout"])
+
+    def load_windows(self, state: TrainState, stored: dict[str, Any], path: Path) -> None:
+        """Deals the saved windows out to this layout; the same layout gets each rank's own bits back.
+
+        A replica takes every R-th saved one, and those add up. Partial sums over tensor-parallel ranks are dealt out
+        likewise where gradients are partial now, and all of them added where they are not.
+        """
+        world = state.world
+        if not any(stored["open"].values()):
+            return
+        replicas = dealt(stored["replicas"], world.replica, world.replicas)
+        rounds = -(-stored["replicas"] // world.replicas) * stored["parts"]
+        wanted: dict[str, list[tuple[int, int]]] = {}
+        for leaf in state.open_leaves():
+            state.optimizer.windows.of(leaf).zero_()
+            partial_then = stored["parts"] if leaf.name.endswith("norm.weight") else 1
+            parts = dealt(partial_then, world.tensor_rank, world.tensor.size()) if leaf.partial else range(partial_then)
+            wanted[leaf.name] = [(replica, part) for replica in replicas for part in parts]
+        for turn in range(rounds):  # a load is a collective: every rank takes the same number of turns
+            buffers = {}
+            for leaf in state.open_leaves():
+                if turn < len(wanted[leaf.name]):
+                    values = torch.empty_like(state.optimizer.windows.of(leaf))
+                    buffers[leaf.name] = (window_name(leaf.name, *wanted[leaf.name][turn]), leaf, values)
+            pieces: dict[str, Pieces] = {name: state.whole(leaf, values, False) for name, leaf, values in buffers.values()}
+            load(pieces, path)
+            for _, leaf, values in buffers.values():
+                state.optimizer.windows.of(leaf).add_(values)
+
+
+def commit(partial: Path, final: Path) -> None:
+    """The one rename that makes a checkpoint exist; `latest` is only a hint."""
+    partial.rename(final)
+    directory = os.open(final.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+    write_durably(final.parent / "latest", final.name + "\n")
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size and xxh3 digest of a file."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            state.update(block)
+    return {"bytes": path.stat().st_size, "xxh3": state.hexdigest()}
+
+
+def verify(path: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files, a line each."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{MANIFEST}: {error}"]
+    faults = []
+    for name, expected in sorted(files.items())[rank::ranks]:
+        if Path(name).name != name or not (path / name).is_file():
+            faults.append(f"{name}: missing")
+        elif digest(path / name) != expected:
+            faults.append(f"{name}: digest differs")
+    return faults
+
+
+def compare(now: dict[str, str], then: dict[str, str], path: Path) -> None:
+    """Raises UserError with the first differences between the leaves and levels of a run and a checkpoint."""
+    names = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    if names:
+        lines = [f"{name}: {then.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names[:3]]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(f"{path} holds another model or other levels: {'; '.join(lines)}{more}; give another run.name")

@@ -1,0 +1,96 @@
+"""A run, from its recipe or from where its folder left off, to its last step."""
+
+from pathlib import Path
+
+from nlscale.config.errors import SavedOnSignal, StoppedOnPurpose
+from nlscale.config.read import dump
+from nlscale.config.run import Run, replicas
+from nlscale.data.card import check_data
+from nlscale.data.loader import HeldOut, Loader
+from nlscale.optim.build import build_optimizer
+from nlscale.parallel.apply import PRECISIONS, Parallelized, parallelize
+from nlscale.runtime.folder import Folder, write_durably
+from nlscale.runtime.log import Journal
+from nlscale.runtime.world import World, join, leave
+from nlscale.train.checkpoint import Checkpoints
+from nlscale.train.metrics import Metrics
+from nlscale.train.peak import peak_flops
+from nlscale.train.plot import plot
+from nlscale.train.state import TrainState
+from nlscale.train.step import held_out_loss, train_step
+from nlscale.train.watch import Watch
+
+
+def train(run: Run) -> None:
+    """Trains one run on this rank; the run folder exists.
+
+    Raises UserError for what the user must mend, SavedOnSignal after a signal, StoppedOnPurpose where going on would
+    not help.
+    """
+    world = join(run.parallel, run.cluster, run.train.seed)
+    replicas(run, world.size)
+    cards, folder = check_data(run.data), Folder(Path(run.folder))
+    journal = Journal(folder.events, world.leads)
+    model = parallelize(run, world)
+    optimizer = build_optimizer(run.optim, run.levels, run.train.steps, model.leaves, world)
+    loader = Loader(run.data, run.train.global_batch, world)
+    state = TrainState(run, world, model.leaves, optimizer, loader, [card.fingerprint for card in cards])
+    checkpoints = Checkpoints(folder, journal)
+    resumed = checkpoints.restore(state)
+    if world.leads:
+        write_durably(folder.config, dump(run))
+    if state.step < run.train.steps:
+        going_on(state, model, checkpoints, cards[0].document, folder, journal, resumed)
+    else:
+        journal.say(f"the run is finished: step {state.step} of {run.train.steps}")
+    leave()
+
+
+def going_on(
+    state: TrainState,
+    model: Parallelized,
+    checkpoints: Checkpoints,
+    document: int,
+    folder: Folder,
+    journal: Journal,
+    resumed: bool,
+) -> None:
+    """The steps that remain."""
+    run, world = state.run, state.world
+    held_out = open_held_out(run, world)
+    peak, source = peak_flops(run.log.peak_flops, PRECISIONS[run.train.precision], world.device)
+    journal.event("start", state.step, world=world.size, replicas=world.replicas, peak_flops=peak, peak_source=source)
+    where = f"goes on after step {state.step}" if resumed else "starts"
+    journal.say(f"{run.run.name} {where}: {world.size} ranks, {world.replicas} replicas, {world.device.type}")
+    last = min(run.train.steps, run.train.stop_at or run.train.steps)
+    with Watch() as watch, Metrics(state, folder, journal, peak) as metrics:
+        while state.step < last:
+            report = train_step(state, model, document, watch.asked is not None)
+            metrics.record(report)
+            if not report.loss < float("inf"):
+                journal.event("loss is not finite", state.step, loss=str(report.loss))
+                raise StoppedOnPurpose(f"the loss is {report.loss} at step {state.step}; the last checkpoint stands")
+            if held_out is not None and evaluation_due(state):
+                metrics.evaluated(held_out_loss(state, model, held_out, document))
+            if checkpoints.due(state) or report.stop or state.step == last:
+                checkpoints.save(state)
+                if world.leads:
+                    plot([folder], folder.plot)
+            if report.stop and state.step < last:
+                journal.event("stop", state.step, signal=watch.asked)
+                raise SavedOnSignal(f"saved at step {state.step} on a signal; the same command goes on")
+    journal.event("end", state.step)
+
+
+def open_held_out(run: Run, world: World) -> object | None:
+    """This replica's held-out rows, read once; None where nothing is evaluated."""
+    if not run.train.evaluate_rows:
+        return None
+    interleaved = run.parallel.pipeline if run.parallel.virtual_pipeline > 1 else 1
+    return HeldOut(run.data, run.train.evaluate_rows, run.train.micro_batch * interleaved, world).rows()
+
+
+def evaluation_due(state: TrainState) -> bool:
+    """Whether this step ends with a held-out loss."""
+    interval = state.run.train.evaluate_interval
+    return state.step == state.run.train.steps or bool(interval and state.step % interval == 0)

@@ -1,0 +1,147 @@
+"""What a run reports: metrics.jsonl, a progress bar or plain lines, wandb. Only rank 0 writes."""
+
+import json
+import os
+import resource
+import sys
+from types import TracebackType
+from typing import Any
+
+import torch
+import wandb
+from tqdm import tqdm
+
+from nlscale.config.read import plain
+from nlscale.model.count import flops_a_token
+from nlscale.optim.schedule import rate
+from nlscale.runtime.folder import Folder
+from nlscale.runtime.log import Journal
+from nlscale.train.state import TrainState
+from nlscale.train.step import Report
+
+
+class Metrics:
+    """A context that turns each step's report into records."""
+
+    def __init__(self, state: TrainState, folder: Folder, journal: Journal, peak: float) -> None:
+        self.state, self.folder, self.journal = state, folder, journal
+        self.flops_a_token = flops_a_token(state.run.model, state.run.data.sequence)
+        self.peak = peak
+
+    def __enter__(self) -> "Metrics":
+        run, leads = self.state.run, self.state.world.leads
+        if leads:
+            forget(self.folder, self.state.step)
+        self.file = self.folder.metrics.open("a") if leads else None
+        tty = sys.stderr.isatty()
+        self.bar = tqdm(total=run.train.steps, initial=self.state.step, disable=not (leads and tty), unit="step")
+        self.plain = leads and not tty
+        self.wandb = self._open_wandb() if leads and run.log.wandb != "disabled" else None
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if error is None else 1)
+
+    def record(self, report: Report) -> dict[str, Any]:
+        """Writes one step's line and gives it."""
+        state, run = self.state, self.state.run
+        speed = report.tokens / report.seconds
+        line: dict[str, Any] = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "train/loss": report.loss,
+            "optim/grad_norm": sum(norm**2 for norm in report.grad_norm.values()) ** 0.5,
+            "optim/lr": rate(run.optim, state.step, run.train.steps),
+            "comm/bytes": 0,
+            "throughput/tokens_per_second": speed,
+            "throughput/step_seconds": report.seconds,
+            "throughput/data_wait_seconds": report.data_wait,
+            "throughput/mfu": self.flops_a_token * speed / self.peak,
+            "memory/peak_bytes": peak_bytes(),
+            "data/token_hash": report.token_hash,
+        }
+        for name, shard in state.optimizer.shards.items():
+            fired = name in report.grad_norm
+            sent = shard.bytes_a_move if fired else 0
+            line[f"optim/level/{name}/fired"] = int(fired)
+            line[f"comm/level/{name}/bytes"] = sent
+            line["comm/bytes"] += sent
+            if fired:
+                line[f"optim/level/{name}/update_norm"] = report.update_norm[name]
+                line[f"optim/level/{name}/grad_norm"] = report.grad_norm[name]
+        self.write(line)
+        self.show(line)
+        return line
+
+    def evaluated(self, loss: float) -> None:
+        """Writes a held-out loss."""
+        self.write({"step": self.state.step, "tokens": self.state.tokens, "eval/loss": loss})
+        if self.plain:
+            self.journal.say(f"step {self.state.step:6d}  held-out loss {loss:.4f}")
+        self.bar.set_postfix_str(f"held-out {loss:.3f}")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same keys to wandb."""
+        if self.file:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        if self.wandb:
+            self.wandb.log(line, step=line["step"])
+
+    def show(self, line: dict[str, Any]) -> None:
+        """The bar, or a line where there is no terminal."""
+        self.bar.set_description_str(f"loss {line['train/loss']:.3f}", refresh=False)
+        self.bar.update()
+        run, step = self.state.run, line["step"]
+        if self.plain and (step % run.log.interval == 0 or step in (1, run.train.steps)):
+            moved = [name for name in self.state.optimizer.shards if line[f"optim/level/{name}/fired"]]
+            self.journal.say(
+                f"step {step:6d}/{run.train.steps}  loss {line['train/loss']:.4f}  "
+                f"{line['throughput/tokens_per_second']:,.0f} tokens/s  mfu {line['throughput/mfu']:.1%}  "
+                f"moved {' '.join(moved)}"
+            )
+
+    def _open_wandb(self) -> Any:
+        """A wandb run that goes on as the same curve after a resume; without one the run goes on all the same."""
+        state, run = self.state, self.state.run
+        os.environ.setdefault("WANDB_SILENT", "true")
+        try:
+            opened = wandb.init(
+                project=run.log.project,
+                name=run.run.name,
+                id=state.wandb_id or None,
+                resume="allow",
+                mode=run.log.wandb,
+                dir=str(self.folder.path),
+                config=plain(run),
+                settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+            )
+        except (wandb.Error, OSError) as error:
+            self.journal.event("wandb failed", state.step, reason=str(error))
+            self.journal.say(f"wandb is not available ({error}); metrics.jsonl has everything")
+            return None
+        state.wandb_id = opened.id
+        for axis in ("step", "tokens"):
+            opened.define_metric(axis)
+        opened.define_metric("*", step_metric="step")
+        return opened
+
+
+def forget(folder: Folder, step: int) -> None:
+    """Drops lines of steps after `step`: a crashed start had computed them, and this one computes them again."""
+    if folder.metrics.is_file():
+        lines = folder.metrics.read_text().splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        if len(kept) < len(lines):
+            folder.metrics.write_text("".join(line + "\n" for line in kept))
+
+
+def peak_bytes() -> int:
+    """Peak memory of this rank: of the GPU, or resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,44 @@
+"""The peak that model FLOPs utilisation is measured against."""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+# Vendor figures, dense, FLOP/s: (bf16, fp32 on CUDA cores)
+DEVICES = {
+    "A100": (312e12, 19.5e12),
+    "H100": (989e12, 67e12),
+    "H200": (989e12, 67e12),
+    "B200": (2250e12, 80e12),
+}
+
+
+def peak_flops(given: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
+    """(FLOP/s of all ranks together, where the figure is from). A collective.
+
+    A given figure counts for each rank; else the GPU's vendor figure; on a CPU, the speed of a matrix product measured on
+    all ranks at once.
+    """
+    if given is not None:
+        return given * dist.get_world_size(), "log.peak_flops"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for word, (bf16, fp32) in DEVICES.items():
+            if word in name:
+                return (bf16 if dtype == torch.bfloat16 else fp32) * dist.get_world_size(), f"vendor figure of {word}"
+    speed = torch.tensor(measured(dtype, device), dtype=torch.float64, device=device)
+    dist.all_reduce(speed)
+    return float(speed), "a matrix product measured at start"
+
+
+def measured(dtype: torch.dtype, device: torch.device, size: int = 512, rounds: int = 12) -> float:
+    """Best FLOP/s of a size x size x size product on this rank."""
+    a, best = torch.randn(size, size, dtype=dtype, device=device), float("inf")
+    for _ in range(rounds):
+        began = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

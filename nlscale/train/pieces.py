@@ -1,0 +1,93 @@
+"""Pieces: the part of a global tensor that a rank holds, as rectangles, in the form that torch's checkpoints ask for.
+
+A shard of optimizer state is a run of a leaf's elements; a run is at most three rectangles of the leaf. Saved as
+rectangles of the whole tensor, any layout reads what any other wrote.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+Rectangle = tuple[tuple[int, ...], Tensor]  # offset in the global tensor, values (a view)
+
+
+class Pieces:
+    """Rectangles of a global tensor of shape `size`. Only an `owner` writes them; every holder reads them."""
+
+    def __init__(self, size: Sequence[int], rectangles: Sequence[Rectangle], owner: bool) -> None:
+        self.shape, self.rectangles, self.owner = torch.Size(size), list(rectangles), owner
+
+    def size(self) -> torch.Size:
+        """Shape of the whole tensor."""
+        return self.shape
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(name, torch.Size(offset), i),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(torch.Size(offset), values.size()),
+                    properties=TensorProperties.create_from_tensor(values),
+                    size=self.shape,
+                ),
+            )
+            for i, (offset, values) in enumerate(self.rectangles)
+            if self.owner
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(offset), values.size()) for offset, values in self.rectangles]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        for offset, values in self.rectangles:
+            if torch.Size(offset) == index.offset:
+                return values
+        raise KeyError(f"no rectangle at {index.offset}")
+
+
+class SavePieces(DefaultSavePlanner):
+    """torch's save plan, for states made of Pieces."""
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The rectangle that a write item names."""
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+
+class LoadPieces(DefaultLoadPlanner):
+    """torch's load plan, for states made of Pieces."""
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """The rectangle that a read item fills."""
+        return self.state_dict[index.fqn].__get_tensor_shard__(index)
+
+
+def save(pieces: dict[str, Pieces], folder: Path) -> None:
+    """Writes this rank's rectangles. A collective over all ranks."""
+    dcp.save(dict(pieces), storage_writer=dcp.FileSystemWriter(folder), planner=SavePieces())
+
+
+def load(pieces: dict[str, Pieces], folder: Path) -> None:
+    """Fills the rectangles in place, whatever layout wrote them. A collective over all ranks."""
+    dcp.load(dict(pieces), storage_reader=dcp.FileSystemReader(folder), planner=LoadPieces())
+
+
+def rectangles(flat: Tensor, start: int, shape: Sequence[int], base: Sequence[int]) -> Iterator[Rectangle]:
+    """The run of elements `start ...` (row-major) of a local tensor of `shape` that lies at `base` in the global one."""
+    if len(shape) == 1:
+        yield (base[0] + start,), flat
+        return
+    width, used = shape[1], 0
+    while used < len(flat):
+        row, column = divmod(start + used, width)
+        rows = (len(flat) - used) // width if column == 0 else 0
+        count = rows * width if rows else min(width - column, len(flat) - used)
+        values = flat[used : used + count].view(max(1, rows), -1)
+        yield (base[0] + row, base[1] + column), values
+        used += count
