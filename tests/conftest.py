@@ -3,3 +3,18 @@
 from nlscale.runtime.quiet import quiet
 
 quiet()
+
+import pytest  # noqa: E402
+
+from nlscale.data.write import Preparation, prepare  # noqa: E402
+from tests.corpus import write_corpus  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of rows of 32 bytes."""
+    root = tmp_path_factory.mktemp("rows")
+    source = write_corpus(root / "in")
+    plan = Preparation(sources=(str(source),), out=str(root / "out"), sequence=32, tokeniser="bytes", held_out=0.1)
+    prepare(plan)
+    return str(root / "out")

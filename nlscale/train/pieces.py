@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 Rectangle = tuple[tuple[int, ...], Tensor]  # offset in the global tensor, values (a view)
@@ -63,6 +63,10 @@ class SavePieces(DefaultSavePlanner):
 class LoadPieces(DefaultLoadPlanner):
     """torch's load plan, for states made of Pieces."""
 
+    def set_up_planner(self, state_dict: dict[str, Pieces], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        """Keeps the state as it is: the default walks it for tensors to allocate and drops what it does not know."""
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator  # type: ignore[assignment]
+
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """The rectangle that a read item fills."""
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
@@ -75,7 +79,7 @@ def save(pieces: dict[str, Pieces], folder: Path) -> None:
 
 def load(pieces: dict[str, Pieces], folder: Path) -> None:
     """Fills the rectangles in place, whatever layout wrote them. A collective over all ranks."""
-    dcp.load(dict(pieces), storage_reader=dcp.FileSystemReader(folder), planner=LoadPieces())
+    dcp.load(dict(pieces), storage_reader=dcp.FileSystemReader(folder), planner=LoadPieces(flatten_state_dict=False))
 
 
 def rectangles(flat: Tensor, start: int, shape: Sequence[int], base: Sequence[int]) -> Iterator[Rectangle]:

@@ -1,6 +1,5 @@
 """Written rows are read back; the order of the global batches depends on no layout and survives a resume."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +16,7 @@ from nlscale.data.verify import verify
 from nlscale.data.write import Preparation, prepare
 from nlscale.runtime.world import join
 from nlscale.testing import ranks
-
-WORDS = ["memory", "learns", "at", "its", "own", "pace", "slow", "fast", "level", "window"]
-
-
-def corpus(folder: Path, seed: int = 0, documents: int = 300, space: str = " ") -> Path:
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(seed)
-    lines = [json.dumps({"text": space.join(random.choice(WORDS, 40))}) for _ in range(documents)]
-    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
-    root = tmp_path_factory.mktemp("rows")
-    plan = Preparation(sources=(str(corpus(root / "in")),), out=str(root / "out"), sequence=32, tokeniser="bytes", held_out=0.1)
-    prepare(plan)
-    return str(root / "out")
-
+from tests.corpus import write_corpus
 
 def hashes(data: Data, parallel: Parallel, steps: int, start: int, batch: int = 8) -> tuple[int, list[int], list[bytes]]:
     """(replica, hash of its rows a step, its rows)."""
@@ -89,7 +70,7 @@ def mixture_counts(data: Data) -> float:
 def test_mixture_keeps_its_weights(tmp_path: Path) -> None:
     paths = []
     for name in ("one", "two"):
-        folder = corpus(tmp_path / name, documents=200, space="#" if name == "two" else " ")
+        folder = write_corpus(tmp_path / name, documents=200, space="#" if name == "two" else " ")
         paths.append(str(tmp_path / f"{name}-mds"))
         prepare(Preparation(sources=(str(folder),), out=paths[-1], sequence=32, tokeniser="bytes"))
     data = Data(sequence=32, streams=[Stream(path=paths[0], weight=3), Stream(path=paths[1], weight=1)])

@@ -1,0 +1,127 @@
+"""Thirty steps are thirty steps: stopped at 15 and started again, a run ends with the same bits.
+
+Step 15 lies inside the windows of both slow levels (periods 4 and 8), so what they had gathered must survive too.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nlscale.config.run import Run
+from nlscale.runtime.folder import Folder, read_lines
+from nlscale.testing import ranks
+from nlscale.train.loop import train
+from tests.corpus import small_run
+
+LAYOUTS = {
+    "one": (1, []),
+    "tensor": (2, ["parallel.tensor=2"]),
+    "tensor-sequence": (2, ["parallel.tensor=2", "parallel.sequence=true", "model.variant=sequential"]),
+    "data": (2, []),
+    "pipeline": (2, ["parallel.pipeline=2"]),
+    "bf16-data": (2, ["train.precision=bf16"]),
+    "tensor-pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "tensor-data": (4, ["parallel.tensor=2"]),
+}
+
+
+def losses(run: Run) -> list[float]:
+    return [line["train/loss"] for line in read_lines(Folder(Path(run.folder)).metrics) if "train/loss" in line]
+
+
+def final_state(run: Run) -> dict[str, dict]:
+    """Sizes and digests of the last checkpoint's shards: every master weight and moment of every rank."""
+    files = json.loads((Folder(Path(run.folder)).checkpoint(30) / "manifest.json").read_text())["files"]
+    return {name: facts for name, facts in files.items() if name.endswith(".distcp")}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stopped_and_resumed_equals_unbroken_bit_for_bit(layout: str, prepared: str, tmp_path: Path) -> None:
+    count, overrides = LAYOUTS[layout]
+    unbroken = small_run(prepared, tmp_path / "unbroken", *overrides)
+    ranks(count, train, unbroken)
+    ranks(count, train, small_run(prepared, tmp_path / "resumed", *overrides, "train.stop_at=15"))
+    resumed = small_run(prepared, tmp_path / "resumed", *overrides)
+    assert len(losses(resumed)) == 15
+    ranks(count, train, resumed)
+    assert losses(resumed) == losses(unbroken)
+    assert len(losses(unbroken)) == 30
+    assert final_state(resumed) == final_state(unbroken)
+
+
+MOVES = {
+    "tensor2-pipeline2 to one": ((4, ["parallel.tensor=2", "parallel.pipeline=2"]), (1, [])),
+    "data4 to tensor2": ((4, []), (2, ["parallel.tensor=2"])),
+    "one to tensor2-data2": ((1, []), (4, ["parallel.tensor=2"])),
+    "tensor2-sequence to pipeline2": ((2, ["parallel.tensor=2", "parallel.sequence=true"]), (2, ["parallel.pipeline=2"])),
+    "data2 to interleaved": ((2, []), (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"])),
+    "total windows": ((4, ["parallel.tensor=2", "checkpoint.windows=total"]), (2, [])),
+}
+
+
+@pytest.fixture(scope="module")
+def unbroken(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    found = {}
+    for variant in ("independent", "sequential"):
+        run = small_run(prepared, tmp_path_factory.mktemp(variant), f"model.variant={variant}")
+        ranks(1, train, run)
+        found[variant] = losses(run)
+    return found
+
+
+@pytest.mark.parametrize("variant", ["independent", "sequential"])
+@pytest.mark.parametrize("move", MOVES)
+def test_resumed_on_another_layout_equals_unbroken(
+    move: str, variant: str, unbroken: dict, prepared: str, tmp_path: Path
+) -> None:
+    (before, first), (after, second) = MOVES[move]
+    common = [f"model.variant={variant}"]
+    ranks(before, train, small_run(prepared, tmp_path, *common, *first, "train.stop_at=15"))
+    run = small_run(prepared, tmp_path, *common, *second)
+    ranks(after, train, run)
+    assert losses(run) == pytest.approx(unbroken[variant], rel=2e-4)
+    hashes = [line["data/token_hash"] for line in read_lines(Folder(tmp_path).metrics) if "train/loss" in line]
+    assert len(set(hashes)) == 30
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(prepared: str, tmp_path: Path) -> None:
+    run = small_run(prepared, tmp_path, "checkpoint.interval=10", "checkpoint.keep=0")
+    ranks(1, train, run)
+    expected, folder = losses(run), Folder(tmp_path)
+    shutil.rmtree(folder.checkpoint(30))
+    shard = next(folder.checkpoint(20).glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    ranks(1, train, run)
+    assert losses(run) == expected
+    events = {line["event"]: line for line in read_lines(folder.events)}
+    assert events["damaged checkpoint"]["step"] == 20 and shard.name in events["damaged checkpoint"]["faults"][0]
+    assert events["restore"]["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.hidden=96", "holds another model"),
+        ("model.layers=2", "holds another model"),
+        (
+            "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 2, width: 0.25}, "
+            "{name: long, period: 8, width: 0.25}]",
+            "slow period=4 decay=1 -> .*period=2",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(change: str, words: str, prepared: str, tmp_path: Path) -> None:
+    ranks(1, train, small_run(prepared, tmp_path, "train.stop_at=2"))
+    with pytest.raises(RuntimeError, match=words):
+        ranks(1, train, small_run(prepared, tmp_path, change))
+
+
+def test_no_good_checkpoint_left_never_starts_from_scratch(prepared: str, tmp_path: Path) -> None:
+    ranks(1, train, small_run(prepared, tmp_path, "train.stop_at=2"))
+    next(Folder(tmp_path).checkpoint(2).glob("*.distcp")).unlink()
+    with pytest.raises(RuntimeError, match="StoppedOnPurpose: none of the 1 checkpoints"):
+        ranks(1, train, small_run(prepared, tmp_path))
