@@ -1,4 +1,4 @@
-"""What nlscale is made of and what it needs. Ranges stand here; the one tested set of versions stands in constraints.txt."""
+"""What nlscale is made of and what it needs: ranges. The one tested set of versions stands in constraints.txt."""
 
 from setuptools import find_packages, setup
 

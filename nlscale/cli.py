@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         return made
 
     def recipe(made: argparse.ArgumentParser) -> None:
-        made.add_argument("recipe", help=f"a path, or one of {', '.join(shipped('recipes'))}; then section.key=value ...")
+        made.add_argument(
+            "recipe", help=f"a path, or one of {', '.join(shipped('recipes'))}; then section.key=value ..."
+        )
 
     made = verb("train", train, "train a run, or go on where its folder left off")
     recipe(made)
@@ -67,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("--gpus", type=int, help="ranks that the run will have")
     data = verbs.add_parser("data", help="prepare and verify datasets").add_subparsers(required=True, metavar="VERB")
     made = verb("prepare", prepare, "documents -> tokens -> packed MDS shards", data)
-    made.add_argument("sources", nargs="+", metavar="SOURCE", help="files, folders or globs of text or JSON lines; or stdlib")
+    made.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="files, folders or globs of text or JSON lines; or stdlib"
+    )
     made.add_argument("--out", required=True, help="folder of the dataset")
     made.add_argument("--sequence", type=int, default=2048, help="tokens a row")
     made.add_argument("--tokeniser", default="bpe:32768", help="bytes, bpe:N (trained here) or a tokenizers JSON file")
@@ -79,7 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
     made = verb("plot", draw, "loss, norms by level and throughput of runs, as PNG and SVG")
     made.add_argument("runs", nargs="+", metavar="RUN")
     made.add_argument("--out", help="PNG file; unset: plots/loss.png in the first run")
-    saved = verbs.add_parser("checkpoint", help="list and verify checkpoints").add_subparsers(required=True, metavar="VERB")
+    saved = verbs.add_parser("checkpoint", help="list and verify checkpoints").add_subparsers(
+        required=True, metavar="VERB"
+    )
     for name, function, text in (
         ("list", list_checkpoints, "checkpoints of a run"),
         ("verify", verify_checkpoints, "check every file of every checkpoint against its digest"),
@@ -153,8 +159,12 @@ def check(options: argparse.Namespace) -> None:
     world = options.gpus or run.parallel.ranks
     count = replicas(run, world)
     print(f"{options.recipe}: ok")
-    print(f"layout       tensor {run.parallel.tensor} x pipeline {run.parallel.pipeline} x {count} replicas = {world} ranks")
-    print(f"step         {run.train.global_batch} rows of {run.data.sequence} tokens, {run.train.micro_batch} a forward pass")
+    print(
+        f"layout       tensor {run.parallel.tensor} x pipeline {run.parallel.pipeline} x {count} replicas = {world} ranks"
+    )
+    print(
+        f"step         {run.train.global_batch} rows of {run.data.sequence} tokens, {run.train.micro_batch} a forward pass"
+    )
     levels = "  ".join(f"{x.name} every {x.period} ({x.width:g})" for x in run.levels)
     print(f"levels       {levels}")
 
@@ -173,7 +183,9 @@ def prepare(options: argparse.Namespace) -> None:
         workers=options.workers,
     )
     card = write.prepare(plan)
-    print(f"dataset      {options.out}  (tokeniser {card.tokeniser}, {card.vocabulary} tokens, fingerprint {card.fingerprint[:12]})")
+    print(
+        f"dataset      {options.out}  ({card.tokeniser}, {card.vocabulary} tokens, fingerprint {card.fingerprint[:12]})"
+    )
     for split, rows in card.rows.items():
         documents, tokens = card.documents[split], card.tokens[split]
         print(f"{split:12s} {documents:,} documents, {rows:,} rows of {card.sequence}, {tokens:,} tokens")
@@ -232,7 +244,6 @@ def bench(options: argparse.Namespace) -> int:
     """`nlscale bench`."""
     quiet()
     return int(importlib.import_module(f"nlscale.bench.{options.name}").main(options.json))
-
 
 
 if __name__ == "__main__":

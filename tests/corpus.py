@@ -9,11 +9,25 @@ from nlscale.config.read import read
 from nlscale.config.run import Run
 
 LEVELS = (
-    "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 4, width: 0.25}, {name: long, period: 8, width: 0.25}]"
+    "levels=[{name: fast, period: 1, width: 0.5}, "
+    "{name: slow, period: 4, width: 0.25}, {name: long, period: 8, width: 0.25}]"
 )
-MODEL = ["model.layers=4", "model.width=32", "model.heads=4", "model.kv_heads=2", "model.hidden=64", "model.vocabulary=384"]
-TRAIN = ["train.steps=30", "train.global_batch=4", "train.micro_batch=1", "train.precision=fp32", "train.evaluate_rows=0"]
-REST = ["data.sequence=32", "parallel.tensor=1", "checkpoint.interval=15", "log.wandb=disabled", "optim.lr=0.01"]
+MODEL = [
+    "model.layers=4",
+    "model.width=32",
+    "model.heads=4",
+    "model.kv_heads=2",
+    "model.hidden=64",
+    "model.vocabulary=384",
+]
+TRAIN = [
+    "train.steps=30",
+    "train.global_batch=4",
+    "train.micro_batch=1",
+    "train.precision=fp32",
+    "train.evaluate_rows=0",
+]
+REST = ["data.sequence=32", "parallel.tensor=1", "checkpoint.interval=15", "log.wandb=disabled", "optim.lr=0.002"]
 WORDS = ["memory", "learns", "at", "its", "own", "pace", "slow", "fast", "level", "window"]
 
 

@@ -7,9 +7,17 @@ from nlscale.config.read import read
 from nlscale.config.run import Run
 
 LEVELS = (
-    "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 2, width: 0.25}, {name: long, period: 4, width: 0.25}]"
+    "levels=[{name: fast, period: 1, width: 0.5}, "
+    "{name: slow, period: 2, width: 0.25}, {name: long, period: 4, width: 0.25}]"
 )
-SMALL = ["model.layers=4", "model.width=32", "model.heads=4", "model.kv_heads=2", "model.hidden=64", "model.vocabulary=128"]
+SMALL = [
+    "model.layers=4",
+    "model.width=32",
+    "model.heads=4",
+    "model.kv_heads=2",
+    "model.hidden=64",
+    "model.vocabulary=128",
+]
 TRAIN = ["data.sequence=16", "train.global_batch=8", "train.micro_batch=1", "train.precision=fp32", "parallel.tensor=1"]
 
 

@@ -29,7 +29,10 @@ class Card:
 def load_card(folder: str) -> Card:
     """The card of a prepared dataset; raises UserError where there is none."""
     path = Path(folder, NAME)
-    require(Path(folder).is_dir(), f"data.path={folder}: no such folder; `nlscale data prepare SOURCE --out {folder}` makes it")
+    require(
+        Path(folder).is_dir(),
+        f"data.path={folder}: no such folder; `nlscale data prepare SOURCE --out {folder}` makes it",
+    )
     require(path.is_file(), f"{folder} holds no {NAME}: it was not made (to the end) by `nlscale data prepare`")
     try:
         return Card(**json.loads(path.read_text()))

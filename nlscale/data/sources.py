@@ -59,7 +59,8 @@ def units(files: Sequence[Path]) -> list[list[Piece]]:
         elif size:
             pieces.append(Piece(str(path), size))
     require(bool(pieces), "the sources are empty: all files have 0 bytes")
-    grouped, filled = [[]], 0
+    grouped: list[list[Piece]] = [[]]
+    filled = 0
     for piece in pieces:
         if filled and filled + piece.size > limit:
             grouped.append([])

@@ -52,7 +52,9 @@ def make(name: str, sample: Iterable[str]) -> Tokeniser:
         return Tokeniser(name, 257, 0, "bytes", None)
     if name.startswith("bpe:"):
         size = name.removeprefix("bpe:")
-        require(size.isdigit() and int(size) > 257, f"tokeniser '{name}': bpe:N needs N above 257, for example bpe:32768")
+        require(
+            size.isdigit() and int(size) > 257, f"tokeniser '{name}': bpe:N needs N above 257, for example bpe:32768"
+        )
         return wrapped(name, train(sample, int(size)))
     require(Path(name).is_file(), f"tokeniser '{name}' is neither bytes, nor bpe:N, nor a file")
     try:

@@ -25,7 +25,9 @@ def verify(folder: str) -> list[str]:
             faults.append(f"{split}/index.json: {error}")
             continue
         for shard in shards:
-            faults += [f"{split}/{shard['raw_data']['basename']}: {fault}" for fault in audit(folder, split, shard, card)]
+            faults += [
+                f"{split}/{shard['raw_data']['basename']}: {fault}" for fault in audit(folder, split, shard, card)
+            ]
             prints += [split, shard["raw_data"]["basename"], shard["raw_data"]["hashes"][DIGEST]]
         rows = sum(shard["samples"] for shard in shards)
         if rows != card.rows[split]:
@@ -47,7 +49,9 @@ def audit(folder: str, split: str, shard: dict[str, Any], card: Card) -> Iterato
         return
     if xxhash.xxh128_hexdigest(content) == shard["raw_data"]["hashes"][DIGEST]:
         return
-    yield "digest differs" + "".join(f"; sample {i} holds a token that the tokeniser lacks" for i in strange(content, card))
+    yield "digest differs" + "".join(
+        f"; sample {i} holds a token that the tokeniser lacks" for i in strange(content, card)
+    )
 
 
 def strange(content: bytes, card: Card) -> list[int]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nlscale.config.errors import UserError, require
 from nlscale.data.card import NAME, Card, load_card, save_card
-from nlscale.data.mds import DIGEST, COLUMN, merge, row_type, writer
+from nlscale.data.mds import COLUMN, DIGEST, merge, row_type, writer
 from nlscale.data.sources import Piece, documents, expand, units
 from nlscale.data.tokenise import Tokeniser, make
 
@@ -60,7 +60,7 @@ class Unit:
     @property
     def key(self) -> str:
         """Digest of everything that decides the unit's rows."""
-        files = [(*asdict(piece).values(), os.stat(piece.path).st_mtime_ns) for piece in self.pieces]
+        files = [(*asdict(piece).values(), Path(piece.path).stat().st_mtime_ns) for piece in self.pieces]
         plan = (self.plan.sequence, self.plan.held_out, self.plan.field, self.plan.shard_bytes)
         return xxhash.xxh128_hexdigest(json.dumps([files, plan, self.tokeniser.digest]))
 
@@ -106,7 +106,9 @@ def settle(plan: Preparation, work: Sequence[Sequence[Piece]], staging: Path) ->
 
 def run(work: Sequence[Unit], workers: int) -> list[dict[str, Any]]:
     """Writes all units, several at a time, and gives their notes in order."""
-    bar = tqdm(total=sum(piece.size for unit in work for piece in unit.pieces), unit="B", unit_scale=True, desc="prepare")
+    bar = tqdm(
+        total=sum(piece.size for unit in work for piece in unit.pieces), unit="B", unit_scale=True, desc="prepare"
+    )
     notes: dict[int, dict[str, Any]] = {}
     count = min(workers or os.cpu_count() or 1, len(work))
     with bar, multiprocessing.get_context("fork").Pool(count) as pool:
@@ -180,7 +182,10 @@ def tokenised(unit: Unit) -> Iterator[tuple[str, list[int]]]:
 def finish(staging: Path, plan: Preparation, tokeniser: Tokeniser, notes: Sequence[dict[str, Any]]) -> Card:
     """Merges the units' indexes and writes the card."""
     total = {what: {split: sum(n[what][split] for n in notes) for split in SPLITS} for what in ("rows", "documents")}
-    require(total["rows"]["train"] > 0, f"the sources fill no training row of {plan.sequence} tokens; use a smaller --sequence")
+    require(
+        total["rows"]["train"] > 0,
+        f"the sources fill no training row of {plan.sequence} tokens; use a smaller --sequence",
+    )
     prints = [tokeniser.digest, str(plan.sequence)]
     for split in SPLITS:
         (staging / split).mkdir(exist_ok=True)

@@ -5,11 +5,11 @@ T tokens, B rows, D width, H query heads, G key and value heads, K head width; H
 
 from collections.abc import Iterator
 
-import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from nlscale_kernels.rotary import rotate
 from torch import Tensor
 
 from nlscale.config.model import Model
@@ -29,7 +29,9 @@ class Attention(MegatronModule):
         options = {"config": config, "init_method": config.init_method, "bias": False, "skip_bias_add": False}
         projections = width * (model.heads + 2 * model.key_value_heads)
         self.qkv = build_module(column, model.width, projections, gather_output=False, **options)
-        self.out = build_module(row, model.heads * width, model.width, input_is_parallel=True, is_expert=False, **options)
+        self.out = build_module(
+            row, model.heads * width, model.width, input_is_parallel=True, is_expert=False, **options
+        )
 
     def forward(self, x_TBD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """(T, B, D) -> (T, B, D); `mask` is (B, 1, T, T), true where attention is allowed, or None: causal."""
@@ -37,11 +39,9 @@ class Attention(MegatronModule):
         heads_TBHK = fused.unflatten(-1, (self.heads + 2 * self.groups, -1))
         qk, v = heads_TBHK.split([self.heads + self.groups, self.groups], dim=2)
         q, k = rotate(qk, *rotary).split([self.heads, self.groups], dim=2)
+        q_BHTK, k_BGTK, v_BGTK = (part.permute(1, 2, 0, 3) for part in (q, k, v))
         o_BHTK = F.scaled_dot_product_attention(
-            *(part.permute(1, 2, 0, 3) for part in (q, k, v)),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.groups != self.heads,
+            q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=mask is None, enable_gqa=self.groups != self.heads
         )
         update, _ = self.out(o_BHTK.permute(2, 0, 1, 3).flatten(2))
         return x_TBD + update
@@ -54,23 +54,6 @@ class Attention(MegatronModule):
             yield Leaf(f"{name}.weight", self.qkv.weight, axis=0, start=start, length=count * unit, shard=0)
             start += count * unit
         yield Leaf("out.weight", self.out.weight, shard=1)
-
-
-def rotary_table(tokens: int, width: int, base: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of rotary positions (Su et al., 2021), each (T, 1, 1, K), float32.
-
-    The first half of the sines carries the minus sign of the rotation.
-    """
-    frequency = base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
-    angle = torch.outer(torch.arange(tokens, device=device, dtype=torch.float64), frequency)
-    cosine, sine = angle.cos(), angle.sin()
-    table = torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
-    return tuple(part.float()[:, None, None, :] for part in table)  # type: ignore[return-value]
-
-
-def rotate(x_TBHK: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turns the two halves of every head by its token's angle."""
-    return x_TBHK * cosine + x_TBHK.roll(x_TBHK.shape[-1] // 2, -1) * sine
 
 
 def document_mask(starts_BT: Tensor) -> Tensor:

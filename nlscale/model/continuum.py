@@ -19,6 +19,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from nlscale_kernels.swiglu import swiglu
 from torch import Tensor, nn
 
 from nlscale.model.layers import Norm
@@ -28,12 +29,6 @@ from nlscale.runtime.leaf import Leaf, prefixed
 def gelu(hidden: Tensor) -> Tensor:
     """GELU, tanh form."""
     return F.gelu(hidden, approximate="tanh")
-
-
-def swiglu(hidden: Tensor) -> Tensor:
-    """silu(gate) * up of a fused (gate, up) product (Shazeer, 2020)."""
-    gate, up = hidden.chunk(2, -1)
-    return F.silu(gate) * up
 
 
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
@@ -105,7 +100,7 @@ class Sequential(MegatronModule):
     def leaves(self) -> Iterator[Leaf]:
         """Each level's own norm, up (gate) and down."""
         for name, level in self.chain.items():
-            for leaf in level.leaves():
+            for leaf in level.leaves():  # type: ignore[operator]
                 yield from prefixed(name, iter([leaf])) if leaf.name == "norm.weight" else iter([leaf])
 
 

@@ -5,19 +5,21 @@ A model is one pipeline stage's share of the network; on one stage it is the who
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from nlscale_kernels.rotary import rotary_table
 from torch import Tensor, nn
 
 from nlscale.config.model import Model
-from nlscale.model.attention import Attention, document_mask, rotary_table
+from nlscale.model.attention import Attention, document_mask
 from nlscale.model.continuum import VARIANTS, ContinuumSubmodules
-from nlscale.runtime.leaf import Leaf, prefixed
 from nlscale.model.loss import Head
+from nlscale.runtime.leaf import Leaf, prefixed
 
 MASKS = {"document": document_mask, "causal": lambda starts_BT: None}
 
@@ -75,7 +77,9 @@ class Hope(MegatronModule):
         if stage.last:
             self.head = Head(model.vocabulary, config)
         device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
-        for name, table in zip(("cosine", "sine"), rotary_table(tokens, model.head_width, model.rope_base, device), strict=True):
+        for name, table in zip(
+            ("cosine", "sine"), rotary_table(tokens, model.head_width, model.rope_base, device), strict=True
+        ):
             self.register_buffer(name, table.to(config.params_dtype), persistent=False)
 
     def set_input_tensor(self, tensors: Tensor | Sequence[Tensor | None] | None) -> None:
@@ -84,7 +88,7 @@ class Hope(MegatronModule):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor) -> Tensor:
         """On the last stage the summed loss (scalar), elsewhere the activations (T, B, D) for the next stage."""
-        x_TBD = self.enter(tokens_BT) if self.stage.first else self.input
+        x_TBD: Any = self.enter(tokens_BT) if self.stage.first else self.input
         mask, rotary = self.mask(starts_BT), (self.cosine, self.sine)
         for block in self.blocks:
             x_TBD = block(x_TBD, rotary, mask)
@@ -100,6 +104,6 @@ class Hope(MegatronModule):
         if self.stage.first:
             yield Leaf("embed.weight", self.embed.weight, shard=0)
         for layer, block in zip(self.stage.layers, self.blocks, strict=True):
-            yield from prefixed(f"blocks.{layer}", block.leaves())
+            yield from prefixed(f"blocks.{layer}", block.leaves())  # type: ignore[operator]
         if self.stage.last:
             yield from self.head.leaves()

@@ -45,7 +45,7 @@ class Checkpoints:
         dist.barrier()
         save({**state.shards(), **state.windows_to_save()}, partial)
         facts = state.facts()
-        mine = [path for path in partial.glob(f"__{world.rank}_*")]
+        mine = partial.glob(f"__{world.rank}_*")
         digests: list[dict] = [{} for _ in range(world.size)]
         dist.all_gather_object(digests, {path.name: digest(path) for path in mine})
         if world.leads:
@@ -128,7 +128,9 @@ class Checkpoints:
                 if turn < len(wanted[leaf.name]):
                     values = torch.empty_like(state.optimizer.windows.of(leaf))
                     buffers[leaf.name] = (window_name(leaf.name, *wanted[leaf.name][turn]), leaf, values)
-            pieces: dict[str, Pieces] = {name: state.whole(leaf, values, False) for name, leaf, values in buffers.values()}
+            pieces: dict[str, Pieces] = {
+                name: state.whole(leaf, values, False) for name, leaf, values in buffers.values()
+            }
             load(pieces, path)
             for _, leaf, values in buffers.values():
                 state.optimizer.windows.of(leaf).add_(values)

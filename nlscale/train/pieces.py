@@ -63,7 +63,9 @@ class SavePieces(DefaultSavePlanner):
 class LoadPieces(DefaultLoadPlanner):
     """torch's load plan, for states made of Pieces."""
 
-    def set_up_planner(self, state_dict: dict[str, Pieces], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self, state_dict: dict[str, Pieces], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
         """Keeps the state as it is: the default walks it for tensors to allocate and drops what it does not know."""
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator  # type: ignore[assignment]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -20,7 +21,9 @@ def plot(folders: Sequence[Folder], target: Path) -> Path:
         label = f"{folder.path.name} " if len(folders) > 1 else ""
         draw(losses, lines, "train/loss", f"{label}train", linewidth=1)
         draw(losses, lines, "eval/loss", f"{label}held-out", marker="o", linestyle="none")
-        levels = [key for line in lines[-1:] for key in line if key.startswith("optim/level/") and key.endswith("fired")]
+        levels = [
+            key for line in lines[-1:] for key in line if key.startswith("optim/level/") and key.endswith("fired")
+        ]
         names = levels or [key for line in lines[:1] for key in line if key.endswith("/fired")]
         for key in names:
             name = key.split("/")[2]
@@ -43,7 +46,7 @@ def plot(folders: Sequence[Folder], target: Path) -> Path:
     return target
 
 
-def draw(axes: pyplot.Axes, lines: list[dict], key: str, label: str, **style: object) -> None:
+def draw(axes: pyplot.Axes, lines: list[dict], key: str, label: str, **style: Any) -> None:
     """One curve, where the runs' lines have it."""
     points = [(line["step"], line[key]) for line in lines if key in line]
     if points:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from nlscale.data import write
+
 from nlscale.config.errors import UserError
+from nlscale.data import write
 from nlscale.data.mds import StreamingDataset, tokens
 from nlscale.data.sources import documents, units
 from nlscale.data.tokenise import make
@@ -37,7 +38,9 @@ def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
     seen = []
     for source in ("txt", "txt/*.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):
         out = tmp_path / f"out-{len(seen)}"
-        card = prepare(Preparation(sources=(str(tmp_path / source),), out=str(out), sequence=50, tokeniser="bytes", held_out=0))
+        card = prepare(
+            Preparation(sources=(str(tmp_path / source),), out=str(out), sequence=50, tokeniser="bytes", held_out=0)
+        )
         assert card.documents == {"train": 6, "heldout": 0}
         seen.append(np.stack(rows(out)))
     assert all(np.array_equal(seen[0], other) for other in seen[1:])
@@ -60,7 +63,9 @@ def test_splits_are_by_document_and_disjoint(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"{i} " * 30}) for i in range(400)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     card = prepare(
-        Preparation(sources=(str(tmp_path / "a.jsonl"),), out=str(tmp_path / "o"), sequence=16, tokeniser="bytes", held_out=0.2)
+        Preparation(
+            sources=(str(tmp_path / "a.jsonl"),), out=str(tmp_path / "o"), sequence=16, tokeniser="bytes", held_out=0.2
+        )
     )
     assert card.documents["heldout"] == pytest.approx(80, abs=30)
     starts = {split: {bytes(r) for r in rows(tmp_path / "o", split)} for split in ("train", "heldout")}
@@ -71,7 +76,9 @@ def test_a_killed_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("nlscale.data.sources.SMALLEST_UNIT", 4000)
     for i in range(20):
         (tmp_path / f"{i:02d}.txt").write_text(TEXT.replace("level", f"level{i}"))
-    plan = Preparation(sources=(str(tmp_path / "*.txt"),), out=str(tmp_path / "o"), sequence=32, tokeniser="bpe:300", workers=1)
+    plan = Preparation(
+        sources=(str(tmp_path / "*.txt"),), out=str(tmp_path / "o"), sequence=32, tokeniser="bpe:300", workers=1
+    )
     reference = prepare(Preparation(**{**plan.__dict__, "out": str(tmp_path / "reference")}))
     child = os.fork()
     if child == 0:
@@ -109,7 +116,9 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, content: bytes | None
     path = tmp_path / f"in{options.get('suffix', '.txt')}"
     if content is not None:
         path.write_bytes(content)
-    plan = Preparation(sources=(str(path),), out=str(tmp_path / "o"), sequence=64, tokeniser=options.get("tokeniser", "bytes"))
+    plan = Preparation(
+        sources=(str(path),), out=str(tmp_path / "o"), sequence=64, tokeniser=options.get("tokeniser", "bytes")
+    )
     with pytest.raises(UserError, match=words) as caught:
         prepare(plan)
     assert "\n" not in str(caught.value)
@@ -118,7 +127,9 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, content: bytes | None
 
 def test_an_existing_dataset_is_kept_or_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
-    plan = Preparation(sources=(str(tmp_path / "a.txt"),), out=str(tmp_path / "o"), sequence=32, tokeniser="bytes", held_out=0)
+    plan = Preparation(
+        sources=(str(tmp_path / "a.txt"),), out=str(tmp_path / "o"), sequence=32, tokeniser="bytes", held_out=0
+    )
     assert prepare(plan) == prepare(plan)
     with pytest.raises(UserError, match="made otherwise"):
         prepare(Preparation(**{**plan.__dict__, "sequence": 64}))

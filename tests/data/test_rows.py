@@ -18,7 +18,10 @@ from nlscale.runtime.world import join
 from nlscale.testing import ranks
 from tests.corpus import write_corpus
 
-def hashes(data: Data, parallel: Parallel, steps: int, start: int, batch: int = 8) -> tuple[int, list[int], list[bytes]]:
+
+def hashes(
+    data: Data, parallel: Parallel, steps: int, start: int, batch: int = 8
+) -> tuple[int, list[int], list[bytes]]:
     """(replica, hash of its rows a step, its rows)."""
     world = join(parallel, Cluster(), 0)
     loader = Loader(data, batch, world)

@@ -55,7 +55,10 @@ MOVES = {
     "tensor2-pipeline2 to one": ((4, ["parallel.tensor=2", "parallel.pipeline=2"]), (1, [])),
     "data4 to tensor2": ((4, []), (2, ["parallel.tensor=2"])),
     "one to tensor2-data2": ((1, []), (4, ["parallel.tensor=2"])),
-    "tensor2-sequence to pipeline2": ((2, ["parallel.tensor=2", "parallel.sequence=true"]), (2, ["parallel.pipeline=2"])),
+    "tensor2-sequence to pipeline2": (
+        (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+        (2, ["parallel.pipeline=2"]),
+    ),
     "data2 to interleaved": ((2, []), (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"])),
     "total windows": ((4, ["parallel.tensor=2", "checkpoint.windows=total"]), (2, [])),
 }

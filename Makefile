@@ -1,0 +1,43 @@
+# Two commands: `make train` trains the demo from nothing, `make test` runs every check.
+#
+#   PYTHON=python3.12 make train     another interpreter (3.11 or 3.12)
+#   TORCH_INDEX=URL make train       an index that has the torch build for this machine; unset: pip's own
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: train test lint bench clean
+
+train: $(VENV)/installed
+	$(BIN)/nlscale data prepare stdlib --out corpora/stdlib --sequence 256 --tokeniser bpe:4096 --held-out 0.05
+	$(BIN)/nlscale train demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/installed
+	$(BIN)/nlscale bench step
+	$(BIN)/nlscale bench loader
+
+# torch comes first and alone: asked for by another package, the newest CUDA build would come with gigabytes.
+$(VENV)/installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || \
+		{ echo "nlscale needs Python 3.11 or 3.12; PYTHON=python3.12 make ... chooses one"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "python's venv is missing: apt-get install python3-venv"; exit 1; }
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(PIP) --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs corpora

@@ -1,0 +1,21 @@
+"""Rotary positions (Su et al., 2021), half-split form. T tokens, B rows, H heads, K head width."""
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(tokens: int, width: int, base: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines of rotary positions (Su et al., 2021), each (T, 1, 1, K), float32.
+
+    The first half of the sines carries the minus sign of the rotation.
+    """
+    frequency = base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
+    angle = torch.outer(torch.arange(tokens, device=device, dtype=torch.float64), frequency)
+    cosine, sine = angle.cos(), angle.sin()
+    table = torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
+    return tuple(part.float()[:, None, None, :] for part in table)  # type: ignore[return-value]
+
+
+def rotate(x_TBHK: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turns the two halves of every head by its token's angle."""
+    return x_TBHK * cosine + x_TBHK.roll(x_TBHK.shape[-1] // 2, -1) * sine
