@@ -112,9 +112,10 @@ def resolve(options: argparse.Namespace) -> Run:
 def train(options: argparse.Namespace) -> int:
     """`nlscale train`: one rank under srun or torchrun, else all ranks of this machine."""
     run = resolve(options)
-    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
-        Folder(Path(run.folder)).open()
-        return train_rank(run, 0)
+    if given := os.environ.get("RANK") or os.environ.get("SLURM_PROCID"):
+        if given == "0":
+            Folder(Path(run.folder)).open()
+        return train_rank(run, int(given))
     count = options.nproc or run.cluster.nproc or run.parallel.ranks
     replicas(run, count)
     folder = Folder(Path(run.folder))

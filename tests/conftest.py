@@ -10,6 +10,10 @@ from nlscale.data.write import Preparation, prepare  # noqa: E402
 from tests.corpus import write_corpus  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden anew")
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A dataset of rows of 32 bytes."""

@@ -1,0 +1,76 @@
+"""A bench's table: rows of ratios against a baseline of the same run, with what they were measured on."""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+PACKAGES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "triton")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. `ok` says whether `ratio` (or `value` where there is no baseline) keeps the target."""
+
+    name: str
+    value: float
+    unit: str
+    baseline: float | None
+    ratio: float | None
+    target: str
+    ok: bool
+
+
+def at_most(name: str, value: float, unit: str, baseline: float, limit: float) -> Row:
+    """value / baseline <= limit."""
+    ratio = value / baseline
+    return Row(name, value, unit, baseline, ratio, f"<= {limit:g}x", ratio <= limit)
+
+
+def at_least(name: str, value: float, unit: str, baseline: float, limit: float) -> Row:
+    """value / baseline >= limit."""
+    ratio = value / baseline
+    return Row(name, value, unit, baseline, ratio, f">= {limit:g}x", ratio >= limit)
+
+
+def exactly(name: str, value: float, unit: str, wanted: float) -> Row:
+    """value = wanted."""
+    return Row(name, value, unit, None, None, f"= {wanted:g}", value == wanted)
+
+
+def alternating(contestants: Sequence[Callable[[], object]], rounds: int, warmup: int = 2) -> list[float]:
+    """Median seconds of each contestant, called in turn, so that a noisy machine disturbs all alike."""
+    times: list[list[float]] = [[] for _ in contestants]
+    for turn in range(warmup + rounds):
+        for run, seen in zip(contestants, times, strict=True):
+            began = perf_counter()
+            run()
+            if turn >= warmup:
+                seen.append(perf_counter() - began)
+    return [median(seen) for seen in times]
+
+
+def show(title: str, rows: Sequence[Row], target: str | None) -> int:
+    """Prints the table, writes it as JSON where asked; gives 0 if every target is kept, else 1."""
+    print(title)
+    print(f"{'':48s} {'value':>12s} {'baseline':>12s} {'ratio':>8s} {'target':>10s}")
+    for row in rows:
+        baseline = f"{row.baseline:12.5g}" if row.baseline is not None else " " * 12
+        ratio = f"{row.ratio:8.3f}" if row.ratio is not None else " " * 8
+        mark = "ok" if row.ok else "MISSED"
+        print(f"{row.name:48s} {row.value:12.5g} {baseline} {ratio} {row.target:>10s}  {mark}  ({row.unit})")
+    if target:
+        machine = {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        }
+        versions = {name: metadata.version(name) for name in PACKAGES}
+        record = {"rows": [asdict(row) for row in rows], "machine": machine, "versions": versions}
+        Path(target).write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if all(row.ok for row in rows) else 1

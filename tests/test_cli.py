@@ -1,0 +1,189 @@
+"""The program as a person uses it: exit codes, one clear line for a mistake, and no torch where none is needed."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = [sys.executable, "-m", "nlscale.cli"]
+SHAPE = [
+    "model.layers=2",
+    "model.width=32",
+    "model.heads=4",
+    "model.kv_heads=2",
+    "model.hidden=64",
+    "data.sequence=32",
+    "train.global_batch=4",
+    "train.micro_batch=1",
+    "train.evaluate_rows=4",
+    "train.evaluate_interval=3",
+    "log.wandb=disabled",
+]
+
+
+def nlscale(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    return subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, timeout=timeout)
+
+
+MISTAKES = {
+    "misspelt key": (["optim.lrr=1"], "Key 'lrr' not in 'Optim'. Did you mean: 'lr'"),
+    "unknown section": (["optimiser.lr=1"], "not in 'Run'"),
+    "wrong type": (["train.steps=many"], "could not be converted to Integer"),
+    "not a choice": (["train.precision=fp8"], "expected one of"),
+    "out of range": (["optim.lr=-1"], "optim.lr=-1.0 must be above 0"),
+    "heads by tensor": (["parallel.tensor=4"], "model.kv_heads=2 cannot be split over parallel.tensor=4"),
+    "layers by pipeline": (["parallel.pipeline=3"], "stages in [1, 2] or model.layers=3 would work"),
+    "world by layout": (["--gpus", "3"], "2, 4, 8 ... ranks would work"),
+    "batch by replicas": (["--gpus", "16"], "train.global_batch=4 is no multiple of 8 replicas"),
+    "periods": (
+        ["levels=[{name: a, period: 1, width: 0.5}, {name: b, period: 4, width: 0.5}, {name: c, period: 6, width: 0}]"],
+        "4 or 8 would work",
+    ),
+    "widths": (["levels=[{name: a, period: 1, width: 0.5}]"], "must sum to 1, got 0.5"),
+    "no data": (["data.path=nowhere"], "data.path=nowhere: no such folder"),
+    "another sequence": (["data.sequence=64"], "data.sequence=32 would work"),
+    "small vocabulary": (["model.vocabulary=128"], "smaller than the 257 tokens"),
+    "no recipe section": (["use.model=huge"], "choose from"),
+    "no assignment": (["verbose"], "overrides have the form section.key=value"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_78_in_two_seconds(mistake: str, prepared: str) -> None:
+    extra, words = MISTAKES[mistake]
+    began = time.monotonic()
+    result = nlscale("check", "demo", *SHAPE, f"data.path={prepared}", "use.parallel=tensor2", *extra)
+    assert time.monotonic() - began < 2
+    assert words in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.returncode == (2 if mistake == "no assignment" else 78)
+
+
+def test_check_says_what_it_would_do_without_torch(prepared: str) -> None:
+    code = (
+        "import sys; from nlscale.cli import main; "
+        f"assert main(['check', 'demo', {', '.join(map(repr, SHAPE))}, 'data.path={prepared}']) == 0; "
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "tensor 2 x pipeline 1 x 1 replicas = 2 ranks" in result.stdout
+
+
+@pytest.mark.parametrize("content", [None, "", "- a list\n", "model: [unclosed\n", "\xff"])
+def test_a_recipe_that_cannot_be_read_is_refused(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content, encoding="latin-1")
+    result = nlscale("check", str(path))
+    assert result.returncode == 78 and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_train_resumes_finishes_and_reports(prepared: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = ["train", "demo", *SHAPE, f"data.path={prepared}", f"run.folder={folder}", "train.steps=6"]
+    first = nlscale(*command, "train.stop_at=4")
+    assert first.returncode == 0, first.stderr
+    second = nlscale(*command)
+    assert second.returncode == 0, second.stderr
+    assert "goes on after step 4" in second.stdout and "last loss" in second.stdout
+    third = nlscale(*command)
+    assert third.returncode == 0 and "the run is finished: step 6 of 6" in third.stdout
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [3, 6]
+    keys = "tokens optim/grad_norm optim/lr comm/bytes throughput/tokens_per_second throughput/step_seconds"
+    keys += " throughput/data_wait_seconds throughput/mfu memory/peak_bytes data/token_hash comm/level/slow/bytes"
+    keys += " optim/level/fast/fired optim/level/fast/update_norm optim/level/fast/grad_norm"
+    assert set(keys.split()) <= lines[0].keys()
+    for name in ("config.yaml", "events.jsonl", "plots/loss.png", "plots/loss.svg", "logs/3/rank-00001.log"):
+        assert (folder / name).is_file(), name
+    assert (folder / "checkpoints" / "latest").read_text() == "step-00000006\n"
+    assert nlscale("check", str(folder / "config.yaml")).returncode == 0
+    assert nlscale("checkpoint", "verify", str(folder)).returncode == 0
+    assert "step        6" in nlscale("checkpoint", "list", str(folder)).stdout
+    assert nlscale("plot", str(folder), "--out", str(tmp_path / "a.png")).returncode == 0
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    other = nlscale(*command, "model.hidden=128")
+    assert other.returncode == 78 and "holds another model" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_a_signal_saves_and_asks_to_go_on(prepared: str, tmp_path: Path) -> None:
+    command = [
+        *PROGRAM,
+        "train",
+        "demo",
+        *SHAPE,
+        f"data.path={prepared}",
+        f"run.folder={tmp_path}",
+        "train.steps=100000",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "saved at step" in errors and "Traceback" not in errors
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert (tmp_path / "checkpoints" / f"step-{steps[-1]:08d}" / "manifest.json").is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(prepared: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = nlscale("train", "demo", *SHAPE, f"data.path={prepared}", f"run.folder={tmp_path / 'file' / 'run'}")
+    assert result.returncode == 78 and "cannot write the run folder" in result.stderr
+
+
+def test_rank_comes_from_torchruns_environment(prepared: str, tmp_path: Path) -> None:
+    command = ["train", "demo", *SHAPE, f"data.path={prepared}", f"run.folder={tmp_path}", "train.steps=2"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        "-m",
+        "nlscale.cli",
+    ]
+    result = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+    assert "2 ranks, 1 replicas" in result.stdout
+
+
+def test_help_names_every_verb() -> None:
+    text = nlscale("--help").stdout
+    for verb in ("train", "check", "data", "plot", "checkpoint", "bench"):
+        assert verb in text
+    assert nlscale("data", "prepare", "--help").returncode == 0
+
+
+def test_data_verbs(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("slow weights remember\n" * 200)
+    made = nlscale(
+        "data",
+        "prepare",
+        str(tmp_path / "a.txt"),
+        "--out",
+        str(tmp_path / "o"),
+        "--tokeniser",
+        "bytes",
+        "--sequence",
+        "64",
+        "--held-out",
+        "0",
+    )
+    assert made.returncode == 0 and "fingerprint" in made.stdout
+    assert nlscale("data", "verify", str(tmp_path / "o")).returncode == 0
+    shard = next((tmp_path / "o").rglob("*.mds"))
+    shard.write_bytes(shard.read_bytes()[:-9])
+    damaged = nlscale("data", "verify", str(tmp_path / "o"))
+    assert damaged.returncode == 78 and shard.name in damaged.stderr
+    empty = nlscale("data", "prepare", str(tmp_path / "none.txt"), "--out", str(tmp_path / "p"))
+    assert empty.returncode == 78 and "names no file" in empty.stderr
