@@ -10,6 +10,7 @@ shares its storage with other levels (feed-forward slices) is copied back after 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any
 
 import deepspeed
@@ -67,15 +68,19 @@ class LevelShard:
     def __init__(self, level: Level, leaves: Sequence[Leaf], optim: Optim, windows: Windows, world: World) -> None:
         if not leaves:
             raise ValueError(f"rank {world.rank} holds nothing of level {level.name}")
-        self.level, self.leaves, self.windows, self.world = level, list(leaves), windows, world
+        self.level, self.windows, self.world = level, windows, world
         self.groups = optimizer_groups(leaves)
-        self.parameters = {leaf.name: engine_parameter(leaf) for leaf in self.leaves}
-        box = nn.ParameterList([self.parameters[leaf.name] for group in self.groups for leaf in group])
-        dtype = box[0].dtype
+        self.leaves = [leaf for group in self.groups for leaf in group]
+        runs = [[list(run) for _, run in groupby(group, key=is_split)] for group in self.groups]
+        self.flats = [(flat_parameter(run), run) for group in runs for run in group]
+        dtype = self.flats[0][0].dtype
+        self.elements = sum(flat.numel() for flat, _ in self.flats)
+        self.element_bytes = self.flats[0][0].element_size()
+        box = nn.ParameterList([flat for flat, _ in self.flats])
         optimizer = torch.optim.AdamW(
             [
                 {
-                    "params": [self.parameters[leaf.name] for leaf in group],
+                    "params": [flat for flat, run in self.flats if run[0] in group],
                     "weight_decay": optim.weight_decay if decays(group[0].name) else 0.0,
                 }
                 for group in self.groups
@@ -85,7 +90,6 @@ class LevelShard:
             eps=optim.eps,
             fused=True,
         )
-        self.elements = sum(parameter.numel() for parameter in box)
         config = engine_config(optim.clip, dtype, min(self.elements, BUCKET))
         self.engine, *_ = deepspeed.initialize(model=box, optimizer=optimizer, config=config, mpu=Megatron())
         self.zero = self.engine.optimizer
@@ -96,10 +100,18 @@ class LevelShard:
                 "exp_avg": torch.zeros_like(shard),
                 "exp_avg_sq": torch.zeros_like(shard),
             }
-        for leaf in self.leaves:
+        self._attach()
+
+    def _attach(self) -> None:
+        """Moves whole parameters into the engine's memory; keeps the views that every move goes through."""
+        views = [view for flat, run in self.flats for view in split_like(flat.data, run)]
+        for leaf, view in zip(self.leaves, views, strict=True):
             if leaf.whole:
-                leaf.parameter.data = self.parameters[leaf.name].data
-        self.element_bytes = box[0].element_size()
+                leaf.parameter.data = view
+        shared = [(leaf.value, view) for leaf, view in zip(self.leaves, views, strict=True) if not leaf.whole]
+        self.stored, self.moved = [pair[0] for pair in shared], [pair[1] for pair in shared]
+        self.sums = [self.windows.of(leaf) for leaf in self.leaves]
+        self.partial = [self.windows.of(leaf) for leaf in self.leaves if leaf.partial]
 
     @torch.no_grad()
     def move(self, rate: float) -> Moved:
@@ -110,27 +122,26 @@ class LevelShard:
         index = self.windows.levels.index(self.level.name)
         tokens = self.windows.tokens[index].clone()
         dist.all_reduce(tokens, group=self.world.data)
-        sums = [self.windows.of(leaf) for leaf in self.leaves]
         self._sum_partials()
         # DeepSpeed averages over replicas; the mean of a window is the sum over replicas by the tokens of all of them.
-        torch._foreach_mul_(sums, (self.world.replicas / tokens.clamp(min=1)).to(sums[0].dtype))
-        for leaf, mean in zip(self.leaves, sums, strict=True):
-            parameter = self.parameters[leaf.name]
-            parameter.grad = mean.detach().to(parameter.dtype).contiguous()
+        torch._foreach_mul_(self.sums, (self.world.replicas / tokens.clamp(min=1)).to(self.sums[0].dtype))
+        means = iter(self.sums)
+        for flat, run in self.flats:
+            flat.grad = torch.cat([mean.reshape(-1) for mean in islice(means, len(run))]).to(flat.dtype)
         for group in self.zero.param_groups:
             group["lr"] = rate
         before = [shard.detach().clone() for shard in self.zero.single_partition_of_fp32_groups]
         self.zero.setup_buckets()
         self.engine.step()
-        self.windows.clear(self.level.name, self.leaves)
+        torch._foreach_zero_(self.sums)
+        self.windows.restart(self.level.name)
         self.publish()
         return Moved(torch.as_tensor(self.engine.get_global_grad_norm()), self._update_square(before))
 
     def publish(self) -> None:
         """Copies gathered weights into storage that several levels share."""
-        shared = [leaf for leaf in self.leaves if not leaf.whole]
-        if shared:
-            torch._foreach_copy_([leaf.value for leaf in shared], [self.parameters[leaf.name].data for leaf in shared])
+        if self.stored:
+            torch._foreach_copy_(self.stored, self.moved)
 
     def gather(self) -> None:
         """Makes every rank's weights from the masters, after those were loaded."""
@@ -170,11 +181,10 @@ class LevelShard:
 
     def _sum_partials(self) -> None:
         """Gains that see a part of the tokens (sequence parallelism): one sum over tensor-parallel ranks."""
-        partial = [self.windows.of(leaf) for leaf in self.leaves if leaf.partial]
-        if partial:
-            flat = _flatten_dense_tensors(partial)
+        if self.partial:
+            flat = _flatten_dense_tensors(self.partial)
             dist.all_reduce(flat, group=self.world.tensor)
-            torch._foreach_copy_(partial, list(_unflatten_dense_tensors(flat, partial)))
+            torch._foreach_copy_(self.partial, list(_unflatten_dense_tensors(flat, self.partial)))
 
     def _update_square(self, before: Sequence[Tensor]) -> Tensor:
         """Squared norm of the change of this rank's shard; replicated leaves count on tensor rank 0 only."""
@@ -191,14 +201,28 @@ class LevelShard:
 def optimizer_groups(leaves: Sequence[Leaf]) -> list[list[Leaf]]:
     """Leaves with and without weight decay; in each, those that tensor parallelism splits come first."""
     groups = [[leaf for leaf in leaves if decays(leaf.name) == decay] for decay in (True, False)]
-    return [sorted(group, key=lambda leaf: leaf.shard is None) for group in groups if group]
+    return [sorted(group, key=is_split, reverse=True) for group in groups if group]
 
 
-def engine_parameter(leaf: Leaf) -> nn.Parameter:
-    """The engine's own parameter for a leaf; it is no leaf of autograd, so no hook of the engine ever runs."""
-    parameter = nn.Parameter(leaf.value.detach().clone())
-    parameter.tensor_model_parallel = leaf.shard is not None  # type: ignore[attr-defined]
+def is_split(leaf: Leaf) -> bool:
+    """Whether tensor parallelism splits a leaf; norms count what it does not split once."""
+    return leaf.shard is not None
+
+
+def flat_parameter(run: Sequence[Leaf]) -> nn.Parameter:
+    """The engine's own parameter for a run of leaves: few large ones cost few operations.
+
+    It is no leaf of autograd, so no hook of the engine ever runs.
+    """
+    parameter = nn.Parameter(torch.cat([leaf.value.detach().reshape(-1) for leaf in run]))
+    parameter.tensor_model_parallel = is_split(run[0])  # type: ignore[attr-defined]
     return parameter
+
+
+def split_like(flat: Tensor, run: Sequence[Leaf]) -> list[Tensor]:
+    """Views of `flat`, shaped like the leaves of its run."""
+    parts = flat.split([leaf.value.numel() for leaf in run])
+    return [part.view(leaf.value.shape) for part, leaf in zip(parts, run, strict=True)]
 
 
 def engine_config(clip: float, dtype: torch.dtype, bucket: int) -> dict[str, Any]:

@@ -49,9 +49,8 @@ class Windows:
         for name in self.open:
             self.open[name] += 1
 
-    def clear(self, level: str, leaves: Sequence[Leaf]) -> None:
-        """Empties a level's windows after it moved."""
-        torch._foreach_zero_([self.of(leaf) for leaf in leaves])
+    def restart(self, level: str) -> None:
+        """Notes that a level moved: its window holds nothing."""
         self.tokens[self.levels.index(level)].zero_()
         self.open[level] = 0
 
