@@ -5,9 +5,12 @@ from nlscale.runtime.quiet import quiet
 quiet()
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from nlscale.data.write import Preparation, prepare  # noqa: E402
 from tests.corpus import write_corpus  # noqa: E402
+
+torch.set_num_threads(1)  # a pool of OpenMP threads in this process would hang in the ranks forked from it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
