@@ -100,7 +100,14 @@ def test_train_resumes_finishes_and_reports(prepared: str, tmp_path: Path) -> No
     keys += " throughput/data_wait_seconds throughput/mfu memory/peak_bytes data/token_hash comm/level/slow/bytes"
     keys += " optim/level/fast/fired optim/level/fast/update_norm optim/level/fast/grad_norm"
     assert set(keys.split()) <= lines[0].keys()
-    for name in ("config.yaml", "events.jsonl", "plots/loss.png", "plots/loss.svg", "logs/3/rank-00001.log"):
+    for name in (
+        "config.yaml",
+        "events.jsonl",
+        "plots/loss.png",
+        "plots/loss.svg",
+        "logs/3/rank-00000.log",
+        "logs/3/rank-00001.log",
+    ):
         assert (folder / name).is_file(), name
     assert (folder / "checkpoints" / "latest").read_text() == "step-00000006\n"
     assert nlscale("check", str(folder / "config.yaml")).returncode == 0

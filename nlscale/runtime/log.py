@@ -3,15 +3,18 @@
 import json
 import socket
 import time
-from pathlib import Path
 from typing import Any
+
+from nlscale.runtime.folder import Folder
 
 
 class Journal:
     """Rank 0 writes events.jsonl and speaks; the other ranks stay silent."""
 
-    def __init__(self, events: Path, leads: bool) -> None:
-        self.events, self.leads = events, leads
+    def __init__(self, folder: Folder, leads: bool) -> None:
+        self.events, self.leads = folder.events, leads
+        attempts = folder.attempts()
+        self.log = attempts[-1] / "rank-00000.log" if attempts else None
 
     def event(self, kind: str, step: int, **facts: Any) -> None:
         """One line of events.jsonl, with host and both clocks."""
@@ -22,6 +25,9 @@ class Journal:
                 file.write(json.dumps(record) + "\n")
 
     def say(self, line: str) -> None:
-        """A line for a person."""
+        """A line for a person, on the screen and in the log of this start."""
         if self.leads:
             print(line, flush=True)
+            if self.log is not None:
+                with self.log.open("a") as file:
+                    file.write(line + "\n")

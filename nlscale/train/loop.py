@@ -30,7 +30,7 @@ def train(run: Run) -> None:
     world = join(run.parallel, run.cluster, run.train.seed)
     replicas(run, world.size)
     cards, folder = check_data(run.data), Folder(Path(run.folder))
-    journal = Journal(folder.events, world.leads)
+    journal = Journal(folder, world.leads)
     model = parallelize(run, world)
     optimizer = build_optimizer(run.optim, run.levels, run.train.steps, model.leaves, world)
     loader = Loader(run.data, run.train.global_batch, world)

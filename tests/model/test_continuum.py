@@ -139,6 +139,7 @@ def guest(tensor: int) -> float:
     torch._dynamo.config.disable = True  # its compiler processes do not survive a fork
     model_parallel_cuda_manual_seed(0, inference_rng_tracker=True)
     config = transformer_config(run.model, run.parallel, torch.float32, world.device)
+    config.perform_initialization = True  # a guest's layers mark their split only then
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.mlp = continuum_spec(Levels(levels=run.levels).units(64))
     spec.submodules.pre_mlp_layernorm = IdentityOp

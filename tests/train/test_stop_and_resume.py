@@ -128,3 +128,17 @@ def test_no_good_checkpoint_left_never_starts_from_scratch(prepared: str, tmp_pa
     next(Folder(tmp_path).checkpoint(2).glob("*.distcp")).unlink()
     with pytest.raises(RuntimeError, match="StoppedOnPurpose: none of the 1 checkpoints"):
         ranks(1, train, small_run(prepared, tmp_path))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(prepared: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="StoppedOnPurpose: the loss is nan"):
+        ranks(1, train, small_run(prepared, tmp_path, "optim.lr=1e30", "optim.warmup=0", "checkpoint.interval=1"))
+    assert "loss is not finite" in [line["event"] for line in read_lines(Folder(tmp_path).events)]
+    saved = Folder(tmp_path).steps()
+    assert saved == sorted(saved, reverse=True) and saved[0] < 30
+
+
+def test_four_ranks_end_where_one_does(unbroken: dict, prepared: str, tmp_path: Path) -> None:
+    run = small_run(prepared, tmp_path, "parallel.tensor=2", "parallel.pipeline=2")
+    ranks(4, train, run)
+    assert losses(run) == pytest.approx(unbroken["independent"], rel=2e-4)
