@@ -9,7 +9,7 @@ from nlscale.config.model import Level
 from nlscale.config.optim import Optim
 from nlscale.optim.levels import by_level, due
 from nlscale.optim.schedule import level_rate
-from nlscale.optim.shard import LevelShard, Moved, forbid_compilation
+from nlscale.optim.shard import LevelShard, Moved, forbid_compilation, silence
 from nlscale.optim.window import Windows
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
@@ -50,6 +50,7 @@ def build_optimizer(
 ) -> Optimizer:
     """Windows over all stored parameters and an engine for each level that has leaves. A collective over all ranks."""
     forbid_compilation()
+    silence()
     groups = by_level(leaves, levels)
     held = [level for level in levels if groups[level.name]]
     windows = Windows([leaf.parameter for leaf in leaves], [level.name for level in held])

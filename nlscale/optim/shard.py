@@ -8,6 +8,7 @@ The engine flattens its parameters into memory of its own. A stored parameter th
 shares its storage with other levels (feed-forward slices) is copied back after a move.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -56,9 +57,10 @@ class Fragment:
 
 @dataclass(frozen=True)
 class Moved:
-    """What a level's move did: device scalars, not yet read by the host."""
+    """What a level's move did. A window with a gradient that is not finite is dropped on all ranks alike."""
 
     grad_norm: Tensor
+    skipped: bool
     update_square: Tensor  # squared norm of this rank's part of the weight change
 
 
@@ -136,7 +138,8 @@ class LevelShard:
         torch._foreach_zero_(self.sums)
         self.windows.restart(self.level.name)
         self.publish()
-        return Moved(torch.as_tensor(self.engine.get_global_grad_norm()), self._update_square(before))
+        norm = torch.as_tensor(self.engine.get_global_grad_norm())
+        return Moved(norm, bool(self.zero.overflow), self._update_square(before))
 
     def publish(self) -> None:
         """Copies gathered weights into storage that several levels share."""
@@ -255,3 +258,8 @@ def forbid_compilation() -> None:
     on which every later run waits.
     """
     deepspeed.ops.__compatible_ops__ = {}
+
+
+def silence() -> None:
+    """A skipped step is reported by the run itself, once, with its level."""
+    deepspeed.utils.logger.setLevel(logging.ERROR)

@@ -17,8 +17,10 @@ from nlscale.train.metrics import Metrics
 from nlscale.train.peak import peak_flops
 from nlscale.train.plot import plot
 from nlscale.train.state import TrainState
-from nlscale.train.step import held_out_loss, train_step
+from nlscale.train.step import Report, held_out_loss, train_step
 from nlscale.train.watch import Watch
+
+SKIPS = 10  # steps in a row with gradients that are not finite, until the run is given up
 
 
 def train(run: Run) -> None:
@@ -64,12 +66,11 @@ def going_on(
     journal.say(f"{run.run.name} {where}: {world.size} ranks, {world.replicas} replicas, {world.device.type}")
     last = min(run.train.steps, run.train.stop_at or run.train.steps)
     with Watch() as watch, Metrics(state, folder, journal, peak) as metrics:
+        skips = 0
         while state.step < last:
             report = train_step(state, model, document, watch.asked is not None)
             metrics.record(report)
-            if not report.loss < float("inf"):
-                journal.event("loss is not finite", state.step, loss=str(report.loss))
-                raise StoppedOnPurpose(f"the loss is {report.loss} at step {state.step}; the last checkpoint stands")
+            skips = alarmed(report, skips, state.step, journal)
             if held_out is not None and evaluation_due(state):
                 metrics.evaluated(held_out_loss(state, model, held_out, document))
             if checkpoints.due(state) or report.stop or state.step == last:
@@ -80,6 +81,22 @@ def going_on(
                 journal.event("stop", state.step, signal=watch.asked)
                 raise SavedOnSignal(f"saved at step {state.step} on a signal; the same command goes on")
     journal.event("end", state.step)
+
+
+def alarmed(report: Report, skips: int, step: int, journal: Journal) -> int:
+    """Steps in a row whose gradients were not finite, this one included.
+
+    Raises StoppedOnPurpose after SKIPS of them, and at once for a loss that is not finite: nothing of it is saved.
+    """
+    if not abs(report.loss) < float("inf"):
+        journal.event("loss is not finite", step, loss=str(report.loss))
+        raise StoppedOnPurpose(f"the loss is {report.loss} at step {step}; the last checkpoint stands")
+    if not report.skipped:
+        return 0
+    journal.event("skip", step, levels=report.skipped)
+    if skips + 1 == SKIPS:
+        raise StoppedOnPurpose(f"gradients were not finite in {SKIPS} steps in a row, up to step {step}")
+    return skips + 1
 
 
 def open_held_out(run: Run, world: World) -> object | None:

@@ -66,10 +66,12 @@ class Metrics:
         }
         for name, shard in state.optimizer.shards.items():
             fired = name in report.grad_norm
-            sent = shard.bytes_a_move if fired else 0
+            sent = shard.bytes_a_move if fired or name in report.skipped else 0
             line[f"optim/level/{name}/fired"] = int(fired)
             line[f"comm/level/{name}/bytes"] = sent
             line["comm/bytes"] += sent
+            if name in report.skipped:
+                line[f"optim/level/{name}/skipped"] = 1
             if fired:
                 line[f"optim/level/{name}/update_norm"] = report.update_norm[name]
                 line[f"optim/level/{name}/grad_norm"] = report.grad_norm[name]

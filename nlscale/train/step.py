@@ -25,6 +25,7 @@ class Report:
     data_wait: float
     grad_norm: dict[str, float] = field(default_factory=dict)  # of the levels that moved
     update_norm: dict[str, float] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()  # levels that were due, but whose gradients were not finite
 
 
 def train_step(state: TrainState, model: Parallelized, document: int, stop: bool) -> Report:
@@ -49,8 +50,9 @@ def train_step(state: TrainState, model: Parallelized, document: int, stop: bool
         stop=report[3] > 0,
         seconds=time.monotonic() - began,
         data_wait=waited,
-        grad_norm={name: float(move.grad_norm) for name, move in moved.items()},
-        update_norm={name: square**0.5 for name, square in squares.items()},
+        grad_norm={name: float(move.grad_norm) for name, move in moved.items() if not move.skipped},
+        update_norm={name: square**0.5 for name, square in squares.items() if not moved[name].skipped},
+        skipped=tuple(name for name, move in moved.items() if move.skipped),
     )
 
 
