@@ -32,13 +32,15 @@ def peak_flops(given: float | None, dtype: torch.dtype, device: torch.device) ->
     return float(speed), "a matrix product measured at start"
 
 
-def measured(dtype: torch.dtype, device: torch.device, size: int = 512, rounds: int = 12) -> float:
-    """Best FLOP/s of a size x size x size product on this rank."""
-    a, best = torch.randn(size, size, dtype=dtype, device=device), float("inf")
-    for _ in range(rounds):
-        began = time.perf_counter()
+def measured(dtype: torch.dtype, device: torch.device, size: int = 1024, seconds: float = 0.4) -> float:
+    """FLOP/s of size x size x size products on this rank, while all ranks of the machine do the same."""
+    a, done = torch.randn(size, size, dtype=dtype, device=device), 0
+    a @ a
+    dist.barrier()
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+        done += 1
+    return 2 * size**3 * done / (time.perf_counter() - began)
