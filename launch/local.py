@@ -5,14 +5,26 @@ must not touch CUDA before it forks, and nothing here does.
 """
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 GRACE = 10.0  # seconds that the others get after one rank has failed
+ORDERLY = (75, 78, 93)  # exit codes of ranks that ended on purpose: the others end likewise, in their own time
+PATIENCE = 120.0  # seconds that they get
+
+
+def gpus() -> int:
+    """NVIDIA GPUs that this process may use, without touching one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() and name.strip() != "-1"])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def start(
@@ -37,7 +49,7 @@ def start(
             log = None if logs is None or (speak and rank == 0) else os.path.join(logs, f"rank-{rank:05d}.log")
             os._exit(child(rank, count, function, environment, log))
         children[pid] = rank
-    return watch(children, time.monotonic() + timeout if timeout else None)
+    return watch(children, time.monotonic() + timeout if timeout else None, logs)
 
 
 def child(
@@ -66,12 +78,13 @@ def child(
     return code
 
 
-def watch(children: dict[int, int], deadline: float | None) -> int:
+def watch(children: dict[int, int], deadline: float | None, logs: str | None) -> int:
     """Waits for all children; gives the exit code of the first that failed."""
 
     def forward(number: int, _: object) -> None:
-        for pid in children:
-            os.kill(pid, number)
+        for pid in list(children):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     before = {number: signal.signal(number, forward) for number in caught}
@@ -82,11 +95,15 @@ def watch(children: dict[int, int], deadline: float | None) -> int:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if not done:
                     continue
-                del children[pid]
+                rank = children.pop(pid)
                 code = os.waitstatus_to_exitcode(status)
                 if code and not failed:
                     failed = code if code > 0 else 128 - code
-                    deadline = min(deadline or float("inf"), time.monotonic() + GRACE)
+                    orderly = code in ORDERLY
+                    deadline = min(deadline or float("inf"), time.monotonic() + (PATIENCE if orderly else GRACE))
+                    if not orderly:
+                        where = f"; see {logs}/rank-{rank:05d}.log" if logs else ""
+                        print(f"rank {rank} ended with {code}{where}", file=sys.stderr, flush=True)
             if deadline is not None and time.monotonic() > deadline:
                 failed = failed or 124
                 for pid in children:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nlscale_launch.local import start
+from nlscale_launch.local import gpus, start
 
 from nlscale.config.errors import (
     FINISHED,
@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 def resolve(options: argparse.Namespace) -> Run:
     """The run that was asked for, its vocabulary taken from its dataset."""
     run = read(options.recipe, options.overrides)
-    cards = check_data(run.data)
+    cards = check_data(run.data, run.train.evaluate_rows > 0)
     vocabulary = run.model.vocabulary or -(-cards[0].vocabulary // 128) * 128
     require(
         vocabulary >= cards[0].vocabulary,
@@ -120,6 +120,9 @@ def train(options: argparse.Namespace) -> int:
     replicas(run, count)
     folder = Folder(Path(run.folder))
     logs = folder.open()
+    if 0 < gpus() < count:
+        print(f"{count} ranks and {gpus()} GPUs here: training on the CPU", flush=True)
+        os.environ["CUDA_VISIBLE_DEVICES"], os.environ["DS_ACCELERATOR"] = "", "cpu"
     quiet()
     importlib.import_module("nlscale.train.loop")
     code = start(count, lambda rank: train_rank(run, rank), logs=str(logs), speak=True)
@@ -135,8 +138,7 @@ def train_rank(run: Run, rank: int) -> int:
     try:
         loop.train(run)
     except tuple(CODES) as error:
-        if rank == 0:
-            print(f"nlscale: {error}", file=sys.stderr)
+        print(f"nlscale: {error}", file=sys.stderr)
         return next(code for kind, code in CODES.items() if isinstance(error, kind))
     return FINISHED
 
@@ -236,6 +238,7 @@ def verify_checkpoints(options: argparse.Namespace) -> None:
     quiet()
     verify = importlib.import_module("nlscale.train.checkpoint").verify
     folder = existing(options.run)
+    require(bool(folder.steps()), f"{folder.path} has no checkpoint")
     faults = [f"step {step}: {fault}" for step in folder.steps() for fault in verify(folder.checkpoint(step))]
     require(not faults, "\n".join(faults))
     print(f"{folder.path}: {len(folder.steps())} checkpoints, every file matches its digest")

@@ -29,5 +29,6 @@ class Optim:
         for name in ("beta1", "beta2", "warmup", "decay", "final"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.{name}={value} must lie between 0 and 1")
+        require(max(self.beta1, self.beta2) < 1, "optim.beta1 and optim.beta2 must be below 1")
         for name in ("weight_decay", "clip", "kappa", "eps"):
             require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative")

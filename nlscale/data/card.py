@@ -45,14 +45,21 @@ def save_card(folder: Path, card: Card) -> None:
     (folder / NAME).write_text(json.dumps(asdict(card), indent=1) + "\n")
 
 
-def check_data(data: Data) -> list[Card]:
-    """The cards of all streams; raises UserError where they do not fit the run or each other."""
+def check_data(data: Data, held_out: bool) -> list[Card]:
+    """The cards of all streams; raises UserError where they do not fit the run or each other.
+
+    `held_out` says that the run evaluates, so that each stream needs held-out rows.
+    """
     cards = [load_card(source.path) for source in data.sources]
     for source, card in zip(data.sources, cards, strict=True):
         require(
             card.sequence == data.sequence,
             f"{source.path} holds rows of {card.sequence} tokens, but data.sequence={data.sequence}; "
             f"data.sequence={card.sequence} would work",
+        )
+        require(
+            card.rows["heldout"] > 0 or not held_out,
+            f"{source.path} has no held-out rows; train.evaluate_rows=0 would work, or prepare it with a larger --held-out",
         )
         require(
             card.tokeniser_digest == cards[0].tokeniser_digest,

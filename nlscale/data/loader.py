@@ -21,7 +21,14 @@ class Loader:
     def __init__(self, data: Data, global_batch: int, world: World) -> None:
         rows = global_batch // world.replicas
         self.dataset = open_rows(data, "train", world, rows, data.shuffle)
-        self.global_batch, self.canonical_nodes, self.seed = global_batch, data.canonical_nodes, data.shuffle_seed
+        self.order: dict[str, Any] = {
+            "train.global_batch": global_batch,
+            "data.shuffle": data.shuffle,
+            "data.shuffle_seed": data.shuffle_seed,
+            "data.shuffle_block": data.shuffle_block,
+            "data.canonical_nodes": data.canonical_nodes,
+            "weights": [source.weight for source in data.sources],
+        }
         available = self.dataset.epoch_size
         self.steps_an_epoch = available // global_batch
         require(
@@ -52,19 +59,28 @@ class Loader:
                     break
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps taken."""
-        return {"step": self.step}
+        """Steps taken, and what decides which rows those were."""
+        return {"step": self.step, "order": self.order}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after `state["step"]` steps, at this or another layout. Call before the first batch is taken."""
+        """Goes on after `state["step"]` steps, at this or another layout. Call before the first batch is taken.
+
+        Raises UserError where the order of the rows has changed: steps would then name other rows.
+        """
+        for name, then in state["order"].items():
+            require(
+                self.order[name] == then,
+                f"{name}={self.order[name]}, but the checkpoint's rows were taken with {then}: rows would be skipped or "
+                f"repeated; {name}={then} would work, or another run.name",
+            )
         self.step = int(state["step"])
         epoch, steps = divmod(self.step, self.steps_an_epoch)
         self.dataset.load_state_dict(
             {
                 "epoch": epoch,
-                "sample_in_epoch": steps * self.global_batch,
-                "num_canonical_nodes": self.canonical_nodes,
-                "shuffle_seed": self.seed,
+                "sample_in_epoch": steps * self.order["train.global_batch"],
+                "num_canonical_nodes": self.order["data.canonical_nodes"],
+                "shuffle_seed": self.order["data.shuffle_seed"],
                 "initial_physical_nodes": None,
             }
         )
@@ -76,18 +92,20 @@ def collate(rows: list[dict[str, Any]]) -> np.ndarray:
 
 
 class HeldOut:
-    """The first rows of the held-out split, dealt to replicas; the same ones at every evaluation and layout."""
+    """Held-out rows, spread over the split and so over all streams of a mixture, dealt to replicas.
 
-    def __init__(self, data: Data, rows: int, micro_batch: int, world: World) -> None:
-        self.dataset = open_rows(data, "heldout", world, micro_batch, shuffle=False)
-        each = min(rows, self.dataset.num_samples) // (world.replicas * micro_batch) * micro_batch
-        require(
-            each > 0,
-            f"the held-out split has {self.dataset.num_samples} rows and train.evaluate_rows={rows}: too few for "
-            f"{world.replicas} replicas x train.micro_batch={micro_batch}; train.evaluate_rows=0 evaluates nothing",
-        )
-        self.indices = range(world.replica, each * world.replicas, world.replicas)
+    They are the same at every layout: a replica that lacks rows for its last micro-batch repeats one that does not count.
+    """
 
-    def rows(self) -> np.ndarray:
-        """All held-out rows of this replica (B, T + 1)."""
-        return collate([self.dataset[index] for index in self.indices])
+    def __init__(self, data: Data, rows: int, multiple: int, world: World) -> None:
+        """`multiple`: rows of this replica come in multiples of it."""
+        self.dataset = open_rows(data, "heldout", world, multiple, shuffle=False)
+        available = self.dataset.num_samples
+        total = min(rows, available)
+        mine = [i * available // total for i in range(world.replica, total, world.replicas)]
+        each = -(-total // (world.replicas * multiple)) * multiple
+        self.counted, self.indices = len(mine), mine + [0] * (each - len(mine))
+
+    def rows(self) -> tuple[np.ndarray, int]:
+        """Rows of this replica (B, T + 1), and how many of them count."""
+        return collate([self.dataset[index] for index in self.indices]), self.counted

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import sysconfig
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,14 @@ def units(files: Sequence[Path]) -> list[list[Piece]]:
 
 def documents(piece: Piece, field: str) -> Iterator[str]:
     """The piece's documents; `field` holds the text of a JSON line. Raises UserError with the place of what is wrong."""
+    try:
+        yield from read_documents(piece, field)
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"{piece.path} cannot be read: {error}") from None
+
+
+def read_documents(piece: Piece, field: str) -> Iterator[str]:
+    """As `documents`, with the errors of files and compression as they come."""
     name = piece.path.lower().removesuffix(".gz").removesuffix(".zst")
     with opened(piece.path) as stream:
         if not name.endswith((".jsonl", ".json")):
@@ -116,4 +125,9 @@ def parsed(line: bytes, place: str, field: str) -> str:
         f"{place}: no text field '{field}'; name it with --field"
         + (f" (the line has {', '.join(map(str, record))})" if isinstance(record, dict) else ""),
     )
-    return str(record[field])
+    text = str(record[field])
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: character {error.start} of '{field}' is half of a surrogate pair") from None
+    return text

@@ -87,6 +87,7 @@ def limited(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 def wrapped(name: str, tokenizer: Tokenizer) -> Tokeniser:
     """A Tokeniser around a library object; finds its document token."""
+    tokenizer.encode_special_tokens = True  # text that spells a special token stays text
     document = next((i for i in map(tokenizer.token_to_id, STARTS) if i is not None), None)
     if document is None:
         raise UserError(f"tokeniser '{name}' has none of {', '.join(STARTS)} to start a document with")

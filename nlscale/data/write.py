@@ -70,18 +70,21 @@ def prepare(plan: Preparation) -> Card:
     out, staging = Path(plan.out), Path(plan.out.rstrip("/") + ".partial")
     require(0 <= plan.held_out < 1, f"held-out share {plan.held_out} must lie in [0, 1)")
     require(plan.sequence >= 2, f"--sequence {plan.sequence} must be at least 2")
-    asked = {**asdict(plan), "out": "", "workers": 0, "sources": list(plan.sources)}
+    files = expand(plan.sources)
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    print_of_files = xxhash.xxh128_hexdigest(json.dumps(stamps))
+    asked = {**asdict(plan), "out": "", "workers": 0, "sources": list(plan.sources), "files": print_of_files}
     if out.exists():
         require((out / NAME).is_file(), f"{out} exists and is no dataset; choose another --out")
         same = (out / "plan.json").is_file() and json.loads((out / "plan.json").read_text()) == asked
-        require(same, f"{out} holds a dataset made otherwise; choose another --out, or remove it")
+        require(same, f"{out} holds a dataset made otherwise or of other files; choose another --out, or remove it")
         return load_card(plan.out)
-    work = units(expand(plan.sources))
+    work = units(files)
     try:
         staging.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {staging}: {error.strerror}") from None
-    tokeniser = settle(plan, work, staging)
+    tokeniser = settle(plan, work, staging, print_of_files)
     done = run([Unit(i, pieces, staging, plan, tokeniser) for i, pieces in enumerate(work)], plan.workers)
     card = finish(staging, plan, tokeniser, done)
     (staging / "plan.json").write_text(json.dumps(asked))
@@ -89,10 +92,10 @@ def prepare(plan: Preparation) -> Card:
     return card
 
 
-def settle(plan: Preparation, work: Sequence[Sequence[Piece]], staging: Path) -> Tokeniser:
+def settle(plan: Preparation, work: Sequence[Sequence[Piece]], staging: Path, files: str) -> Tokeniser:
     """The tokeniser: the one a killed preparation had made, or a new one."""
     path, note = staging / "tokenizer.json", staging / "tokeniser.txt"
-    if path.is_file() and note.is_file() and note.read_text() == plan.tokeniser:
+    if path.is_file() and note.is_file() and note.read_text() == f"{plan.tokeniser} {files}":
         made = make(str(path), ())
         return Tokeniser(plan.tokeniser, made.vocabulary, made.document, made.digest, made.tokenizer)
     # every k-th unit's documents, so that the sample is not the head of the alphabet
@@ -100,7 +103,7 @@ def settle(plan: Preparation, work: Sequence[Sequence[Piece]], staging: Path) ->
     sample = (text for pieces in work[::stride] for piece in pieces for text in documents(piece, plan.field))
     tokeniser = make(plan.tokeniser, sample)
     tokeniser.save(path)
-    note.write_text(plan.tokeniser)
+    note.write_text(f"{plan.tokeniser} {files}")
     return tokeniser
 
 

@@ -43,8 +43,12 @@ class Folder:
 
     def steps(self) -> list[int]:
         """Steps with a committed checkpoint, newest first. One without a manifest does not exist."""
-        found = (self.path / "checkpoints").glob(f"step-*/{MANIFEST}")
+        found = (self.path / "checkpoints").glob(f"step-{'[0-9]' * 8}/{MANIFEST}")
         return sorted((int(path.parent.name.removeprefix("step-")) for path in found), reverse=True)
+
+    def damaged(self) -> list[Path]:
+        """Checkpoints that were found damaged and set aside."""
+        return sorted((self.path / "checkpoints").glob("damaged-step-*"))
 
     def attempts(self) -> list[Path]:
         """Log folders of all starts, oldest first."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 def quiet() -> None:
     """Call before torch, megatron-core, DeepSpeed and streaming are imported. NLSCALE_VERBOSE=1 keeps their voices."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for GPUs must not forbid a fork
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core's overlap needs its streams in order
     if os.environ.get("NLSCALE_VERBOSE") == "1":
         return

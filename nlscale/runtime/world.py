@@ -50,11 +50,11 @@ def ranks_from_environment() -> tuple[int, int, int, int] | None:
     env = os.environ
     for names in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ):
         if all(name in env for name in names[:3]):
             rank, size, local = (int(env[name]) for name in names[:3])
-            return rank, size, local, int(env.get(names[3], size))
+            return rank, size, local, int(env.get(names[3], str(size)).split("(")[0])  # Slurm writes 2(x3)
     return None
 
 
@@ -62,6 +62,8 @@ def announce(rank: int, size: int, local_rank: int, local_size: int) -> None:
     """Writes the rank where torch, streaming and DeepSpeed look for it."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     os.environ.update(LOCAL_WORLD_SIZE=str(local_size))
+    if size > local_size and "MASTER_ADDR" not in os.environ:
+        raise UserError("several nodes: set MASTER_ADDR to the host of rank 0 in the job script")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
@@ -82,6 +84,7 @@ def join(parallel: Parallel, cluster: Cluster, seed: int) -> World:
     if cuda:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the device
     else:
         device = torch.device("cpu")
         torch.set_num_threads(cluster.threads or max(1, (os.cpu_count() or 1) // local_size))

@@ -63,8 +63,7 @@ class Checkpoints:
         """Removes all but the newest `keep` checkpoints, and what killed saves left behind."""
         for step in self.folder.steps()[keep:] if keep else []:
             target = self.folder.checkpoint(step)
-            (target / MANIFEST).unlink()  # first: a half-removed checkpoint must not look whole
-            shutil.rmtree(target)
+            target.rename(target.with_name("." + target.name + ".partial"))  # half removed, it must not look whole
         for leftover in (self.folder.path / "checkpoints").glob(".step-*.partial"):
             shutil.rmtree(leftover)
 
@@ -73,8 +72,9 @@ class Checkpoints:
 
         Raises UserError for a checkpoint of another model or dataset, StoppedOnPurpose where all are damaged.
         """
-        steps = self.folder.steps()
-        dist.barrier()
+        listed: list[Any] = [self.folder.steps(), len(self.folder.damaged())]
+        dist.broadcast_object_list(listed, src=0)
+        steps, damaged = listed
         for step in steps:
             faults = verify(self.folder.checkpoint(step), state.world.rank, state.world.size)
             everyone: list[list[str]] = [[] for _ in range(state.world.size)]
@@ -85,9 +85,20 @@ class Checkpoints:
                 return True
             self.journal.event("damaged checkpoint", step, faults=faults)
             self.journal.say(f"checkpoint of step {step} is damaged ({faults[0]}); trying the one before")
-        if steps:
-            raise StoppedOnPurpose(f"none of the {len(steps)} checkpoints in {self.folder.path} is good")
+            self.set_aside(step, state)
+        if steps or damaged:
+            count = len(steps) + damaged
+            raise StoppedOnPurpose(
+                f"none of the {count} checkpoints in {self.folder.path} is good; remove checkpoints/damaged-* to start anew"
+            )
         return False
+
+    def set_aside(self, step: int, state: TrainState) -> None:
+        """Renames a damaged checkpoint, so that it is kept to look at, but neither counted nor in the way. A collective."""
+        if state.world.leads:
+            path = self.folder.checkpoint(step)
+            path.rename(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
+        dist.barrier()
 
     def load(self, state: TrainState, path: Path) -> None:
         """Applies a checked checkpoint."""
@@ -138,6 +149,8 @@ class Checkpoints:
 
 def commit(partial: Path, final: Path) -> None:
     """The one rename that makes a checkpoint exist; `latest` is only a hint."""
+    if final.exists():  # without a manifest: what a killed removal left
+        shutil.rmtree(final)
     partial.rename(final)
     directory = os.open(final.parent, os.O_RDONLY)
     os.fsync(directory)

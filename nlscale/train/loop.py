@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from nlscale.config.errors import SavedOnSignal, StoppedOnPurpose
 from nlscale.config.read import dump
 from nlscale.config.run import Run, replicas
@@ -31,7 +33,7 @@ def train(run: Run) -> None:
     """
     world = join(run.parallel, run.cluster, run.train.seed)
     replicas(run, world.size)
-    cards, folder = check_data(run.data), Folder(Path(run.folder))
+    cards, folder = check_data(run.data, run.train.evaluate_rows > 0), Folder(Path(run.folder))
     journal = Journal(folder, world.leads)
     model = parallelize(run, world)
     optimizer = build_optimizer(run.optim, run.levels, run.train.steps, model.leaves, world)
@@ -39,9 +41,9 @@ def train(run: Run) -> None:
     state = TrainState(run, world, model.leaves, optimizer, loader, [card.fingerprint for card in cards])
     checkpoints = Checkpoints(folder, journal)
     resumed = checkpoints.restore(state)
-    if world.leads:
-        write_durably(folder.config, dump(run))
     if state.step < run.train.steps:
+        if world.leads:
+            write_durably(folder.config, dump(run))
         going_on(state, model, checkpoints, cards[0].document, folder, journal, resumed)
     else:
         journal.say(f"the run is finished: step {state.step} of {run.train.steps}")
@@ -99,7 +101,7 @@ def alarmed(report: Report, skips: int, step: int, journal: Journal) -> int:
     return skips + 1
 
 
-def open_held_out(run: Run, world: World) -> object | None:
+def open_held_out(run: Run, world: World) -> tuple[np.ndarray, int] | None:
     """This replica's held-out rows, read once; None where nothing is evaluated."""
     if not run.train.evaluate_rows:
         return None

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from nlscale.config.read import plain
 from nlscale.model.count import flops_a_token
 from nlscale.optim.schedule import rate
-from nlscale.runtime.folder import Folder
+from nlscale.runtime.folder import Folder, read_lines, write_durably
 from nlscale.runtime.log import Journal
 from nlscale.train.state import TrainState
 from nlscale.train.step import Report
@@ -136,10 +136,8 @@ class Metrics:
 def forget(folder: Folder, step: int) -> None:
     """Drops lines of steps after `step`: a crashed start had computed them, and this one computes them again."""
     if folder.metrics.is_file():
-        lines = folder.metrics.read_text().splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        if len(kept) < len(lines):
-            folder.metrics.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in read_lines(folder.metrics) if line["step"] <= step]
+        write_durably(folder.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def peak_bytes() -> int:

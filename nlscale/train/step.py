@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -77,10 +78,11 @@ def reduced(
 
 
 @torch.no_grad()
-def held_out_loss(state: TrainState, model: Parallelized, rows_BT1: object, document: int) -> float:
-    """Mean loss over the held-out rows; `rows_BT1` are this replica's. A collective."""
-    world = state.world
-    batch = to_batch(rows_BT1, document, world.device)  # type: ignore[arg-type]
+def held_out_loss(state: TrainState, model: Parallelized, held_out: tuple[np.ndarray, int], document: int) -> float:
+    """Mean loss over the held-out rows: this replica's (B, T + 1), and how many of them count. A collective."""
+    world, (rows, counted) = state.world, held_out
+    batch = to_batch(rows, document, world.device)
+    batch.targets_BT[counted:] = -1
     total = model.forward_backward(batch.micro(state.run.train.micro_batch), False)
     if world.tensor_rank or not world.last_stage:
         total = torch.zeros_like(total)

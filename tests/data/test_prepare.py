@@ -107,6 +107,12 @@ def test_a_killed_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         (b"caf\xe9 " * 400, {}, "not UTF-8: byte 0xe9 at 3"),
         (b'{"body": "x"}\n', {"suffix": ".jsonl"}, "no text field 'text'.*the line has body"),
         (b"{broken\n", {"suffix": ".jsonl"}, "not a JSON line"),
+        (
+            b'{"text": "\\ud800 half"}\n',
+            {"suffix": ".jsonl"},
+            "at byte 0: character 0 of 'text' is half of a surrogate",
+        ),
+        (b"no gzip at all", {"suffix": ".txt.gz"}, "cannot be read"),
         (b"short", {}, "fill no training row"),
         (b"x" * 4000, {"tokeniser": "bpe:12"}, "needs N above 257"),
         (b"x" * 4000, {"tokeniser": "wordpiece"}, "neither bytes, nor bpe:N, nor a file"),
@@ -133,13 +139,17 @@ def test_an_existing_dataset_is_kept_or_refused(tmp_path: Path) -> None:
     assert prepare(plan) == prepare(plan)
     with pytest.raises(UserError, match="made otherwise"):
         prepare(Preparation(**{**plan.__dict__, "sequence": 64}))
+    (tmp_path / "a.txt").write_text(TEXT + "more")
+    with pytest.raises(UserError, match="of other files"):
+        prepare(plan)
 
 
 def test_tokenisers_give_the_text_back(tmp_path: Path) -> None:
-    text = "def due(level, step): return step % 4 == 0  # é"
+    text = "def due(level, step): return step % 4 == 0  # é <|doc|> is text here"
     trained = make("bpe:300", [text] * 3)
     trained.save(tmp_path / "tokenizer.json")
     for tokeniser in (make("bytes", ()), trained, make(str(tmp_path / "tokenizer.json"), ())):
         (ids,) = tokeniser.encode([text])
         assert ids[0] == tokeniser.document and max(ids) < tokeniser.vocabulary
+        assert ids.count(tokeniser.document) == 1
         assert tokeniser.decode(ids) == text

@@ -26,7 +26,7 @@ def hashes(
     world = join(parallel, Cluster(), 0)
     loader = Loader(data, batch, world)
     if start:
-        loader.load_state_dict({"step": start})
+        loader.load_state_dict({"step": start, "order": loader.order})
     rows = [next(loader) for _ in range(steps)]
     return world.replica, [token_hash(r) for r in rows], [r.tobytes() for r in rows]
 
@@ -81,17 +81,32 @@ def test_mixture_keeps_its_weights(tmp_path: Path) -> None:
     assert marked == pytest.approx(0.25, abs=0.08)
 
 
-def heldout(data: Data, parallel: Parallel) -> tuple[int, int]:
+def heldout(data: Data, parallel: Parallel, rows: int) -> tuple[int, list[bytes]]:
     world = join(parallel, Cluster(), 0)
-    return world.replica, token_hash(HeldOut(data, 8, 1, world).rows())
+    held, counted = HeldOut(data, rows, 2, world).rows()
+    assert len(held) % 2 == 0
+    return world.replica, [row.tobytes() for row in held[:counted]]
 
 
-def test_held_out_rows_are_the_same_at_every_layout(prepared: str) -> None:
+@pytest.mark.parametrize("rows", [8, 7, 10**6])
+def test_held_out_rows_are_the_same_at_every_layout(prepared: str, rows: int) -> None:
     data = Data(path=prepared, sequence=32)
-    ((_, whole),) = ranks(1, heldout, data, Parallel())
-    halves = dict(ranks(2, heldout, data, Parallel()))
-    assert sum(halves.values()) % 2**HASH_BITS == whole
-    assert {value for _, value in ranks(2, heldout, data, Parallel(tensor=2))} == {whole}
+    ((_, whole),) = ranks(1, heldout, data, Parallel(), rows)
+    assert len(whole) == min(rows, load_card(prepared).rows["heldout"])
+    for count, parallel in ((2, Parallel()), (3, Parallel()), (2, Parallel(tensor=2))):
+        dealt = dict(ranks(count, heldout, data, parallel, rows))
+        assert sorted(row for rows in dealt.values() for row in rows) == sorted(whole)
+
+
+def test_another_order_of_rows_is_refused_at_a_resume(prepared: str) -> None:
+    with pytest.raises(RuntimeError, match="train.global_batch=8 would work"):
+        ranks(1, resumed_with_another_batch, Data(path=prepared, sequence=32))
+
+
+def resumed_with_another_batch(data: Data) -> None:
+    world = join(Parallel(), Cluster(), 0)
+    state = Loader(data, 8, world).state_dict()
+    Loader(data, 16, world).load_state_dict(state)
 
 
 def test_verify_names_the_damaged_shard(prepared: str, tmp_path: Path) -> None:
@@ -116,4 +131,4 @@ def test_verify_names_the_damaged_shard(prepared: str, tmp_path: Path) -> None:
 )
 def test_a_dataset_that_does_not_fit_is_refused(prepared: str, change: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check_data(Data(**{"path": prepared, "sequence": 32, **change}))
+        check_data(Data(**{"path": prepared, "sequence": 32, **change}), held_out=True)

@@ -15,6 +15,7 @@ from nlscale.config.run import Run
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.runtime.log import Journal
 from nlscale.testing import ranks
+from nlscale.train.checkpoint import verify
 from nlscale.train.loop import alarmed, train
 from nlscale.train.step import Report
 from tests.corpus import small_run
@@ -107,6 +108,18 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(prepared: str, tmp_path: Path
     events = {line["event"]: line for line in read_lines(folder.events)}
     assert events["damaged checkpoint"]["step"] == 20 and shard.name in events["damaged checkpoint"]["faults"][0]
     assert events["restore"]["step"] == 10
+    assert folder.steps() == [30, 20, 10] and len(folder.damaged()) == 1
+    ranks(1, train, run)
+    assert read_lines(folder.events)[-1]["event"] == "restore" and read_lines(folder.events)[-1]["step"] == 30
+
+
+def test_what_a_killed_removal_left_is_no_obstacle(prepared: str, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    (folder.checkpoint(30) / "leftover").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".step-00000005.partial").mkdir()
+    ranks(1, train, small_run(prepared, tmp_path, "checkpoint.keep=1"))
+    assert folder.steps() == [30] and verify(folder.checkpoint(30)) == []
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000030"]
 
 
 @pytest.mark.parametrize(
@@ -130,8 +143,9 @@ def test_a_checkpoint_of_another_model_is_refused(change: str, words: str, prepa
 def test_no_good_checkpoint_left_never_starts_from_scratch(prepared: str, tmp_path: Path) -> None:
     ranks(1, train, small_run(prepared, tmp_path, "train.stop_at=2"))
     next(Folder(tmp_path).checkpoint(2).glob("*.distcp")).unlink()
-    with pytest.raises(RuntimeError, match="StoppedOnPurpose: none of the 1 checkpoints"):
-        ranks(1, train, small_run(prepared, tmp_path))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="StoppedOnPurpose: none of the 1 checkpoints"):
+            ranks(1, train, small_run(prepared, tmp_path))
 
 
 def test_gradients_that_stay_infinite_end_the_run_on_purpose(prepared: str, tmp_path: Path) -> None:

@@ -20,16 +20,17 @@ def summed_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cross_entrop
 
     `cross_entropy` maps logits (n, V) and targets (n,) to token losses (n,); it may be a collective over ranks.
     """
-    return SummedLoss.apply(x_ND, weight_VD, targets_N, cross_entropy)
+    return SummedLoss.apply(x_ND, weight_VD, targets_N, cross_entropy, torch.is_grad_enabled())
 
 
 class SummedLoss(torch.autograd.Function):
     """Sum of token losses; the gradients are taken chunk by chunk in forward and handed out in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cross_entropy: CrossEntropy) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cross_entropy: CrossEntropy, learn: bool
+    ) -> Tensor:
         """The sum; gradients of all chunks are kept where they will be asked for."""
-        learn = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.promote_types(x_ND.dtype, torch.float32), device=x_ND.device)
         x_grads, weight_grad = [], None
         step = max(1, CHUNK // weight_VD.shape[0])
@@ -42,14 +43,21 @@ class SummedLoss(torch.autograd.Function):
             if learn:
                 x_grad, part = torch.autograd.grad(loss, (x, weight))
                 x_grads.append(x_grad)
-                weight_grad = part if weight_grad is None else weight_grad.add_(part)
+                weight_grad = sums(part) if weight_grad is None else weight_grad.add_(part)
             total += loss.detach()
-        if learn:
-            ctx.save_for_backward(x_grads[0] if len(x_grads) == 1 else torch.cat(x_grads), weight_grad)
+        if weight_grad is not None:
+            ctx.save_for_backward(
+                x_grads[0] if len(x_grads) == 1 else torch.cat(x_grads), weight_grad.to(weight_VD.dtype)
+            )
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         """Hands out the kept gradients."""
         x_grad, weight_grad = ctx.saved_tensors
-        return x_grad * grad.to(x_grad.dtype), weight_grad * grad.to(weight_grad.dtype), None, None
+        return x_grad * grad.to(x_grad.dtype), weight_grad * grad.to(weight_grad.dtype), None, None, None
+
+
+def sums(part: Tensor) -> Tensor:
+    """An accumulator that starts as `part`, of at least float32."""
+    return part.to(torch.promote_types(part.dtype, torch.float32))
