@@ -86,6 +86,8 @@ def expected() -> dict:
 LAYOUTS = {
     "one": (1, []),
     "data": (2, []),
+    "tensor": (2, ["parallel.tensor=2"]),
+    "pipeline": (2, ["parallel.pipeline=2"]),
     "tensor-sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "tensor-data": (4, ["parallel.tensor=2"]),
     "pipeline-data": (4, ["parallel.pipeline=2"]),

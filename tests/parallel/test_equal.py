@@ -54,7 +54,7 @@ def one() -> dict:
 @pytest.mark.parametrize("layout", [*LAYOUTS, "data", "tensor-data", "pipeline-data"])
 def test_layout_equals_one_process(one: dict, layout: str, variant: str, dtype: torch.dtype) -> None:
     # megatron-core's vocabulary-parallel cross entropy computes in float32, whatever the model's precision
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-6 if "tensor" in layout else 1e-12
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-7 if "tensor" in layout else 1e-12
     base = layout.removesuffix("-data") if layout != "data" else None
     count, overrides = LAYOUTS[base] if base else (1, [])
     count *= 2 if layout.endswith("data") else 1
