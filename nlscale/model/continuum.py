@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -128,7 +127,8 @@ class MegatronContinuum(MegatronModule):
 
 
 def continuum_spec(units: Mapping[str, int], activation: str = "swiglu", variant: str = "independent") -> ModuleSpec:
-    """Spec for `TransformerLayerSubmodules.mlp` of any Megatron program; pair it with `pre_mlp_layernorm=IdentityOp`.
+    """Spec for `TransformerLayerSubmodules.mlp` of any Megatron program; pair it with megatron-core's IdentityOp as
+    `pre_mlp_layernorm`: a continuum norms its own input.
 
     `units`: level name -> hidden units, fast to slow.
     """
@@ -137,6 +137,3 @@ def continuum_spec(units: Mapping[str, int], activation: str = "swiglu", variant
         submodules=ContinuumSubmodules(),
         params={"units": dict(units), "activation": activation, "variant": variant},
     )
-
-
-__all__ = ["ContinuumSubmodules", "FeedForward", "IdentityOp", "Sequential", "VARIANTS", "continuum_spec"]

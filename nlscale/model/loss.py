@@ -52,10 +52,6 @@ class Head(MegatronModule):
         x_ND = self.enter(self.norm(x_TBD)).flatten(0, 1)
         return summed_loss(x_ND, self.project.weight, targets_BT.t().flatten(), self.cross_entropy)
 
-    def logits(self, x_TBD: Tensor) -> Tensor:
-        """(T, B, D) -> this rank's logits (T, B, V)."""
-        return self.project(self.norm(x_TBD))[0]
-
     def leaves(self) -> Iterator[Leaf]:
         """norm and head."""
         yield from self.norm.leaves()

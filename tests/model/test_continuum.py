@@ -16,7 +16,7 @@ from nlscale.config.parallel import Parallel
 from nlscale.model.attention import document_mask
 from nlscale.model.continuum import continuum_spec
 from nlscale.model.count import flops_a_token, parameters
-from nlscale.model.hope import Hope, Stage
+from nlscale.model.hope import Hope
 from nlscale.model.init import TABLE, draw, initialize
 from nlscale.model.layers import transformer_config
 from nlscale.parallel.apply import parallelize, stages
@@ -176,4 +176,3 @@ def test_stages_cover_the_layers_once() -> None:
         (1, False, False),
         (3, False, True),
     ]
-    assert Stage(range(2)).first
