@@ -38,13 +38,13 @@ class Contestant:
     def __init__(self, run: Run, world: World) -> None:
         self.run, self.steps = run, 0
         self.model = parallelize(run, world)
-        self.optimizer = build_optimizer(run.optim, run.levels, 10_000, self.model.leaves, world)
+        self.optimizer = build_optimizer(run, self.model.leaves, world, 10_000)
 
     def step(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """One step; gives (summed loss, tokens)."""
         self.steps += 1
         total = self.model.forward_backward([(tokens, targets, torch.zeros_like(tokens, dtype=torch.bool))], True)
-        self.optimizer.step(self.steps, total[1].long())
+        self.optimizer.step(self.steps, total[2].long())
         return total
 
 
@@ -74,11 +74,11 @@ def idle_cost(contestant: Contestant) -> tuple[int, int]:
     with Operations() as counted:
         contestant.optimizer.windows.count(tokens)
     base = sum(counted.seen.values())
-    slow = {name: shard for name, shard in contestant.optimizer.shards.items() if shard.level.period > 1}
-    contestant.optimizer.shards, kept = slow, contestant.optimizer.shards
+    optimizer, every = contestant.optimizer, contestant.optimizer.groups
+    optimizer.groups = [group for group in every if group.level.period > 1]
     with Operations() as counted:
-        contestant.optimizer.step(1, tokens)
-    contestant.optimizer.shards = kept
+        optimizer.step(1, tokens)
+    optimizer.groups = every
     return sum(counted.seen.values()) - base, counted.seen["aten::_local_scalar_dense"]
 
 

@@ -22,3 +22,14 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def nearest(value: int, multiple: int) -> str:
+    """The multiples on both sides of `value`, in words."""
+    below = value // multiple * multiple
+    return f"{below} or {below + multiple}" if below else f"{multiple}"
+
+
+def divisors(value: int) -> list[int]:
+    """All divisors of `value`, ascending."""
+    return [d for d in range(1, value + 1) if value % d == 0]

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 from nlscale.config.data import Data
-from nlscale.config.errors import require
-from nlscale.config.model import Level, Levels, Model, divisors, nearest
+from nlscale.config.errors import divisors, nearest, require
+from nlscale.config.levels import Level, Levels, parameter_names
+from nlscale.config.model import Model
 from nlscale.config.optim import Optim
 from nlscale.config.parallel import Parallel
 from nlscale.config.train import Checkpoint, Cluster, Identity, Log, Train
@@ -45,6 +46,7 @@ class Run:
                 f"level {name} has {units} feed-forward units, which parallel.tensor={tensor} does not divide; "
                 f"choose model.hidden so that every level's share is a multiple of {tensor}",
             )
+        Levels(levels=self.levels).check_match(list(parameter_names(model, self.levels)))
         require(
             not parallel.sequence or self.data.sequence % tensor == 0,
             f"data.sequence={self.data.sequence} cannot be split over parallel.tensor={tensor} (parallel.sequence); "

@@ -5,23 +5,25 @@ backward stay one pair of matrix products and tensor parallelism keeps one colle
 "sum of level blocks = one block of summed width" is exact (spec V13).
 
     independent   one FeedForward, all levels side by side:   y = x + sum_l W_l act(U_l norm(x))
+    nested        a chain too, whose fast levels start anew from their slow copies (optim/nested.py)
     sequential    a chain of them, one level each:            x_l = x_{l-1} + W_l act(U_l norm_l(x_{l-1})), fast first
 
 T tokens, B rows, D width, U hidden units of this rank.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.swiglu import swiglu
 from torch import Tensor, nn
 
-from nlscale.model.layers import Norm
+from nlscale.model.layers import Down, Norm
 from nlscale.runtime.leaf import Leaf, prefixed
 
 
@@ -41,16 +43,40 @@ class ContinuumSubmodules:
     """The parallel linear layers a continuum is built of."""
 
     up: type | ModuleSpec = ColumnParallelLinear
-    down: type | ModuleSpec = RowParallelLinear
+    down: type | ModuleSpec = Down
+
+
+class Gains(nn.Module):
+    """A weight a level on its hidden units; each rank has a part of the units, so gradients are partial sums."""
+
+    def __init__(self, units: Sequence[int], config: TransformerConfig) -> None:
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.values = nn.Parameter(torch.ones(len(units), dtype=config.params_dtype, device=device))
+        self.units: Tensor
+        self.register_buffer("units", torch.tensor(units, device=device), persistent=False)
+        self.total = sum(units)
+
+    def forward(self, hidden_TBU: Tensor) -> Tensor:
+        """(T, B, U) -> (T, B, U)."""
+        return hidden_TBU * self.values.repeat_interleave(self.units, output_size=self.total)
 
 
 class FeedForward(MegatronModule):
     """x + down(act(up(norm(x)))), its hidden units cut into levels."""
 
     def __init__(
-        self, units: Mapping[str, int], activation: str, config: TransformerConfig, submodules: ContinuumSubmodules
+        self,
+        units: Mapping[str, int],
+        activation: str,
+        config: TransformerConfig,
+        submodules: ContinuumSubmodules,
+        gains: bool = False,
     ) -> None:
-        """`units`: level name -> hidden units over all ranks; a level with 0 units has no leaf here."""
+        """`units`: level name -> hidden units over all ranks; a level with 0 units has no leaf here.
+
+        `gains`: a learned weight a level (spec 2.4), in the order of `units`.
+        """
         super().__init__(config)
         self.units = {name: count // config.tensor_model_parallel_size for name, count in units.items() if count}
         self.activation, self.inward = ACTIVATIONS[activation]
@@ -62,21 +88,25 @@ class FeedForward(MegatronModule):
         )
         self.down = build_module(submodules.down, total, width, input_is_parallel=True, is_expert=False, **options)
 
+        self.weigh = Gains(list(self.units.values()), config) if gains else nn.Identity()
+
     def forward(self, x_TBD: Tensor) -> Tensor:
         """(T, B, D) -> (T, B, D)."""
         hidden, _ = self.up(self.norm(x_TBD))
-        update, _ = self.down(self.activation(hidden))
+        update, _ = self.down(self.weigh(self.activation(hidden)))
         return x_TBD + update
 
     def leaves(self) -> Iterator[Leaf]:
         """norm, then up (gate) and down of each level."""
         yield from self.norm.leaves()
+        if isinstance(self.weigh, Gains):
+            yield Leaf("gains", self.weigh.values, partial=self.config.tensor_model_parallel_size > 1)
         total, start = sum(self.units.values()), 0
         for name, count in self.units.items():
             for index, part in enumerate(self.inward):
                 first = index * total + start
                 yield Leaf(f"{name}.{part}.weight", self.up.weight, axis=0, start=first, length=count, shard=0)
-            yield Leaf(f"{name}.down.weight", self.down.weight, axis=1, start=start, length=count, shard=1)
+            yield self.down.leaf(f"{name}.down.weight", start, count)
             start += count
 
 
@@ -84,8 +114,14 @@ class Sequential(MegatronModule):
     """A chain of feed-forward blocks, one level each, fast first."""
 
     def __init__(
-        self, units: Mapping[str, int], activation: str, config: TransformerConfig, submodules: ContinuumSubmodules
+        self,
+        units: Mapping[str, int],
+        activation: str,
+        config: TransformerConfig,
+        submodules: ContinuumSubmodules,
+        gains: bool = False,
     ) -> None:
+        """`gains` belong to the independent variant; the config refuses them here."""
         super().__init__(config)
         chain = {name: FeedForward({name: n}, activation, config, submodules) for name, n in units.items() if n}
         self.chain = nn.ModuleDict(chain)
@@ -103,7 +139,11 @@ class Sequential(MegatronModule):
                 yield from prefixed(name, iter([leaf])) if leaf.name == "norm.weight" else iter([leaf])
 
 
-VARIANTS: dict[str, type[FeedForward] | type[Sequential]] = {"independent": FeedForward, "sequential": Sequential}
+VARIANTS: dict[str, type[FeedForward] | type[Sequential]] = {
+    "independent": FeedForward,
+    "sequential": Sequential,
+    "nested": Sequential,
+}
 
 
 class MegatronContinuum(MegatronModule):

@@ -40,7 +40,7 @@ class Block(MegatronModule):
     def __init__(self, model: Model, units: Mapping[str, int], config: TransformerConfig) -> None:
         super().__init__(config)
         self.mix = Attention(model, config, ColumnParallelLinear, RowParallelLinear)
-        self.continuum = VARIANTS[model.variant](units, model.activation, config, ContinuumSubmodules())
+        self.continuum = VARIANTS[model.variant](units, model.activation, config, ContinuumSubmodules(), model.gains)
 
     def forward(self, x_TBD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """(T, B, D) -> (T, B, D)."""
@@ -63,6 +63,7 @@ class Hope(MegatronModule):
         assert model.vocabulary is not None
         self.stage, self.vp_stage = stage, stage.chunk
         self.model_type = ModelType.encoder_or_decoder
+        self.tied = model.tied
         self.input: Tensor | None = None
         self.mask = MASKS[model.attention]
         if stage.first:
@@ -75,12 +76,23 @@ class Hope(MegatronModule):
             )
         self.blocks = nn.ModuleList([Block(model, units, config) for _ in stage.layers])
         if stage.last:
-            self.head = Head(model.vocabulary, config)
+            own = self.embed.weight if model.tied and stage.first else None
+            self.head = Head(model.vocabulary, config, own)
         device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
         for name, table in zip(
             ("cosine", "sine"), rotary_table(tokens, model.head_width, model.rope_base, device), strict=True
         ):
             self.register_buffer(name, table.to(config.params_dtype), persistent=False)
+
+    @property
+    def entrance(self) -> list[nn.Module]:
+        """The embedding, where this stage has it."""
+        return [self.embed] if self.stage.first else []
+
+    @property
+    def exit(self) -> list[nn.Module]:
+        """The head, where this stage has it."""
+        return [self.head] if self.stage.last else []
 
     def set_input_tensor(self, tensors: Tensor | Sequence[Tensor | None] | None) -> None:
         """Takes what the previous stage sent; megatron-core's schedules call this before forward."""
@@ -102,8 +114,12 @@ class Hope(MegatronModule):
     def leaves(self) -> Iterator[Leaf]:
         """Every learnable tensor of this stage under its global name."""
         if self.stage.first:
-            yield Leaf("embed.weight", self.embed.weight, shard=0)
+            yield Leaf("embed.weight", self.embed.weight, shard=0, tied=self.tied and not self.stage.last)
         for layer, block in zip(self.stage.layers, self.blocks, strict=True):
             yield from prefixed(f"blocks.{layer}", block.leaves())  # type: ignore[operator]
         if self.stage.last:
-            yield from self.head.leaves()
+            yield from self.head.norm.leaves()
+            if not self.tied:
+                yield Leaf("head.weight", self.head.weight, shard=0)
+            elif not self.stage.first:
+                yield Leaf("embed.weight", self.head.weight, shard=0, tied=True, twin=True)

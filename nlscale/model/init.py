@@ -12,6 +12,7 @@ from nlscale.runtime.leaf import Leaf
 # The first pattern that matches decides: a gain of ones, or the standard deviation's divisor.
 TABLE: tuple[tuple[str, str], ...] = (
     ("*norm.weight", "ones"),
+    ("*.gains", "ones"),
     ("embed.weight", "normal"),
     ("head.weight", "normal"),
     ("blocks.*.mix.out.weight", "residual"),

@@ -1,8 +1,10 @@
 """megatron-core's configuration for our blocks, and the norm that its local layers lack."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -46,6 +48,25 @@ def transformer_config(model: Model, parallel: Parallel, dtype: torch.dtype, dev
         batch_p2p_sync=False,
         deallocate_pipeline_outputs=device.type == "cuda" or not interleaved,
     )
+
+
+class Down(RowParallelLinear):
+    """A row-parallel projection whose weight is stored (inputs, outputs): a slice of its inputs is contiguous memory."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        outputs_by_inputs: nn.Parameter = self._parameters["weight"]
+        self.weight = nn.Parameter(torch.empty_like(outputs_by_inputs.t(), memory_format=torch.contiguous_format))
+        self._forward_impl = product
+
+    def leaf(self, name: str, start: int, length: int) -> Leaf:
+        """Inputs start ... of the weight."""
+        return Leaf(name, self.weight, axis=0, start=start, length=length, shard=0)
+
+
+def product(input: Tensor, weight: Tensor, **_: object) -> Tensor:
+    """(T, B, inputs) -> (T, B, outputs); megatron-core's layer does the communication around it."""
+    return torch.matmul(input, weight)
 
 
 class Norm(nn.RMSNorm):

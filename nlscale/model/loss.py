@@ -3,8 +3,6 @@
 N tokens, D width, V this rank's share of the vocabulary.
 """
 
-from collections.abc import Iterator
-
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.mappings import (
@@ -14,10 +12,9 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.summed_loss import summed_loss
-from torch import Tensor
+from torch import Tensor, nn
 
 from nlscale.model.layers import Norm
-from nlscale.runtime.leaf import Leaf
 
 IGNORE = -1  # a target that counts for nothing
 
@@ -35,12 +32,13 @@ def parallel_cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
 class Head(MegatronModule):
     """Final norm, projection to the vocabulary and its loss."""
 
-    def __init__(self, vocabulary: int, config: TransformerConfig) -> None:
+    def __init__(self, vocabulary: int, config: TransformerConfig, weight: nn.Parameter | None = None) -> None:
+        """`weight`: this rank's rows (V, D) of an embedding that the head shares; None: the head has its own."""
         super().__init__(config)
         self.norm = Norm(config.hidden_size, config)
-        self.project = ColumnParallelLinear(
-            config.hidden_size, vocabulary, config=config, init_method=config.init_method, bias=False
-        )
+        options = {"config": config, "init_method": config.init_method, "bias": False}
+        own = ColumnParallelLinear(config.hidden_size, vocabulary, **options).weight if weight is None else weight
+        self.weight = own
         split = config.tensor_model_parallel_size > 1
         self.cross_entropy = parallel_cross_entropy if split else local_cross_entropy
         self.enter = (
@@ -50,9 +48,4 @@ class Head(MegatronModule):
     def forward(self, x_TBD: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum of the losses of all targets that are not IGNORE: a float32 scalar, equal on all tensor-parallel ranks."""
         x_ND = self.enter(self.norm(x_TBD)).flatten(0, 1)
-        return summed_loss(x_ND, self.project.weight, targets_BT.t().flatten(), self.cross_entropy)
-
-    def leaves(self) -> Iterator[Leaf]:
-        """norm and head."""
-        yield from self.norm.leaves()
-        yield Leaf("head.weight", self.project.weight, shard=0)
+        return summed_loss(x_ND, self.weight, targets_BT.t().flatten(), self.cross_entropy)

@@ -1,18 +1,68 @@
-"""The optimizer of a run: windows, one shard a level, and the clock that says who moves."""
+"""The optimizer of a run: windows, shards, and the clock that says who moves.
 
-from collections.abc import Sequence
+A step: every shard's policy ends the step; then the groups that are due close their windows, all ranks agree on norms
+and tokens in one reduction, every due group moves or, where a gradient is not finite, none of its ranks does; what moved
+travels behind the next forward pass.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from nlscale.config.model import Level
 from nlscale.config.optim import Optim
-from nlscale.optim.levels import by_level, due
+from nlscale.config.run import Run
+from nlscale.optim.levels import Group, by_group, due, groups
+from nlscale.optim.nested import Anchors
+from nlscale.optim.reduce import POLICIES, Policy
+from nlscale.optim.rules import Rule
 from nlscale.optim.schedule import level_rate
-from nlscale.optim.shard import LevelShard, Moved, forbid_compilation, silence
+from nlscale.optim.shard import Sharder, counted, square
 from nlscale.optim.window import Windows
+from nlscale.optim.zero import ZeroShard, forbid_compilation, silence
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a level's move did. A window with a gradient that is not finite is dropped on all ranks alike."""
+
+    grad_norm: float  # of the window's mean, before clipping
+    skipped: bool
+    update_square: Tensor  # float64: squared norm of this rank's part of the weight change
+
+
+@dataclass
+class Mover:
+    """A group on this rank: its shards, and the policy of each."""
+
+    group: Group
+    shards: list[Sharder]
+    policies: list[Policy]
+    counted: list[list[list[slice]]]  # by shard, by flat: what norms count
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """All leaves."""
+        return [leaf for shard in self.shards for leaf in shard.leaves]
+
+    @property
+    def bytes_a_step(self) -> int:
+        """Bytes this rank sends on a ring at every step."""
+        return sum(policy.bytes_a_step for policy in self.policies)
+
+    @property
+    def bytes_a_move(self) -> int:
+        """Bytes this rank sends on a ring when the group moves, beside those of every step."""
+        closing = sum(policy.bytes_a_close for policy in self.policies)
+        return closing + sum(shard.bytes_a_gather for shard in self.shards)
+
+    def square(self, grads: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Sum of squares of what this rank counts, float64."""
+        return torch.stack([square(g, spans) for g, spans in zip(grads, self.counted, strict=True)]).sum()
 
 
 @dataclass
@@ -21,38 +71,182 @@ class Optimizer:
 
     optim: Optim
     steps: int
+    world: World
     windows: Windows
-    shards: dict[str, LevelShard]
+    groups: list[Group]  # of the run
+    movers: dict[str, Mover]  # of this rank
+    anchors: Anchors
+    awaited: bool = False  # modules wait for their own weights before their next forward pass
 
+    @torch.no_grad()
     def step(self, step: int, tokens: Tensor) -> dict[str, Moved]:
-        """Ends step `step` (from 1), whose backward passes added `tokens` targets; gives the levels that moved.
+        """Ends step `step` (from 1), whose backward passes added `tokens` targets; gives the groups that moved.
 
-        A level that is not due is not touched: no collective, no optimizer work, no read by the host.
+        A level that is not due is not touched: no collective, no optimizer work, no read by the host. (With `reduce`
+        eager or hierarchical its gradients are reduced.) A collective over all ranks.
         """
         self.windows.count(tokens)
-        return {
-            name: shard.move(level_rate(self.optim, shard.level, step, self.steps))
-            for name, shard in self.shards.items()
-            if due(shard.level, step)
-        }
+        for mover in self.movers.values():
+            for policy in mover.policies if not mover.group.level.frozen else ():
+                policy.add()
+        self.windows.release()
+        return self.move([group for group in self.groups if due(group.level, step, group.phase)], step)
 
     def flush(self, step: int) -> dict[str, Moved]:
-        """At the run's end, moves every level whose window is still open: its mean counts the tokens that it has."""
-        return {
-            name: shard.move(level_rate(self.optim, shard.level, step, self.steps))
-            for name, shard in self.shards.items()
-            if self.windows.open[name]
-        }
+        """At the run's end, moves every group whose window is still open: its mean counts the tokens that it has."""
+        waiting = [g for g in self.groups if self.windows.open[g.name] and not g.level.frozen]
+        return self.move(waiting, step)
+
+    @torch.no_grad()
+    def move(self, moving: Sequence[Group], step: int) -> dict[str, Moved]:
+        """Closes the windows of these groups and moves them. A collective over all ranks."""
+        if not moving:
+            return {}
+        held = {g.name: self.movers[g.name] for g in moving if g.name in self.movers}
+        grads = {name: [policy.close() for policy in mover.policies] for name, mover in held.items()}
+        norms, means = self.agree(moving, {name: mover.square(grads[name]) for name, mover in held.items()})
+        moved = {}
+        for group in moving:
+            norm, square, mover = norms[group.name], self.nothing(), held.get(group.name)
+            if mover and norm < float("inf"):
+                scale = means[group.name] * self.clip(norm, norms)
+                square = self.update(mover, grads.pop(group.name), scale, step)
+            moved[group.name] = Moved(norm, not norm < float("inf"), square)
+        self.anchors.reset([group for group in moving if not moved[group.name].skipped], self.movers)
+        for name, mover in held.items():
+            if not moved[name].skipped:
+                for shard in mover.shards:
+                    shard.gather()
+        self.windows.restart(group.name for group in moving)
+        if not self.awaited:
+            self.arrive()
+        return moved
+
+    def agree(self, moving: Sequence[Group], squares: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+        """Norm of each window's mean, and 1 / tokens: one reduction over all ranks and one read by the host."""
+        world, indices = self.world, [self.windows.groups.index(group.name) for group in moving]
+        sums = torch.stack([squares.get(group.name, self.nothing()) for group in moving])
+        tokens = self.windows.tokens[indices].double()
+        if world.tensor_rank or world.pipeline_rank:
+            tokens = torch.zeros_like(tokens)
+        facts = torch.cat([sums, tokens])
+        dist.all_reduce(facts)
+        listed = facts.tolist()
+        means = {g.name: 1 / max(1.0, count) for g, count in zip(moving, listed[len(moving) :], strict=True)}
+        norms = {g.name: total**0.5 * means[g.name] for g, total in zip(moving, listed, strict=False)}
+        return norms, means
+
+    def clip(self, norm: float, norms: dict[str, float]) -> float:
+        """The factor that keeps a window's mean, or all of them together, within `optim.clip`."""
+        if self.optim.clip_scope == "global_due":
+            norm = sum(each**2 for each in norms.values() if each < float("inf")) ** 0.5
+        return min(1.0, self.optim.clip / (norm + 1e-6)) if self.optim.clip else 1.0
+
+    def update(self, mover: Mover, grads: list[list[Tensor]], scale: float, step: int) -> Tensor:
+        """Moves one group's masters; gives the squared norm of the change, float64."""
+        rate, squares = level_rate(self.optim, mover.group.level, step, self.steps), []
+        for shard, given, spans in zip(mover.shards, grads, mover.counted, strict=True):
+            before = [rule.master.clone() for rule in shard.rules]
+            torch._foreach_mul_(given, scale)
+            shard.update(given, rate)
+            changes = [rule.master - old for rule, old in zip(shard.rules, before, strict=True)]
+            squares.append(square(changes, spans).to(self.world.device))
+        return torch.stack(squares).sum()
+
+    def bytes_sent(self, moved: Collection[str]) -> dict[str, int]:
+        """Bytes this rank sends on a ring, by level, in a step in which these groups are due."""
+        sent = {group.level.name: 0 for group in self.groups}
+        for name, mover in self.movers.items():
+            move = mover.bytes_a_move if name in moved else 0
+            sent[mover.group.level.name] += move + (0 if mover.group.level.frozen else mover.bytes_a_step)
+        return sent
+
+    def updates(self) -> dict[str, int]:
+        """How often each group's rules moved; nested flats count from their last reset."""
+        return {key: rule.updates for key, rule in self.rules()}
+
+    def set_updates(self, counts: Mapping[str, int]) -> None:
+        """Takes over what `updates` gave; a group that is not named begins at 0."""
+        for key, rule in self.rules():
+            rule.updates = int(counts.get(key, 0))
+
+    def rules(self) -> Iterator[tuple[str, Rule]]:
+        """Every rule of this rank under its group's name."""
+        for name, mover in self.movers.items():
+            for shard in mover.shards:
+                for flat, rule in zip(shard.flats, shard.rules, strict=True):
+                    yield (f"{name}/nested" if flat.kind.nested else name), rule
+
+    def publish(self) -> None:
+        """Makes every rank's weights from the masters, after those were loaded. A collective."""
+        for mover in self.movers.values():
+            for shard in mover.shards:
+                shard.gather()
+        self.arrive()
+
+    def nothing(self) -> Tensor:
+        """A float64 zero."""
+        return torch.zeros((), dtype=torch.float64, device=self.world.device)
+
+    def await_in(self, modules: Iterable[nn.Module]) -> None:
+        """Lets each of these modules wait for its own weights when it is next called, instead of all at the step's end."""
+        for module in modules:
+            own = set(module.parameters())
+            names = [n for n, mover in self.movers.items() if any(leaf.parameter in own for leaf in mover.leaves)]
+            module.register_forward_pre_hook(lambda *_, names=names: self.arrive(names))
+        self.awaited = True
+
+    def arrive(self, names: Iterable[str] | None = None) -> None:
+        """Waits until the weights of these groups (None: of all) are where the model computes with them."""
+        for name in self.movers if names is None else names:
+            for shard in self.movers[name].shards:
+                shard.arrive()
 
 
-def build_optimizer(
-    optim: Optim, levels: Sequence[Level], steps: int, leaves: Sequence[Leaf], world: World
-) -> Optimizer:
-    """Windows over all stored parameters and an engine for each level that has leaves. A collective over all ranks."""
+def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int | None = None) -> Optimizer:
+    """Windows over all stored parameters and shards for each group that has leaves. A collective over all ranks.
+
+    `steps`: of the schedule, if not those of the run.
+    """
     forbid_compilation()
     silence()
-    groups = by_level(leaves, levels)
-    held = [level for level in levels if groups[level.name]]
-    windows = Windows([leaf.parameter for leaf in leaves], [level.name for level in held])
-    shards = {level.name: LevelShard(level, groups[level.name], optim, windows, world) for level in held}
-    return Optimizer(optim, steps, windows, shards)
+    optim, staggered = run.optim, run.optim.phase == "staggered"
+    every = groups(run.levels, run.model.layers, staggered)
+    windows = Windows([leaf.parameter for leaf in leaves], [g.name for g in every], lasting=optim.reduce == "defer")
+    members = by_group(leaves, run.levels, run.model.layers, staggered)
+    movers = {}
+    for group in every:
+        shards: list[Sharder] = []
+        for bucket in buckets(members[group.name], optim.bucket):
+            nested = run.model.variant == "nested" and group.level is not run.levels[-1]
+            shards.append(ZeroShard(group.level, bucket, optim, windows, world, nested))
+        if shards:
+            policies: list[Policy] = [POLICIES[optim.reduce](shard, windows, world) for shard in shards]
+            spans = [[counted(flat, world) for flat in shard.flats] for shard in shards]
+            movers[group.name] = Mover(group, shards, policies, spans)
+    anchors = Anchors(run.levels if run.model.variant == "nested" else [], optim.slow_weight, movers)
+    return Optimizer(optim, steps or run.train.steps, world, windows, every, movers, anchors)
+
+
+def buckets(leaves: Sequence[Leaf], limit: int) -> list[list[Leaf]]:
+    """Leaves cut into runs of whole blocks of at most `limit` elements, in the order of the forward pass."""
+    runs: list[list[Leaf]] = []
+    sizes: dict[str, int] = {}
+    for leaf in leaves:
+        sizes[block_of(leaf)] = sizes.get(block_of(leaf), 0) + leaf.value.numel()
+    filled, last = 0, ""
+    for leaf in leaves:
+        block = block_of(leaf)
+        if block != last:
+            if not runs or filled + sizes[block] > limit:
+                runs.append([])
+                filled = 0
+            filled, last = filled + sizes[block], block
+        runs[-1].append(leaf)
+    return runs
+
+
+def block_of(leaf: Leaf) -> str:
+    """The block of a leaf; the embedding and the head are blocks of their own."""
+    parts = leaf.name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]

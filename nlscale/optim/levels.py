@@ -1,33 +1,58 @@
-"""The registry and the clock: which leaf belongs to which level, and which levels move at a step (spec 2.1)."""
+"""The registry and the clock: which leaf belongs to which level, and what moves at a step (spec 2.1, 3.10)."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from nlscale.config.model import Level
+from nlscale.config.levels import Level, level_of
+from nlscale.config.run import Run
 from nlscale.runtime.leaf import Leaf
 
-NO_DECAY = ("*norm.weight", "embed.weight")  # leaves that weight decay spares
+NO_DECAY = ("*norm.weight", "embed.weight", "*.gains")  # leaves that weight decay spares
 
 
-def due(level: Level, step: int) -> bool:
+@dataclass(frozen=True)
+class Group:
+    """What moves together: a level, or those of its layers that share a phase."""
+
+    level: Level
+    phase: int = 0
+
+    @property
+    def name(self) -> str:
+        """The level's name; with its phase, where it has one."""
+        return f"{self.level.name}+{self.phase}" if self.phase else self.level.name
+
+
+def due(level: Level, step: int, phase: int = 0) -> bool:
     """Whether `level` moves at the end of `step`, counted from 1. A pure function of the step: no rank keeps a clock."""
-    return step % level.period == 0
+    return not level.frozen and (step + phase) % level.period == 0
 
 
-def level_of(name: str, levels: Sequence[Level]) -> Level:
-    """The level of a leaf: its continuum's by name, the first level for everything else."""
-    for level in levels:
-        if fnmatchcase(name, f"blocks.*.continuum.{level.name}.*"):
-            return level
-    return levels[0]
+def phase_of(name: str, level: Level, layers: int) -> int:
+    """Steps by which a leaf of block j moves early: floor(j period / layers); other leaves keep the level's beat."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return int(block[1]) * level.period // layers if block else 0
 
 
-def by_level(leaves: Iterable[Leaf], levels: Sequence[Level]) -> dict[str, list[Leaf]]:
-    """Leaves of each level, in the order of `levels`."""
-    groups: dict[str, list[Leaf]] = {level.name: [] for level in levels}
+def groups(levels: Sequence[Level], layers: int, staggered: bool) -> list[Group]:
+    """All groups of a run, fast to slow, the same on every rank whatever it holds."""
+    phases = {
+        level.name: sorted({phase_of(f"blocks.{j}.", level, layers) for j in range(layers)} | {0}) if staggered else [0]
+        for level in levels
+    }
+    return [Group(level, phase) for level in levels for phase in phases[level.name]]
+
+
+def by_group(leaves: Iterable[Leaf], levels: Sequence[Level], layers: int, staggered: bool) -> dict[str, list[Leaf]]:
+    """Leaves of each group, in the order of `groups`."""
+    members: dict[str, list[Leaf]] = {group.name: [] for group in groups(levels, layers, staggered)}
     for leaf in leaves:
-        groups[level_of(leaf.name, levels).name].append(leaf)
-    return groups
+        level = level_of(leaf.name, levels)
+        phase = phase_of(leaf.name, level, layers) if staggered else 0
+        members[Group(level, phase).name].append(leaf)
+    return members
 
 
 def decays(name: str) -> bool:
@@ -35,11 +60,13 @@ def decays(name: str) -> bool:
     return not any(fnmatchcase(name, pattern) for pattern in NO_DECAY)
 
 
-def identity(shapes: Mapping[str, Sequence[int]], levels: Sequence[Level]) -> dict[str, str]:
-    """Leaf -> its shape, level, period and decay in one line: what a resume must find unchanged."""
+def identity(shapes: Mapping[str, Sequence[int]], run: Run) -> dict[str, str]:
+    """Leaf -> its shape, level, clock, rule and decay in one line: what a resume must find unchanged."""
     lines = {}
     for name, shape in sorted(shapes.items()):
-        level = level_of(name, levels)
-        size = "x".join(map(str, shape))
-        lines[name] = f"{size} {level.name} period={level.period} decay={int(decays(name))}"
+        level = level_of(name, run.levels)
+        phase = phase_of(name, level, run.model.layers) if run.optim.phase == "staggered" else 0
+        clock = "frozen" if level.frozen else f"period={level.period}" + (f"+{phase}" if phase else "")
+        rule = level.optimizer or run.optim.name
+        lines[name] = f"{'x'.join(map(str, shape))} {level.name} {clock} {rule} decay={int(decays(name))}"
     return lines

@@ -1,7 +1,8 @@
 """Windows: gradients gathered in float32 until their level is due (spec 2.2).
 
 Backward adds into the window in place; nothing is copied and nothing crosses ranks. A window counts target tokens, so
-its mean is exact for ragged micro-batches.
+its mean is exact for ragged micro-batches. Where gradients are reduced every step (`reduce` eager or hierarchical) the
+sums live for one step only: they come with its first gradient and go with `release`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,35 +14,51 @@ from nlscale.runtime.leaf import Leaf
 
 
 class Windows:
-    """The accumulators of all parameters of this rank and the token counts of all levels."""
+    """The accumulators of all parameters of this rank and the token counts of all groups."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], levels: Sequence[str]) -> None:
-        self.levels = list(levels)
-        self.sums: dict[nn.Parameter, Tensor] = {}
-        for parameter in parameters:
-            if parameter not in self.sums:
-                self.sums[parameter] = torch.zeros_like(parameter, dtype=window_dtype(parameter.dtype))
-                self._attach(parameter)
+    def __init__(self, parameters: Iterable[nn.Parameter], groups: Sequence[str], lasting: bool = True) -> None:
+        """`lasting`: sums stay from step to step; otherwise `release` gives their memory back."""
+        self.groups, self.lasting = list(groups), lasting
+        self.sums: dict[nn.Parameter, Tensor | None] = dict.fromkeys(parameters)
+        for parameter in self.sums:
+            if lasting:
+                self._make(parameter)
+            if not lasting or window_dtype(parameter.dtype) != parameter.dtype:
+                parameter.register_post_accumulate_grad_hook(self._add)
         device = next(iter(self.sums)).device
-        self.tokens = torch.zeros(len(self.levels), dtype=torch.int64, device=device)  # of this replica, by level
-        self.open = dict.fromkeys(self.levels, 0)  # steps since a level last moved
+        self.tokens = torch.zeros(len(self.groups), dtype=torch.int64, device=device)  # of this replica, by group
+        self.open = dict.fromkeys(self.groups, 0)  # steps since a group last moved
 
-    def _attach(self, parameter: nn.Parameter) -> None:
-        window = self.sums[parameter]
+    def _make(self, parameter: nn.Parameter) -> Tensor:
+        window = torch.zeros_like(parameter, dtype=window_dtype(parameter.dtype))
+        self.adopt(parameter, window)
+        return window
+
+    def adopt(self, parameter: nn.Parameter, window: Tensor) -> None:
+        """Gathers a parameter's gradients in `window` from now on."""
+        self.sums[parameter] = window
         if window.dtype == parameter.dtype:
             parameter.grad = window  # autograd adds into a gradient that is there
-        else:
 
-            def add(parameter: nn.Parameter) -> None:
-                assert parameter.grad is not None
-                window.add_(parameter.grad)
-                parameter.grad = None
-
-            parameter.register_post_accumulate_grad_hook(add)
+    def _add(self, parameter: nn.Parameter) -> None:
+        grad, window = parameter.grad, self.sums[parameter]
+        assert grad is not None
+        if window is None and grad.dtype == window_dtype(grad.dtype):
+            self.sums[parameter] = grad  # the step's first gradient is its sum so far
+        elif grad is not window:
+            (self._make(parameter) if window is None else window).add_(grad)
+            parameter.grad = None
 
     def of(self, leaf: Leaf) -> Tensor:
         """The open sum of a leaf: a view, float32."""
-        return leaf.of(self.sums[leaf.parameter])
+        window = self.sums[leaf.parameter]
+        return leaf.of(self._make(leaf.parameter) if window is None else window)
+
+    def release(self) -> None:
+        """Gives back the memory of all sums that do not last; they were read."""
+        if not self.lasting:
+            for parameter in self.sums:
+                self.sums[parameter] = parameter.grad = None
 
     def count(self, tokens: Tensor) -> None:
         """Notes that a step's backward passes have added `tokens` (int64 scalar) targets to every window."""
@@ -49,10 +66,11 @@ class Windows:
         for name in self.open:
             self.open[name] += 1
 
-    def restart(self, level: str) -> None:
-        """Notes that a level moved: its window holds nothing."""
-        self.tokens[self.levels.index(level)].zero_()
-        self.open[level] = 0
+    def restart(self, groups: Iterable[str]) -> None:
+        """Notes that these groups moved: their windows hold nothing."""
+        for name in groups:
+            self.tokens[self.groups.index(name)].zero_()
+            self.open[name] = 0
 
 
 def window_dtype(dtype: torch.dtype) -> torch.dtype:

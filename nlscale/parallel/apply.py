@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nlscale.config.model import Levels
+from nlscale.config.levels import Levels
 from nlscale.config.run import Run
 from nlscale.model.hope import Hope, Stage
 from nlscale.model.init import initialize
 from nlscale.model.layers import transformer_config
+from nlscale.parallel.gate import Gate
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 
@@ -29,6 +30,11 @@ class Parallelized:
     chunks: list[Hope]
     leaves: list[Leaf]
     forward_backward: Callable[[Sequence[MicroBatch], bool], Tensor]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Everything that holds parameters, in the order of the forward pass."""
+        return [m for chunk in self.chunks for m in (*chunk.entrance, *chunk.blocks, *chunk.exit)]
 
 
 def stages(run: Run, pipeline_rank: int) -> list[Stage]:
@@ -54,20 +60,27 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
         for chunk in chunks:
             for block in chunk.blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    return Parallelized(chunks, leaves, scheduled(chunks, run))
+    gates = {id(chunk): Gate(chunk.parameters(), world.tensor if run.parallel.sequence else None) for chunk in chunks}
+    return Parallelized(chunks, leaves, scheduled(chunks, run, gates))
 
 
-def scheduled(chunks: list[Hope], run: Run) -> Callable[[Sequence[MicroBatch], bool], Tensor]:
+def scheduled(chunks: list[Hope], run: Run, gates: dict[int, Gate]) -> Callable[[Sequence[MicroBatch], bool], Tensor]:
     """The step's schedule: no pipeline, 1F1B or interleaved 1F1B, settled here once."""
     schedule = get_forward_backward_func()
     rows, tokens = run.train.micro_batch, run.data.sequence
 
     def step(batches: Iterator[MicroBatch], model: Hope) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(batches)
-        return model(*batch), partial(summed, targets=batch[1])
+        output = model(*batch)
+        gates[id(model)].guard(output, (batch[1] >= 0).sum())
+        return output, partial(summed, targets=batch[1])
 
     def forward_backward(batches: Sequence[MicroBatch], learn: bool = True) -> Tensor:
-        """Runs all micro-batches; gives (sum of losses, targets counted), float64, zeros off the last stage."""
+        """Runs all micro-batches; gives a float64 vector: sum of losses and targets counted, zeros off the last stage;
+        then, on every rank, the targets whose gradients were added, and the micro-batches that were refused.
+        """
+        for gate in gates.values():
+            gate.restart()
         iterators = [iter(batches) for _ in chunks]
         losses = schedule(
             forward_step_func=step,
@@ -79,12 +92,17 @@ def scheduled(chunks: list[Hope], run: Run) -> Callable[[Sequence[MicroBatch], b
             forward_only=not learn,
         )
         device = batches[0][0].device
-        return torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=device)
+        reported = torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=device)
+        return torch.cat([reported, next(iter(gates.values())).counts])
 
     return forward_backward
 
 
 def summed(loss: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a schedule wants of a micro-batch: the loss to differentiate, its tokens, and what to report."""
+    """What a schedule wants of a micro-batch: the loss to differentiate, its tokens, and what to report.
+
+    A loss that is not finite is not reported: its gradients are refused too (parallel/gate.py).
+    """
     count = (targets >= 0).sum()
-    return loss, count.int(), torch.stack([loss.detach().double(), count.double()])
+    facts = torch.stack([loss.detach().double(), count.double()])
+    return loss, count.int(), torch.where(loss.detach().isfinite(), facts, torch.zeros_like(facts))

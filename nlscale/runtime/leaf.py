@@ -16,7 +16,9 @@ class Leaf:
     """One learnable tensor: `length` rows or columns of a stored parameter.
 
     `shard` is the axis that tensor parallelism splits (None: every rank holds it whole); `partial` says that its
-    gradient is a partial sum over tensor-parallel ranks (sequence parallelism).
+    gradient is a partial sum over tensor-parallel ranks (sequence parallelism, gains of levels). `tied` says that the
+    first and last pipeline stage both hold it and that gradients add up over them; `twin` marks the last stage's copy,
+    which norms and checkpoints pass over.
     """
 
     name: str
@@ -26,6 +28,8 @@ class Leaf:
     length: int | None = None
     shard: int | None = None
     partial: bool = False
+    tied: bool = False
+    twin: bool = False
 
     def of(self, stored: Tensor) -> Tensor:
         """The leaf's part of a tensor that is laid out like the stored parameter."""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from nlscale.config.errors import UserError
+from nlscale.config.errors import UserError, divisors
 from nlscale.config.parallel import Parallel
 from nlscale.config.train import Cluster
 from nlscale.runtime import cpu
@@ -33,6 +33,9 @@ class World:
     pipeline: dist.ProcessGroup
     data: dist.ProcessGroup  # the same shard on every replica
     model: dist.ProcessGroup  # all shards of one replica
+    near: dist.ProcessGroup  # the same shard on the replicas of this node
+    far: dist.ProcessGroup  # the same shard on one replica a node, those at this one's place in their nodes
+    ends: dist.ProcessGroup | None  # first and last pipeline stage of a replica; None between them
 
     @property
     def leads(self) -> bool:
@@ -70,10 +73,11 @@ def announce(rank: int, size: int, local_rank: int, local_size: int) -> None:
         os.environ["MASTER_PORT"] = str(20000 + job % 20000)
 
 
-def join(parallel: Parallel, cluster: Cluster, seed: int) -> World:
+def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = None) -> World:
     """Joins the process group and makes megatron-core's groups.
 
-    The rank comes from torchrun's or srun's environment; alone, a process is a world of one.
+    The rank comes from torchrun's or srun's environment; alone, a process is a world of one. `node`: replicas of a
+    node; None: as many as this machine's ranks hold.
     """
     rank, size, local_rank, local_size = ranks_from_environment() or (0, 1, 0, 1)
     announce(rank, size, local_rank, local_size)
@@ -100,6 +104,7 @@ def join(parallel: Parallel, cluster: Cluster, seed: int) -> World:
     )
     random.seed(seed)
     torch.manual_seed(seed)
+    near, far = nodes(size // parallel.ranks, parallel.ranks, node or max(1, local_size // parallel.ranks))
     return World(
         rank=rank,
         size=size,
@@ -113,7 +118,30 @@ def join(parallel: Parallel, cluster: Cluster, seed: int) -> World:
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
+        near=near,
+        far=far,
+        ends=parallel_state.get_embedding_group(check_initialized=False),
     )
+
+
+def nodes(replicas: int, ranks: int, node: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This rank's groups inside and across nodes of `node` replicas; replica i holds ranks i x `ranks` ... of the world."""
+    if replicas % node:
+        raise UserError(
+            f"optim.node={node} replicas a node do not divide {replicas} replicas; "
+            f"optim.node in {divisors(replicas)} would work"
+        )
+    mine: dict[str, dist.ProcessGroup] = {}
+    for shard in range(ranks):
+        for first in range(0, replicas, node):
+            members = [shard + ranks * replica for replica in range(first, first + node)]
+            group = dist.new_group(members)
+            mine |= {"near": group} if dist.get_rank() in members else {}
+        for place in range(node):
+            members = [shard + ranks * replica for replica in range(place, replicas, node)]
+            group = dist.new_group(members)
+            mine |= {"far": group} if dist.get_rank() in members else {}
+    return mine["near"], mine["far"]
 
 
 def leave() -> None:

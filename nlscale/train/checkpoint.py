@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import xxhash
 
@@ -19,8 +18,9 @@ from nlscale.config.errors import StoppedOnPurpose, UserError
 from nlscale.config.read import dump
 from nlscale.runtime.folder import MANIFEST, STATE, Folder, write_durably
 from nlscale.runtime.log import Journal
-from nlscale.train.pieces import Pieces, load, save
-from nlscale.train.state import TrainState, dealt, window_name
+from nlscale.train.pieces import load, save
+from nlscale.train.state import TrainState
+from nlscale.train.windows import load_windows, windows_to_save
 
 
 class Checkpoints:
@@ -43,7 +43,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        save({**state.shards(), **state.windows_to_save()}, partial)
+        save({**state.shards(), **windows_to_save(state)}, partial)
         facts = state.facts()
         mine = partial.glob(f"__{world.rank}_*")
         digests: list[dict] = [{} for _ in range(world.size)]
@@ -111,40 +111,9 @@ class Checkpoints:
             )
         load(state.shards(), path)
         state.apply_facts(facts)
-        for shard in state.optimizer.shards.values():
-            shard.gather()
-        self.load_windows(state, facts["windows"], path)
+        state.optimizer.publish()
+        load_windows(state, facts["windows"], path)
         self.journal.event("restore", state.step, checkpoint=path.name, layout=facts["layout"])
-
-    def load_windows(self, state: TrainState, stored: dict[str, Any], path: Path) -> None:
-        """Deals the saved windows out to this layout; the same layout gets each rank's own bits back.
-
-        A replica takes every R-th saved one, and those add up. Partial sums over tensor-parallel ranks are dealt out
-        likewise where gradients are partial now, and all of them added where they are not.
-        """
-        world = state.world
-        if not any(stored["open"].values()):
-            return
-        replicas = dealt(stored["replicas"], world.replica, world.replicas)
-        rounds = -(-stored["replicas"] // world.replicas) * stored["parts"]
-        wanted: dict[str, list[tuple[int, int]]] = {}
-        for leaf in state.open_leaves():
-            state.optimizer.windows.of(leaf).zero_()
-            partial_then = stored["parts"] if leaf.name.endswith("norm.weight") else 1
-            parts = dealt(partial_then, world.tensor_rank, world.tensor.size()) if leaf.partial else range(partial_then)
-            wanted[leaf.name] = [(replica, part) for replica in replicas for part in parts]
-        for turn in range(rounds):  # a load is a collective: every rank takes the same number of turns
-            buffers = {}
-            for leaf in state.open_leaves():
-                if turn < len(wanted[leaf.name]):
-                    values = torch.empty_like(state.optimizer.windows.of(leaf))
-                    buffers[leaf.name] = (window_name(leaf.name, *wanted[leaf.name][turn]), leaf, values)
-            pieces: dict[str, Pieces] = {
-                name: state.whole(leaf, values, False) for name, leaf, values in buffers.values()
-            }
-            load(pieces, path)
-            for _, leaf, values in buffers.values():
-                state.optimizer.windows.of(leaf).add_(values)
 
 
 def commit(partial: Path, final: Path) -> None:

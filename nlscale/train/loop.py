@@ -31,12 +31,13 @@ def train(run: Run) -> None:
     Raises UserError for what the user must mend, SavedOnSignal after a signal, StoppedOnPurpose where going on would
     not help.
     """
-    world = join(run.parallel, run.cluster, run.train.seed)
+    world = join(run.parallel, run.cluster, run.train.seed, run.optim.node)
     replicas(run, world.size)
     cards, folder = check_data(run.data, run.train.evaluate_rows > 0), Folder(Path(run.folder))
     journal = Journal(folder, world.leads)
     model = parallelize(run, world)
-    optimizer = build_optimizer(run.optim, run.levels, run.train.steps, model.leaves, world)
+    optimizer = build_optimizer(run, model.leaves, world)
+    optimizer.await_in(model.modules)
     loader = Loader(run.data, run.train.global_batch, world)
     state = TrainState(run, world, model.leaves, optimizer, loader, [card.fingerprint for card in cards])
     checkpoints = Checkpoints(folder, journal)
@@ -86,16 +87,16 @@ def going_on(
 
 
 def alarmed(report: Report, skips: int, step: int, journal: Journal) -> int:
-    """Steps in a row whose gradients were not finite, this one included.
+    """Steps in a row in which something was not finite, this one included.
 
-    Raises StoppedOnPurpose after SKIPS of them, and at once for a loss that is not finite: nothing of it is saved.
+    Raises StoppedOnPurpose after SKIPS of them, and at once where no loss of a step is finite: nothing of it is saved.
     """
     if not abs(report.loss) < float("inf"):
-        journal.event("loss is not finite", step, loss=str(report.loss))
-        raise StoppedOnPurpose(f"the loss is {report.loss} at step {step}; the last checkpoint stands")
-    if not report.skipped:
+        journal.event("loss is not finite", step, micro_batches=report.refused)
+        raise StoppedOnPurpose(f"no loss is finite at step {step}; the last checkpoint stands")
+    if not report.skipped and not report.refused:
         return 0
-    journal.event("skip", step, levels=report.skipped)
+    journal.event("skip", step, levels=report.skipped, micro_batches=report.refused)
     if skips + 1 == SKIPS:
         raise StoppedOnPurpose(f"gradients were not finite in {SKIPS} steps in a row, up to step {step}")
     return skips + 1

@@ -27,6 +27,7 @@ class Metrics:
         self.state, self.folder, self.journal = state, folder, journal
         self.flops_a_token = flops_a_token(state.run.model, state.run.data.sequence)
         self.peak = peak
+        self.levels = [level.name for level in state.run.levels]
 
     def __enter__(self) -> "Metrics":
         run, leads = self.state.run, self.state.world.leads
@@ -64,9 +65,8 @@ class Metrics:
             "memory/peak_bytes": peak_bytes(),
             "data/token_hash": report.token_hash,
         }
-        for name, shard in state.optimizer.shards.items():
+        for name, sent in state.optimizer.bytes_sent(report.groups).items():
             fired = name in report.grad_norm
-            sent = shard.bytes_a_move if fired or name in report.skipped else 0
             line[f"optim/level/{name}/fired"] = int(fired)
             line[f"comm/level/{name}/bytes"] = sent
             line["comm/bytes"] += sent
@@ -100,7 +100,7 @@ class Metrics:
         self.bar.update()
         run, step = self.state.run, line["step"]
         if self.plain and (step % run.log.interval == 0 or step in (1, run.train.steps)):
-            moved = [name for name in self.state.optimizer.shards if line[f"optim/level/{name}/fired"]]
+            moved = [name for name in self.levels if line[f"optim/level/{name}/fired"]]
             self.journal.say(
                 f"step {step:6d}/{run.train.steps}  loss {line['train/loss']:.4f}  "
                 f"{line['throughput/tokens_per_second']:,.0f} tokens/s  mfu {line['throughput/mfu']:.1%}  "

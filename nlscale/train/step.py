@@ -1,5 +1,6 @@
 """One step: rows -> loss -> windows -> the levels that are due -> one small reduction of what to report."""
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nlscale.data.batch import HASH_BITS, to_batch, token_hash
-from nlscale.optim.shard import Moved
+from nlscale.optim.build import Moved
 from nlscale.parallel.apply import Parallelized
 from nlscale.train.state import TrainState
 
@@ -26,7 +27,9 @@ class Report:
     data_wait: float
     grad_norm: dict[str, float] = field(default_factory=dict)  # of the levels that moved
     update_norm: dict[str, float] = field(default_factory=dict)
+    refused: int = 0  # micro-batches whose loss was not finite: they added nothing to any window
     skipped: tuple[str, ...] = ()  # levels that were due, but whose gradients were not finite
+    groups: tuple[str, ...] = ()  # that were due: levels, or their phases
 
 
 def train_step(state: TrainState, model: Parallelized, document: int, stop: bool) -> Report:
@@ -37,39 +40,54 @@ def train_step(state: TrainState, model: Parallelized, document: int, stop: bool
     batch = to_batch(rows, document, world.device)
     total = model.forward_backward(batch.micro(run.train.micro_batch), True)
     state.step += 1
-    targets = (batch.targets_BT >= 0).sum()
-    moved = state.optimizer.step(state.step, targets)
+    moved = state.optimizer.step(state.step, total[2].long())
     if state.step == run.train.steps:
         moved |= state.optimizer.flush(state.step)
+    targets = (batch.targets_BT >= 0).sum()
     report = reduced(state, total, token_hash(rows), targets, moved, stop)
-    state.tokens += int(report[1])
-    squares = dict(zip(moved, report[4:], strict=True))
+    state.tokens += int(report[2])
+    went = {name: move for name, move in moved.items() if not move.skipped}
+    squares = dict(zip(moved, report[6:], strict=True))
+    level = {group.name: group.level.name for group in state.optimizer.groups}
     return Report(
-        loss=report[0] / max(1.0, report[1]),
-        tokens=int(report[1]),
-        token_hash=int(report[2]) % 2**HASH_BITS,
-        stop=report[3] > 0,
+        loss=report[0] / report[1] if report[1] else math.nan,
+        tokens=int(report[2]),
+        token_hash=int(report[3]) % 2**HASH_BITS,
+        stop=report[4] > 0,
         seconds=time.monotonic() - began,
         data_wait=waited,
-        grad_norm={name: float(move.grad_norm) for name, move in moved.items() if not move.skipped},
-        update_norm={name: square**0.5 for name, square in squares.items() if not moved[name].skipped},
-        skipped=tuple(name for name, move in moved.items() if move.skipped),
+        refused=int(report[5]),
+        grad_norm=joint({name: move.grad_norm**2 for name, move in went.items()}, level),
+        update_norm=joint({name: squares[name] for name in went}, level),
+        skipped=tuple(sorted({level[name] for name in moved.keys() - went.keys()})),
+        groups=tuple(moved),
     )
+
+
+def joint(squares: dict[str, float], level: dict[str, str]) -> dict[str, float]:
+    """Norms by level: the groups of a level together."""
+    sums: dict[str, float] = {}
+    for name, square in squares.items():
+        sums[level[name]] = sums.get(level[name], 0.0) + square
+    return {name: total**0.5 for name, total in sums.items()}
 
 
 def reduced(
     state: TrainState, total: Tensor, rows_hash: int, targets: Tensor, moved: dict[str, Moved], stop: bool
 ) -> list[float]:
-    """Sums over all ranks, in one collective: loss, tokens, hash, stop, squared update of each moved level."""
+    """Sums over all ranks, in one collective: loss, its targets, all targets, hash, stop, refused micro-batches, and
+    the squared update of each moved group.
+    """
     world = state.world
     first = world.tensor_rank == 0
     counts = first and world.pipeline_rank == 0
     zero = torch.zeros((), dtype=torch.float64, device=world.device)
     local = [
-        total[0] if first and world.last_stage else zero,
+        *(total[:2] if first and world.last_stage else (zero, zero)),
         targets.double() if counts else zero,
         zero + (rows_hash if counts else 0),
         zero + float(stop),
+        total[3] if counts else zero,
         *(move.update_square.double() for move in moved.values()),
     ]
     vector = torch.stack(local)

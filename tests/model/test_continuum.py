@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
-from nlscale.config.model import Levels
+from nlscale.config.levels import Levels
 from nlscale.config.parallel import Parallel
 from nlscale.model.attention import document_mask
 from nlscale.model.continuum import continuum_spec
@@ -49,7 +49,7 @@ def by_levels(variant: str, activation: str) -> float:
             if activation == "swiglu"
             else F.gelu(up, approximate="tanh")
         )
-        y = y + hidden @ value[f"{prefix}.down.weight"].t()
+        y = y + hidden @ value[f"{prefix}.down.weight"]
     return float((model.blocks[1].continuum(x) - y).abs().max())
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nlscale.config.model import Level
+from nlscale.config.levels import Level, level_of
 from nlscale.config.read import read
 from nlscale.config.run import Run
 from nlscale.optim.build import build_optimizer
-from nlscale.optim.levels import decays, level_of
+from nlscale.optim.levels import decays
 from nlscale.optim.schedule import level_rate
 from nlscale.parallel.apply import parallelize
 from nlscale.runtime.world import join
@@ -23,12 +23,12 @@ def train(run: Run) -> tuple[list[float], Pieces, list[float]]:
     """Losses, final weights and norms of the fast level's windows."""
     world = join(run.parallel, run.cluster, run.train.seed)
     model = parallelize(run, world)
-    optimizer = build_optimizer(run.optim, run.levels, STEPS, model.leaves, world)
+    optimizer = build_optimizer(run, model.leaves, world, STEPS)
     losses, norms = [], []
     for step in range(1, STEPS + 1):
         batches = micro_batches(run, step, world.replica, world.replicas)
         total = model.forward_backward(batches, True)
-        moved = optimizer.step(step, sum((batch[1] >= 0).sum() for batch in batches))
+        moved = optimizer.step(step, total[2].long())
         norms.append(float(moved["fast"].grad_norm))
         dist.all_reduce(total)
         losses.append((total[0] / total[1]).item())

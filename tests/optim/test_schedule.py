@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nlscale.config.model import Level
+from nlscale.config.levels import Level
 from nlscale.config.optim import Optim
 from nlscale.optim.schedule import level_rate, rate
 

@@ -44,21 +44,20 @@ def traffic(precision: str) -> list[tuple[float, int, list[str]]]:
     run = tiny(f"train.precision={precision}")
     world = join(run.parallel, run.cluster, 0)
     model = parallelize(run, world)
-    optimizer = build_optimizer(run.optim, run.levels, 100, model.leaves, world)
+    optimizer = build_optimizer(run, model.leaves, world, 100)
     seen = []
     for step in range(1, 9):
         batches = micro_batches(run, step, world.replica, world.replicas)
-        before = {name: [leaf.value.clone() for leaf in shard.leaves] for name, shard in optimizer.shards.items()}
+        before = {name: [leaf.value.clone() for leaf in mover.leaves] for name, mover in optimizer.movers.items()}
         with Wire() as wire:
-            model.forward_backward(batches, True)
-            moved = optimizer.step(step, sum((batch[1] >= 0).sum() for batch in batches))
+            moved = optimizer.step(step, model.forward_backward(batches, True)[2].long())
         changed = [
             name
-            for name, shard in optimizer.shards.items()
-            if any(not torch.equal(old, leaf.value) for old, leaf in zip(before[name], shard.leaves, strict=True))
+            for name, mover in optimizer.movers.items()
+            if any(not torch.equal(old, leaf.value) for old, leaf in zip(before[name], mover.leaves, strict=True))
         ]
         assert changed == list(moved)
-        seen.append((wire.sent, sum(optimizer.shards[name].bytes_a_move for name in moved), changed))
+        seen.append((wire.sent, sum(optimizer.bytes_sent(moved).values()), changed))
     return seen
 
 

@@ -130,7 +130,7 @@ def test_what_a_killed_removal_left_is_no_obstacle(prepared: str, tmp_path: Path
         (
             "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 2, width: 0.25}, "
             "{name: long, period: 8, width: 0.25}]",
-            "slow period=4 decay=1 -> .*period=2",
+            "slow period=4 adamw decay=1 -> .*period=2",
         ),
     ],
 )

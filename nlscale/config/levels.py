@@ -1,0 +1,125 @@
+"""The levels of a continuum, and which parameter belongs to which (spec 2.1)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from nlscale.config.errors import nearest, require
+from nlscale.config.model import Model
+from nlscale.config.optim import RULES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One learner of the continuum: a share of the feed-forward width that moves every `period`.
+
+    Levels are listed fast to slow. Parameters outside the continuum (attention, embedding, norms, head) belong to the
+    first level, unless another one's `match` names them.
+    """
+
+    name: str = "all"
+    period: int = 1
+    unit: Literal["step", "token"] = "step"
+    width: float = 1.0  # share of model.hidden; the shares sum to 1, and 0 is a level without feed-forward units
+    lr: float = 1.0  # factor on optim.lr
+    optimizer: str | None = None  # its rule; unset: optim.name
+    match: list[str] = field(default_factory=list)  # further parameters of this level: patterns over their names
+    frozen: bool = False  # never moves
+
+    def __post_init__(self) -> None:
+        require(self.name.isidentifier(), f"levels: name '{self.name}' must be a word of letters, digits and _")
+        require(self.period >= 1, f"levels.{self.name}.period={self.period} must be at least 1")
+        require(
+            self.unit == "step",
+            f"levels.{self.name}.unit=token: no level moves inside a sequence yet; unit: step works",
+        )
+        require(0 <= self.width <= 1, f"levels.{self.name}.width={self.width} is a share of the width, from 0 to 1")
+        require(self.lr > 0, f"levels.{self.name}.lr={self.lr} must be above 0")
+        require(
+            self.optimizer is None or self.optimizer in RULES,
+            f"levels.{self.name}.optimizer={self.optimizer} is no rule; choose one of {', '.join(RULES)}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levels:
+    """The continuum as a checked whole: a divisibility chain of periods whose widths fill the feed-forward."""
+
+    levels: list[Level] = field(default_factory=lambda: [Level()])
+
+    def __post_init__(self) -> None:
+        names = [level.name for level in self.levels]
+        require(len(names) > 0, "levels: at least one level is needed; a plain Transformer has one with period 1")
+        require(len(set(names)) == len(names), f"levels: names must differ, got {names}")
+        for fast, slow in zip(self.levels, self.levels[1:], strict=False):
+            require(
+                slow.period % fast.period == 0,
+                f"levels: periods form a divisibility chain, fast to slow: {slow.name}.period={slow.period} is no "
+                f"multiple of {fast.name}.period={fast.period}; {nearest(slow.period, fast.period)} would work",
+            )
+        total = sum(level.width for level in self.levels)
+        require(abs(total - 1) < 1e-6, f"levels: widths are shares and must sum to 1, got {total:g}")
+
+    def check_match(self, names: Iterable[str]) -> None:
+        """Raises UserError, with the table of what matched, where a level matches nothing or a name matches twice."""
+        members: dict[str, list[str]] = {level.name: [] for level in self.levels}
+        for name in names:
+            claims = claimants(name, self.levels)
+            require(
+                len(claims) <= 1,
+                f"levels: '{name}' is matched by {' and '.join(level.name for level in claims)}; a parameter has one level",
+            )
+            members[level_of(name, self.levels).name].append(name)
+        table = "; ".join(f"{k}: {len(v)} ({v[0]} ...)" if v else f"{k}: none" for k, v in members.items())
+        for level in self.levels:
+            for pattern in level.match:
+                require(
+                    any(fnmatchcase(name, pattern) for name in names),
+                    f"levels.{level.name}.match: '{pattern}' matches no parameter. Matched: {table}",
+                )
+            require(len(members[level.name]) > 0, f"levels: {level.name} matches no parameter. Matched: {table}")
+
+    def units(self, feed_forward: int) -> dict[str, int]:
+        """Feed-forward units of each level, in order; raises UserError where a share is no whole number."""
+        units = {level.name: level.width * feed_forward for level in self.levels}
+        for name, value in units.items():
+            require(
+                abs(value - round(value)) < 1e-6,
+                f"levels.{name}.width gives {value:g} of model.hidden={feed_forward} units; "
+                "choose shares or model.hidden so that every level has a whole number",
+            )
+        return {name: round(value) for name, value in units.items()}
+
+
+def claimants(name: str, levels: Sequence[Level]) -> list[Level]:
+    """Levels whose `match` names a parameter; where none does, the one whose slice of a continuum it is."""
+    named = [level for level in levels if any(fnmatchcase(name, pattern) for pattern in level.match)]
+    return named or [level for level in levels if fnmatchcase(name, f"blocks.*.continuum.{level.name}.*")]
+
+
+def level_of(name: str, levels: Sequence[Level]) -> Level:
+    """The level of a parameter: by `match`, by its continuum's slice, the first one for everything else.
+
+    The gains that weigh levels against each other move with the slowest (spec 2.4).
+    """
+    if fnmatchcase(name, "blocks.*.continuum.gains"):
+        return levels[-1]
+    return next(iter(claimants(name, levels)), levels[0])
+
+
+def parameter_names(model: Model, levels: Sequence[Level]) -> Iterator[str]:
+    """The names of all parameters of a model, as the model itself gives them (a test compares the two)."""
+    inward = ("gate", "up") if model.activation == "swiglu" else ("up",)
+    held = [level.name for level in levels if level.width]
+    yield "embed.weight"
+    for block in (f"blocks.{j}" for j in range(model.layers)):
+        yield from (f"{block}.mix.{part}.weight" for part in ("norm", "q", "k", "v", "out"))
+        norms = ["norm"] if model.variant == "independent" else [f"{name}.norm" for name in held]
+        yield from (f"{block}.continuum.{norm}.weight" for norm in norms)
+        if model.gains:
+            yield f"{block}.continuum.gains"
+        yield from (f"{block}.continuum.{name}.{part}.weight" for name in held for part in (*inward, "down"))
+    yield "norm.weight"
+    if not model.tied:
+        yield "head.weight"

@@ -1,0 +1,99 @@
+"""How leaves lie in the flat memory that is sharded over replicas.
+
+A flat holds the leaves of one group that follow one rule. Rules that work element by element take them packed, cut
+anywhere. Rules that work on matrices get slots, one a replica, of whole matrices: a matrix has one owner, which needs no
+collective over replicas to see it whole.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from torch import Tensor
+
+from nlscale.config.optim import MATRIX_RULES
+from nlscale.optim.levels import decays
+from nlscale.runtime.leaf import Leaf
+
+ALIGN = 2  # elements: DeepSpeed cuts a flat into parts of an even length
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the leaves of a flat have in common."""
+
+    rule: str
+    decays: bool
+    nested: bool = False  # a fast level's leaf that is reset to its slow copy (spec 2.4)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Leaves and where each begins; `elements` is a multiple of replicas x ALIGN."""
+
+    kind: Kind
+    places: tuple[tuple[Leaf, int], ...]
+    elements: int
+
+    def fill(self, flat: Tensor, values: Sequence[Tensor]) -> None:
+        """Copies one tensor a leaf, in the order of `places`, into `flat`."""
+        for (_, start), value in zip(self.places, values, strict=True):
+            flat[start : start + value.numel()].view(value.shape).copy_(value)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Views of `flat`, shaped like the leaves."""
+        return [flat[i : i + leaf.value.numel()].view(leaf.value.shape) for leaf, i in self.places]
+
+    def runs(self, first: int, last: int) -> Iterator[tuple[Leaf, int, slice]]:
+        """What elements first ... last hold: leaf, first of its local elements (row-major), where in the part."""
+        for leaf, start in self.places:
+            low, high = max(start, first), min(start + leaf.value.numel(), last)
+            if low < high:
+                yield leaf, low - start, slice(low - first, high - first)
+
+
+def is_matrix(leaf: Leaf) -> bool:
+    """Whether a matrix rule applies: two axes, and no row of the vocabulary."""
+    return leaf.value.ndim == 2 and not leaf.name.startswith(("embed", "head"))
+
+
+def kind_of(leaf: Leaf, rule: str, nested: bool) -> Kind:
+    """The flat that a leaf belongs to; `nested`: its level has a slower one to be reset from."""
+    rule = "adamw" if rule in MATRIX_RULES and not is_matrix(leaf) else rule
+    return Kind(rule, decays(leaf.name), nested and ".continuum." in leaf.name)
+
+
+def flats(leaves: Sequence[Leaf], rule: str, nested: bool, replicas: int) -> list[Flat]:
+    """The flats of a group, in a fixed order."""
+    kinds: dict[Kind, list[Leaf]] = {}
+    for leaf in sorted(leaves, key=lambda leaf: (leaf.twin, leaf.shard is None)):  # what counts in norms lies together
+        kinds.setdefault(kind_of(leaf, rule, nested), []).append(leaf)
+    ordered = sorted(kinds.items(), key=lambda item: (item[0].rule, not item[0].decays, item[0].nested))
+    return [(slots if kind.rule in MATRIX_RULES else packed)(kind, held, replicas) for kind, held in ordered]
+
+
+def packed(kind: Kind, leaves: Sequence[Leaf], replicas: int) -> Flat:
+    """Leaves one after another; the rest is padding."""
+    places, start = [], 0
+    for leaf in leaves:
+        places.append((leaf, start))
+        start += leaf.value.numel()
+    return Flat(kind, tuple(places), ceil(start / (replicas * ALIGN)) * replicas * ALIGN)
+
+
+def slots(kind: Kind, leaves: Sequence[Leaf], replicas: int) -> Flat:
+    """The largest matrix first, each to the slot that holds least: loads differ by one matrix at most."""
+    held: list[list[Leaf]] = [[] for _ in range(replicas)]
+    sizes = [0] * replicas
+    for leaf in sorted(leaves, key=lambda leaf: -leaf.value.numel()):
+        slot = sizes.index(min(sizes))
+        held[slot].append(leaf)
+        sizes[slot] += leaf.value.numel()
+    size = ceil(max(sizes) / ALIGN) * ALIGN
+    places = []
+    for slot, members in enumerate(held):
+        start = slot * size
+        for leaf in members:
+            places.append((leaf, start))
+            start += leaf.value.numel()
+    return Flat(kind, tuple(places), size * replicas)
