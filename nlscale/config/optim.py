@@ -21,6 +21,7 @@ class Matrix:
     delta: float = 0.1  # delta momentum: how far one gradient erases what the momentum says along it
     inner: float = 0.1  # DMGD: rate of the momentum's own network
     iterations: int = 5  # Newton-Schulz
+    eps: float = 1e-8  # added to the root of the second moment (preconditioned, m3_paper)
 
     def __post_init__(self) -> None:
         for name in ("momentum", "second", "slow_momentum"):
@@ -28,6 +29,7 @@ class Matrix:
             require(0 <= value <= 1, f"optim.matrix.{name}={value} must lie between 0 and 1")
         for name in ("slow_period", "iterations"):
             require(getattr(self, name) >= 1, f"optim.matrix.{name}={getattr(self, name)} must be at least 1")
+        require(self.eps > 0, f"optim.matrix.eps={self.eps} must be above 0")
         require(0 <= self.delta < 2, f"optim.matrix.delta={self.delta} must lie in [0, 2): beyond, momentum grows")
         for name in ("slow_gain", "inner"):
             require(getattr(self, name) >= 0, f"optim.matrix.{name}={getattr(self, name)} must not be negative")

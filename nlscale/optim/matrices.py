@@ -112,7 +112,7 @@ def m3_paper(hyper: Matrix, g_KOI: Tensor, state: dict[str, Tensor], split: Spli
         state["slow_momentum"].add_(state["sum"], alpha=hyper.slow_momentum)
         state["slow_direction"].copy_(newton_schulz(state["slow_momentum"], hyper.iterations, split))
         state["sum"].zero_()
-    return direction / (state["second"].sqrt() + EPS)
+    return direction / (state["second"].sqrt() + hyper.eps)
 
 
 def delta_momentum(hyper: Matrix, g_KOI: Tensor, state: dict[str, Tensor], split: Split, update: int) -> Tensor:

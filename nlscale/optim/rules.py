@@ -67,7 +67,7 @@ def preconditioned(master: Tensor, optim: Optim, level: Level, decay: float) -> 
 
     def step(grad: Tensor, rate: float, update: int) -> None:
         second.mul_(beta).addcmul_(grad, grad, value=1 - beta)
-        scale = (second / (1 - beta**update)).sqrt_().add_(optim.eps)
+        scale = (second / (1 - beta**update)).sqrt_().add_(optim.matrix.eps)
         momentum.mul_(optim.matrix.momentum).addcdiv_(grad, scale)
         master.mul_(1 - rate * decay).add_(momentum, alpha=-rate * (1 - optim.matrix.momentum))
 

@@ -62,8 +62,10 @@ class ZeroShard:
         self._attach()
         host = bool(optim.offload) and level.period >= optim.offload
         self.rules = []
-        for flat, master in zip(self.flats, self.zero.single_partition_of_fp32_groups, strict=True):
-            master = on_host(master.detach()) if host else master.detach()
+        for flat, given in zip(self.flats, self.zero.parallel_partitioned_bit16_groups, strict=True):
+            own = given[world.replica].detach()
+            master = own.to(window_dtype(own.dtype), copy=True)
+            master = on_host(master) if host else master
             matrices = [
                 Part(span.start, (leaf.value.shape[0], leaf.value.shape[1]), leaf.shard)
                 for leaf, _, span in parts(flat, world.replica, world.replicas)
@@ -150,6 +152,10 @@ def engine(parameters: Sequence[nn.Parameter], elements: int) -> Any:
     )
     zero = initialised.optimizer
     zero.gradient_average = False  # windows are divided by their tokens, not by replicas
+    if parameters[0].dtype == torch.float64:  # a reference's precision, which DeepSpeed's configuration cannot name
+        zero.communication_data_type = zero.gradient_accumulation_dtype = torch.float64
+        zero.use_separate_grad_accum = zero.use_grad_accum_attribute = False
+        zero.ipg_buckets = {torch.float64: zero.ipg_buckets.pop(torch.float32)}
     return zero
 
 
