@@ -19,7 +19,7 @@ class Matrix:
     slow_gain: float = 0.2  # M3: weight of the slow direction
     slow_period: int = 16  # M3: updates between two moves of the slow momentum
     delta: float = 0.1  # delta momentum: how far one gradient erases what the momentum says along it
-    inner: float = 0.1  # DMGD: rate of the momentum's own network
+    inner: float = 0.5  # DMGD: rate of the momentum's own network, over its width
     iterations: int = 5  # Newton-Schulz
     eps: float = 1e-8  # added to the root of the second moment (preconditioned, m3_paper)
 

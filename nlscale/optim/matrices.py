@@ -137,9 +137,9 @@ def dmgd(hyper: Matrix, g_KOI: Tensor, state: dict[str, Tensor], split: Split, u
         active = torch.tanh(u @ a.mT)
         error = (active @ b - u) / u.shape[-2]
         step_b, step_a = active.mT @ error, ((error @ b.mT) * (1 - active.square())).mT @ u
-        network = network.clone()
-        network[:, :hidden] = hyper.momentum * a - hyper.inner * step_a
-        network[:, hidden : 2 * hidden] = hyper.momentum * b - hyper.inner * step_b
+        network, rate = network.clone(), hyper.inner / max(u.shape[-1], hidden)  # curvature grows with both
+        network[:, :hidden] = hyper.momentum * a - rate * step_a
+        network[:, hidden : 2 * hidden] = hyper.momentum * b - rate * step_b
         moved = torch.tanh(u @ network[:, :hidden].mT) @ network[:, hidden : 2 * hidden]
         return [moved, network]
 

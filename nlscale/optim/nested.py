@@ -51,7 +51,7 @@ class Anchors:
 def follow(rule: Rule, weight: float) -> None:
     """slow += weight (fast - slow); fast = slow; the rule begins anew."""
     slow = rule.state[SLOW]
-    slow.lerp_(rule.master, weight)
+    slow.add_(rule.master - slow, alpha=weight)
     rule.master.copy_(slow)
     for name, tensor in rule.state.items():
         if name != SLOW:

@@ -1,4 +1,4 @@
-"""What crosses ranks, counted on the wire: a level pays when it moves, and only then."""
+"""What crosses replicas, counted on the wire: a level pays when it moves, and only then (I18)."""
 
 import pytest
 import torch
@@ -6,31 +6,34 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nlscale.optim.build import build_optimizer
+from nlscale.config.levels import level_of
 from nlscale.optim.levels import due
-from nlscale.parallel.apply import parallelize
-from nlscale.runtime.world import join
 from nlscale.testing import ranks
-from tests.tiny import micro_batches, tiny
+from tests.optim.driver import LAYOUTS, built, usual
+from tests.tiny import tiny
 
-SMALL = 256  # bytes: norms, counts and flags are not what levels save
+PERIOD = 4  # lcm of the periods 1, 2, 4
 
 
 class Wire(TorchDispatchMode):
-    """Bytes that this rank sends on a ring, of every collective with a payload."""
+    """Bytes that this rank sends on a ring, of every collective in the groups given."""
 
-    def __init__(self) -> None:
+    def __init__(self, *groups: dist.ProcessGroup) -> None:
         super().__init__()
-        self.sent = 0.0
+        self.names, self.sent = {group.group_name for group in groups}, 0.0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if function.namespace == "c10d":
-            sizes = [t.numel() * t.element_size() for a in args for t in tensors(a)]
-            payload, count = max(sizes, default=0), dist.get_world_size()
-            if payload > SMALL:
-                share = (count - 1) / count * payload
+            (group,) = (dist.ProcessGroup.unbox(a) for a in args if is_group(a))
+            if group.group_name in self.names:
+                payload = max(t.numel() * t.element_size() for a in args for t in tensors(a))
+                share = (group.size() - 1) / group.size() * payload
                 self.sent += 2 * share if "allreduce" in function._schema.name else share
         return function(*args, **(kwargs or {}))
+
+
+def is_group(argument: object) -> bool:
+    return isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())
 
 
 def tensors(argument: object) -> list[Tensor]:
@@ -39,38 +42,94 @@ def tensors(argument: object) -> list[Tensor]:
     return [t for part in argument for t in tensors(part)] if isinstance(argument, list | tuple) else []
 
 
-def traffic(precision: str) -> list[tuple[float, int, list[str]]]:
-    """(bytes on the wire, bytes reported, levels whose weights changed) of each of 8 steps."""
-    run = tiny(f"train.precision={precision}")
-    world = join(run.parallel, run.cluster, 0)
-    model = parallelize(run, world)
-    optimizer = build_optimizer(run, model.leaves, world, 100)
+def traffic(overrides: list[str]) -> list[tuple[float, int, float, list[str]]]:
+    """(bytes on the wire, reported, by the formula; levels whose weights changed) of each of 8 steps."""
+    run = tiny(*overrides)
+    world, model, optimizer = built(run)
+    size = model.leaves[0].value.element_size()
+    held = {level.name: 0 for level in run.levels}
+    for leaf in model.leaves:
+        held[level_of(leaf.name, run.levels).name] += leaf.value.numel() * size
     seen = []
     for step in range(1, 9):
-        batches = micro_batches(run, step, world.replica, world.replicas)
         before = {name: [leaf.value.clone() for leaf in mover.leaves] for name, mover in optimizer.movers.items()}
-        with Wire() as wire:
-            moved = optimizer.step(step, model.forward_backward(batches, True)[2].long())
+        tokens = model.forward_backward(usual(run, step, world), True)[2].long()
+        with Wire(world.data, world.near, world.far) as wire:
+            moved = optimizer.step(step, tokens)
         changed = [
             name
             for name, mover in optimizer.movers.items()
             if any(not torch.equal(old, leaf.value) for old, leaf in zip(before[name], mover.leaves, strict=True))
         ]
         assert changed == list(moved)
-        seen.append((wire.sent, sum(optimizer.bytes_sent(moved).values()), changed))
+        formula = sum(
+            cost(run.optim.reduce, held[level.name], world.replicas, run.optim.node or 1, due(level, step))
+            for level in run.levels
+        )
+        seen.append((wire.sent, sum(optimizer.bytes_sent(moved).values()), formula, changed))
     return seen
 
 
+def cost(policy: str, held: int, replicas: int, node: int, moves: bool) -> float:
+    """Spec 3.10, gradients and weights of one size."""
+    share = (replicas - 1) / replicas * held
+    nodes = replicas // node
+    every = {"defer": 0.0, "eager": share, "hierarchical": (node - 1) / node * held}[policy]
+    boundary = {"defer": share, "eager": 0.0, "hierarchical": (nodes - 1) / nodes * held / node}[policy] + share
+    return every + (boundary if moves else 0.0)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_counted_bytes_equal_reported_and_fall_with_the_period(precision: str) -> None:
-    for steps in ranks(2, traffic, precision):
-        assert [wire for wire, _, _ in steps] == [reported for _, reported, _ in steps]
-        fast, both, _, all_levels = (wire for wire, _, _ in steps[:4])
-        assert fast < both < all_levels and [wire for wire, _, _ in steps[4:]] == [wire for wire, _, _ in steps[:4]]
+@pytest.mark.parametrize("layout", ["data", "data4", "tensor-data", "pipeline-data"])
+def test_i18_counted_bytes_are_the_formula(layout: str, precision: str) -> None:
+    count, overrides = LAYOUTS[layout]
+    for steps in ranks(count, traffic, [*overrides, f"train.precision={precision}"]):
+        counted, reported, formula, _ = (list(column) for column in zip(*steps, strict=True))
+        assert counted == reported == formula
+        assert counted[0] < counted[1] < counted[3] and counted[:PERIOD] == counted[PERIOD:]
+
+
+@pytest.mark.parametrize(("policy", "node"), [("eager", 1), ("hierarchical", 2), ("hierarchical", 4)])
+def test_i18_holds_for_every_policy(policy: str, node: int) -> None:
+    for steps in ranks(4, traffic, [f"optim.reduce={policy}", f"optim.node={node}"]):
+        assert [counted for counted, *_ in steps] == [reported for _, reported, *_ in steps]
+        assert [counted for counted, *_ in steps] == [formula for _, _, formula, _ in steps]
+
+
+def test_i18_holds_for_whole_matrices() -> None:
+    for steps in ranks(4, traffic, ["optim.name=muon"]):
+        counted, reported, formula, _ = (list(column) for column in zip(*steps, strict=True))
+        assert counted == reported
+        assert sum(formula) <= sum(counted) <= 1.05 * sum(formula)  # slots hold whole matrices: some padding travels
 
 
 def test_due_levels_are_a_prefix_and_weights_change_exactly_then() -> None:
     levels = tiny().levels
-    for step, (_, _, changed) in enumerate(ranks(2, traffic, "fp32")[0], 1):
+    for step, (_, _, _, changed) in enumerate(ranks(2, traffic, [])[0], 1):
         assert changed == [level.name for level in levels if due(level, step)]
         assert changed == [level.name for level in levels][: len(changed)]
+
+
+FOUR = (
+    "levels=[{name: fast, period: 1, width: 0.25}, {name: medium, period: 4, width: 0.25}, "
+    "{name: slow, period: 16, width: 0.25}, {name: long, period: 64, width: 0.25}]"
+)
+
+
+def volumes(phase: str) -> list[float]:
+    """Bytes of each of 64 steps in units of one level's move, the first level's trunk left out."""
+    run = tiny(FOUR, "model.layers=24", "model.width=16", "model.heads=2", f"optim.phase={phase}")
+    _, _, optimizer = built(run)
+    long = sum(m.bytes_a_move for m in optimizer.movers.values() if m.group.level.name == "long")
+    sizes = {name: 1.0 if m.group.level.period == 1 else m.bytes_a_move / long for name, m in optimizer.movers.items()}
+    return [
+        sum(sizes[g.name] for g in optimizer.groups if g.name in sizes and due(g.level, step, g.phase))
+        for step in range(1, 65)
+    ]
+
+
+def test_staggered_phases_spread_the_work() -> None:
+    aligned, staggered = (ranks(2, volumes, phase)[0] for phase in ("aligned", "staggered"))
+    assert max(aligned) == pytest.approx(4)
+    assert max(staggered) == pytest.approx(1.375) and max(staggered) <= 1.4
+    assert sum(staggered) == pytest.approx(sum(aligned)) == pytest.approx(64 * (1 + 1 / 4 + 1 / 16 + 1 / 64))

@@ -29,6 +29,14 @@ LAYOUTS = {
     "bf16-data": (2, ["train.precision=bf16"]),
     "tensor-pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "tensor-data": (4, ["parallel.tensor=2"]),
+    "tied-pipeline": (2, ["parallel.pipeline=2", "model.tied=true"]),
+    "tied-pipeline-data-eager": (4, ["parallel.pipeline=2", "model.tied=true", "optim.reduce=eager"]),
+    "gains-data-hierarchical": (4, ["model.gains=true", "optim.reduce=hierarchical", "optim.node=2"]),
+    "muon-data-staggered": (2, ["optim.name=muon", "optim.phase=staggered"]),
+    "nested-m3-tensor": (
+        2,
+        ["parallel.tensor=2", "model.variant=nested", "optim.name=m3", "optim.matrix.slow_period=3"],
+    ),
 }
 
 
@@ -65,6 +73,9 @@ MOVES = {
         (2, ["parallel.pipeline=2"]),
     ),
     "data2 to interleaved": ((2, []), (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"])),
+    "hierarchical4 to eager2": ((4, ["optim.reduce=hierarchical", "optim.node=2"]), (2, ["optim.reduce=eager"])),
+    "eager2 to tensor2": ((2, ["optim.reduce=eager"]), (2, ["parallel.tensor=2"])),
+    "tensor2-data2 to hierarchical2": ((4, ["parallel.tensor=2"]), (2, ["optim.reduce=hierarchical", "optim.node=1"])),
     "total windows": ((4, ["parallel.tensor=2", "checkpoint.windows=total"]), (2, [])),
 }
 
@@ -92,6 +103,26 @@ def test_resumed_on_another_layout_equals_unbroken(
     assert losses(run) == pytest.approx(unbroken[variant], rel=2e-4)
     hashes = [line["data/token_hash"] for line in read_lines(Folder(tmp_path).metrics) if "train/loss" in line]
     assert len(set(hashes)) == 30
+
+
+WHOLE = {
+    "tied": ("model.tied=true", (2, ["parallel.pipeline=2"]), (2, ["parallel.tensor=2", "parallel.sequence=true"])),
+    "gains": ("model.gains=true", (2, ["parallel.tensor=2"]), (2, ["parallel.pipeline=2", "optim.reduce=eager"])),
+    "staggered": ("optim.phase=staggered", (2, ["parallel.pipeline=2"]), (2, [])),
+    "muon": ("optim.name=muon", (2, ["parallel.tensor=2"]), (2, ["parallel.pipeline=2"])),
+    "nested": ("model.variant=nested", (2, []), (2, ["parallel.tensor=2"])),
+}
+
+
+@pytest.mark.parametrize("feature", WHOLE)
+def test_resumed_on_another_layout_with(feature: str, prepared: str, tmp_path: Path) -> None:
+    common, (before, first), (after, second) = WHOLE[feature]
+    alone = small_run(prepared, tmp_path / "alone", common)
+    ranks(1, train, alone)
+    ranks(before, train, small_run(prepared, tmp_path / "moved", common, *first, "train.stop_at=15"))
+    moved = small_run(prepared, tmp_path / "moved", common, *second)
+    ranks(after, train, moved)
+    assert losses(moved) == pytest.approx(losses(alone), rel=5e-4)
 
 
 def test_a_damaged_checkpoint_is_passed_over_aloud(prepared: str, tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""The nested variant is Lookahead around each fast level's AdamW, bit for bit (I9)."""
+
+import pytest
+import torch
+
+from nlscale.config.levels import level_of
+from nlscale.optim.levels import decays
+from nlscale.optim.schedule import level_rate
+from nlscale.parallel.apply import parallelize
+from nlscale.runtime.world import join
+from nlscale.testing import ranks
+from tests.optim.driver import run_steps, usual
+from tests.tiny import tiny
+from tests.whole import assemble
+
+OVERRIDES = ["model.variant=nested", "optim.clip=0", "optim.slow_weight=0.25"]
+
+
+class Lookahead:
+    """Zhang et al., 2019: k steps of AdamW, then the slow weights follow and the fast ones start from them anew."""
+
+    def __init__(self, weight: torch.Tensor, decay: float, k: int | None) -> None:
+        self.fast, self.decay, self.k = weight.clone(), decay, k
+        self.slow, self.taken = weight.clone(), 0
+        self.adam = self.fresh()
+
+    def fresh(self) -> torch.optim.AdamW:
+        return torch.optim.AdamW([self.fast], betas=(0.9, 0.95), eps=1e-8, weight_decay=self.decay, fused=True)
+
+    def step(self, grad: torch.Tensor, rate: float) -> None:
+        self.fast.grad = grad
+        self.adam.param_groups[0]["lr"] = rate
+        self.adam.step()
+        self.taken += 1
+        if self.k and self.taken % self.k == 0:
+            self.slow = self.slow + 0.25 * (self.fast - self.slow)
+            self.fast = self.slow.clone()
+            self.adam = self.fresh()
+
+
+def oracle() -> dict[str, torch.Tensor]:
+    run = tiny(*OVERRIDES)
+    world = join(run.parallel, run.cluster, run.train.seed)
+    model = parallelize(run, world)
+    levels = {level.name: level for level in run.levels}
+    ratio = {"fast": 2, "slow": 2, "long": None}
+    learners, tokens, by_name = {}, dict.fromkeys(levels, 0), {leaf.name: leaf for leaf in model.leaves}
+    for leaf in model.leaves:
+        level = level_of(leaf.name, run.levels)
+        k = ratio[level.name] if ".continuum." in leaf.name else None
+        learners[leaf.name] = Lookahead(leaf.value, run.optim.weight_decay * decays(leaf.name), k)
+    for step in range(1, 9):
+        for leaf in model.leaves:
+            leaf.value.copy_(learners[leaf.name].fast)
+        total = model.forward_backward(usual(run, step, world), True)
+        for level in levels.values():
+            tokens[level.name] += int(total[1])
+            if step % level.period == 0:
+                for name in (n for n in learners if level_of(n, run.levels) is level):
+                    rate = level_rate(run.optim, level, step, 100)
+                    window = by_name[name].of(by_name[name].parameter.grad)  # autograd adds up what is not cleared
+                    learners[name].step(window * (1 / tokens[level.name]), rate)
+                    window.zero_()
+                tokens[level.name] = 0
+    return {name: learner.fast for name, learner in learners.items()}
+
+
+def test_i9_nested_is_lookahead() -> None:
+    expected = ranks(1, oracle)[0]
+    actual = assemble(ranks(1, run_steps, OVERRIDES, 8))
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+    sequential = assemble(ranks(1, run_steps, ["model.variant=sequential", *OVERRIDES[1:]], 8))
+    assert not torch.equal(
+        sequential["blocks.0.continuum.fast.up.weight"], expected["blocks.0.continuum.fast.up.weight"]
+    )
+
+
+@pytest.mark.parametrize(("count", "overrides"), [(2, []), (2, ["parallel.tensor=2"]), (4, ["optim.reduce=eager"])])
+def test_nested_over_ranks_equals_one_process(count: int, overrides: list[str]) -> None:
+    one = assemble(ranks(1, run_steps, OVERRIDES, 8))
+    many = assemble(ranks(count, run_steps, [*OVERRIDES, *overrides], 8))
+    for name, weight in one.items():
+        assert (many[name] - weight).norm() <= 1e-4 * weight.norm(), name
