@@ -99,3 +99,11 @@ def bind(
     names, direction = MATRICES[kind.rule]
     state = {name: torch.zeros_like(master) for name in names}
     return Rule(master, state, Matrices(master, state, partial(direction, optim.matrix), decay, parts, tensor))
+
+
+STATES: dict[str, tuple[str, ...]] = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum",),
+    "preconditioned": ("momentum", "second"),
+    **{name: states for name, (states, _) in MATRICES.items()},
+}
