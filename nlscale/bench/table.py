@@ -38,6 +38,12 @@ def at_least(name: str, value: float, unit: str, baseline: float, limit: float) 
     return Row(name, value, unit, baseline, ratio, f">= {limit:g}x", ratio >= limit)
 
 
+def within(name: str, value: float, unit: str, baseline: float, tolerance: float) -> Row:
+    """|value / baseline - 1| <= tolerance."""
+    ratio = value / baseline
+    return Row(name, value, unit, baseline, ratio, f"+- {tolerance:.1%}", abs(ratio - 1) <= tolerance)
+
+
 def exactly(name: str, value: float, unit: str, wanted: float) -> Row:
     """value = wanted."""
     return Row(name, value, unit, None, None, f"= {wanted:g}", value == wanted)

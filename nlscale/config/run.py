@@ -46,6 +46,11 @@ class Run:
                 f"level {name} has {units} feed-forward units, which parallel.tensor={tensor} does not divide; "
                 f"choose model.hidden so that every level's share is a multiple of {tensor}",
             )
+        require(
+            not self.optim.overlap or (self.optim.reduce == "defer" and self.levels[0].period == 1),
+            "optim.overlap=true reduces the first level behind every backward pass: it needs optim.reduce=defer and a "
+            f"first level of period 1, not optim.reduce={self.optim.reduce} and period {self.levels[0].period}",
+        )
         Levels(levels=self.levels).check_match(list(parameter_names(model, self.levels)))
         require(
             not parallel.sequence or self.data.sequence % tensor == 0,

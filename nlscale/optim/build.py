@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nlscale.config.optim import Optim
 from nlscale.config.run import Run
+from nlscale.optim.buffers import BufferShard
 from nlscale.optim.levels import Group, by_group, due, groups
 from nlscale.optim.nested import Anchors
 from nlscale.optim.reduce import POLICIES, Policy
@@ -218,8 +219,8 @@ def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int |
     for group in every:
         shards: list[Sharder] = []
         for bucket in buckets(members[group.name], optim.bucket):
-            nested = run.model.variant == "nested" and group.level is not run.levels[-1]
-            shards.append(ZeroShard(group.level, bucket, optim, windows, world, nested))
+            behind = optim.overlap and group is every[0]
+            shards.append((BufferShard if behind else ZeroShard)(group.level, bucket, run, windows, world))
         if shards:
             policies: list[Policy] = [POLICIES[optim.reduce](shard, windows, world) for shard in shards]
             spans = [[counted(flat, world) for flat in shard.flats] for shard in shards]

@@ -29,7 +29,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Flat:
-    """Leaves and where each begins; `elements` is a multiple of replicas x ALIGN."""
+    """Leaves and where each begins; `elements` is a multiple of replicas x alignment."""
 
     kind: Kind
     places: tuple[tuple[Leaf, int], ...]
@@ -63,25 +63,25 @@ def kind_of(leaf: Leaf, rule: str, nested: bool) -> Kind:
     return Kind(rule, decays(leaf.name), nested and ".continuum." in leaf.name)
 
 
-def flats(leaves: Sequence[Leaf], rule: str, nested: bool, replicas: int) -> list[Flat]:
-    """The flats of a group, in a fixed order."""
+def flats(leaves: Sequence[Leaf], rule: str, nested: bool, replicas: int, align: int = ALIGN) -> list[Flat]:
+    """The flats of a group, in a fixed order; a replica's part is a multiple of `align` elements."""
     kinds: dict[Kind, list[Leaf]] = {}
     for leaf in sorted(leaves, key=lambda leaf: (leaf.twin, leaf.shard is None)):  # what counts in norms lies together
         kinds.setdefault(kind_of(leaf, rule, nested), []).append(leaf)
     ordered = sorted(kinds.items(), key=lambda item: (item[0].rule, not item[0].decays, item[0].nested))
-    return [(slots if kind.rule in MATRIX_RULES else packed)(kind, held, replicas) for kind, held in ordered]
+    return [(slots if kind.rule in MATRIX_RULES else packed)(kind, held, replicas, align) for kind, held in ordered]
 
 
-def packed(kind: Kind, leaves: Sequence[Leaf], replicas: int) -> Flat:
+def packed(kind: Kind, leaves: Sequence[Leaf], replicas: int, align: int) -> Flat:
     """Leaves one after another; the rest is padding."""
     places, start = [], 0
     for leaf in leaves:
         places.append((leaf, start))
         start += leaf.value.numel()
-    return Flat(kind, tuple(places), ceil(start / (replicas * ALIGN)) * replicas * ALIGN)
+    return Flat(kind, tuple(places), ceil(start / (replicas * align)) * replicas * align)
 
 
-def slots(kind: Kind, leaves: Sequence[Leaf], replicas: int) -> Flat:
+def slots(kind: Kind, leaves: Sequence[Leaf], replicas: int, align: int) -> Flat:
     """The largest matrix first, each to the slot that holds least: loads differ by one matrix at most."""
     held: list[list[Leaf]] = [[] for _ in range(replicas)]
     sizes = [0] * replicas
@@ -89,7 +89,7 @@ def slots(kind: Kind, leaves: Sequence[Leaf], replicas: int) -> Flat:
         slot = sizes.index(min(sizes))
         held[slot].append(leaf)
         sizes[slot] += leaf.value.numel()
-    size = ceil(max(sizes) / ALIGN) * ALIGN
+    size = ceil(max(sizes) / align) * align
     places = []
     for slot, members in enumerate(held):
         start = slot * size

@@ -1,9 +1,7 @@
 """ZeRO-1 a level: one DeepSpeed engine cuts a group's flats over replicas and reduces its windows to the owners.
 
 The engine never sees a forward or backward pass and is not called between a level's boundaries, so a level that is not
-due costs no collective and no optimizer work. It holds flat parameters that are no leaves of autograd; a stored
-parameter that is one leaf moves into that memory, a leaf that shares its storage with other levels (slices of a
-feed-forward) is copied back after a gather.
+due costs no collective and no optimizer work.
 """
 
 import logging
@@ -17,12 +15,10 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from nlscale.config.levels import Level
-from nlscale.config.optim import Optim
-from nlscale.optim.layout import Flat, flats
-from nlscale.optim.matrices import Part
+from nlscale.config.run import Run
+from nlscale.optim.flat_shard import FlatShard, flat_parameter, flats_of
+from nlscale.optim.layout import ALIGN
 from nlscale.optim.partial import sum_partials
-from nlscale.optim.rules import bind
-from nlscale.optim.shard import parts
 from nlscale.optim.window import Windows, window_dtype
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
@@ -45,48 +41,17 @@ class Megatron:
         return dist.get_world_size(parallel_state.get_model_parallel_group())
 
 
-class ZeroShard:
-    """A group's leaves behind one DeepSpeed engine (optim/shard.py has the seam)."""
+class ZeroShard(FlatShard):
+    """A group's leaves behind one DeepSpeed engine."""
 
-    def __init__(
-        self, level: Level, leaves: Sequence[Leaf], optim: Optim, windows: Windows, world: World, nested: bool
-    ):
-        self.level, self.windows, self.world = level, windows, world
-        self.flats = flats(leaves, level.optimizer or optim.name, nested, world.replicas)
-        self.leaves = [leaf for flat in self.flats for leaf, _ in flat.places]
-        self.parameters = [flat_parameter(flat) for flat in self.flats]
-        self.zero = engine(self.parameters, max(flat.elements for flat in self.flats))
-        self.flat_weights = [
-            flat[: f.elements] for flat, f in zip(self.zero.bit16_groups_flat, self.flats, strict=True)
-        ]
-        self._attach()
-        host = bool(optim.offload) and level.period >= optim.offload
-        self.rules = []
-        for flat, given in zip(self.flats, self.zero.parallel_partitioned_bit16_groups, strict=True):
-            own = given[world.replica].detach()
-            master = own.to(window_dtype(own.dtype), copy=True)
-            master = on_host(master) if host else master
-            matrices = [
-                Part(span.start, (leaf.value.shape[0], leaf.value.shape[1]), leaf.shard)
-                for leaf, _, span in parts(flat, world.replica, world.replicas)
-                if leaf.value.ndim == 2
-            ]
-            self.rules.append(bind(flat.kind, master, optim, level, matrices, world.tensor))
-        self.zero.single_partition_of_fp32_groups = [rule.master for rule in self.rules]
+    def __init__(self, level: Level, leaves: Sequence[Leaf], run: Run, windows: Windows, world: World) -> None:
+        given = flats_of(level, leaves, run, world, ALIGN)
+        self.parameters = [flat_parameter(flat) for flat in given]
+        self.zero = engine(self.parameters, max(flat.elements for flat in given))
+        super().__init__(level, given, self.zero.bit16_groups_flat, run.optim, windows, world)
+        hand_over(self.zero, self.parameters, [rule.master for rule in self.rules])
         self.arriving: list[dist.Work] = []
-        elements, size = sum(flat.elements for flat in self.flats), self.parameters[0].element_size()
-        self.bytes_a_reduce = self.bytes_a_gather = elements * size * (world.replicas - 1) // world.replicas
-
-    def _attach(self) -> None:
-        """Moves whole parameters into the engine's memory; keeps the views that every gather goes through."""
-        self.stored, self.moved = [], []
-        for flat, weights in zip(self.flats, self.flat_weights, strict=True):
-            for (leaf, _), view in zip(flat.places, flat.views(weights), strict=True):
-                if leaf.whole:
-                    leaf.parameter.data = view
-                else:
-                    self.stored.append(leaf.value)
-                    self.moved.append(view)
+        self.bytes_a_reduce = self.bytes_a_gather = self.ring_bytes(self.parameters[0].element_size())
 
     @torch.no_grad()
     def total(self) -> list[Tensor]:
@@ -105,16 +70,9 @@ class ZeroShard:
         return [grad.to(window_dtype(grad.dtype)) for grad in grads]
 
     @torch.no_grad()
-    def update(self, grads: Sequence[Tensor], rate: float) -> None:
-        """Applies each flat's rule to this rank's part of its mean gradient."""
-        for rule, grad in zip(self.rules, grads, strict=True):
-            rule.step(grad.to(rule.master.device), rate)
-
-    @torch.no_grad()
     def gather(self) -> None:
         """Begins to send this rank's part of the weights to every replica."""
-        for i, (rule, weights) in enumerate(zip(self.rules, self.flat_weights, strict=True)):
-            part = self.zero.parallel_partitioned_bit16_groups[i][self.world.replica]
+        for weights, part, rule in zip(self.weights, self.parts, self.rules, strict=True):
             part.copy_(rule.master, non_blocking=True)
             self.arriving.append(dist.all_gather_into_tensor(weights, part, group=self.world.data, async_op=True))
 
@@ -125,22 +83,17 @@ class ZeroShard:
             for work in self.arriving:
                 work.wait()
             self.arriving = []
-            if self.stored:
-                torch._foreach_copy_(self.stored, self.moved)
+            self.publish()
 
 
-def on_host(master: Tensor) -> Tensor:
-    """A copy in host memory; pinned where there is a device to copy from."""
-    copy = torch.empty_like(master, device="cpu", pin_memory=master.is_cuda)
-    return copy.copy_(master)
-
-
-def flat_parameter(flat: Flat) -> nn.Parameter:
-    """One parameter that holds the leaves where the flat places them."""
-    first = flat.places[0][0].value
-    values = torch.zeros(flat.elements, dtype=first.dtype, device=first.device)
-    flat.fill(values, [leaf.value for leaf, _ in flat.places])
-    return nn.Parameter(values)
+def hand_over(zero: Any, parameters: Sequence[nn.Parameter], masters: Sequence[Tensor]) -> None:
+    """Puts the rules' masters in the place of the engine's own float32 copy of this rank's part, which is freed."""
+    for group, master in zip(zero.optimizer.param_groups, masters, strict=True):
+        group["params"] = [master]
+    for parameter in parameters:
+        parameter._hp_mapping = None  # type: ignore[attr-defined]
+    zero.single_partition_of_fp32_groups = list(masters)
+    zero.optimizer.state.clear()
 
 
 def engine(parameters: Sequence[nn.Parameter], elements: int) -> Any:

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from nlscale.bench.wire import Wire
 from nlscale.config.levels import level_of
 from nlscale.optim.levels import due
 from nlscale.testing import ranks
@@ -13,33 +11,6 @@ from tests.optim.driver import LAYOUTS, built, usual
 from tests.tiny import tiny
 
 PERIOD = 4  # lcm of the periods 1, 2, 4
-
-
-class Wire(TorchDispatchMode):
-    """Bytes that this rank sends on a ring, of every collective in the groups given."""
-
-    def __init__(self, *groups: dist.ProcessGroup) -> None:
-        super().__init__()
-        self.names, self.sent = {group.group_name for group in groups}, 0.0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if function.namespace == "c10d":
-            (group,) = (dist.ProcessGroup.unbox(a) for a in args if is_group(a))
-            if group.group_name in self.names:
-                payload = max(t.numel() * t.element_size() for a in args for t in tensors(a))
-                share = (group.size() - 1) / group.size() * payload
-                self.sent += 2 * share if "allreduce" in function._schema.name else share
-        return function(*args, **(kwargs or {}))
-
-
-def is_group(argument: object) -> bool:
-    return isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())
-
-
-def tensors(argument: object) -> list[Tensor]:
-    if isinstance(argument, Tensor):
-        return [argument]
-    return [t for part in argument for t in tensors(part)] if isinstance(argument, list | tuple) else []
 
 
 def traffic(overrides: list[str]) -> list[tuple[float, int, float, list[str]]]:
@@ -87,6 +58,13 @@ def test_i18_counted_bytes_are_the_formula(layout: str, precision: str) -> None:
         counted, reported, formula, _ = (list(column) for column in zip(*steps, strict=True))
         assert counted == reported == formula
         assert counted[0] < counted[1] < counted[3] and counted[:PERIOD] == counted[PERIOD:]
+
+
+def test_i18_holds_behind_backward() -> None:
+    for steps in ranks(2, traffic, ["optim.overlap=true", "model.hidden=512"]):
+        assert [reported for _, reported, *_ in steps] == pytest.approx(
+            [formula for _, _, formula, _ in steps], rel=0.01
+        )
 
 
 @pytest.mark.parametrize(("policy", "node"), [("eager", 1), ("hierarchical", 2), ("hierarchical", 4)])
