@@ -35,6 +35,7 @@ class Checkpoint:
     keep: int = 3  # newest checkpoints kept; 0 keeps all
     windows: Literal["each", "total"] = "each"  # each: every replica's open windows, so that a resume is bit-exact;
     # total: their sum, which is smaller and equal up to rounding
+    levels: Literal["same", "change"] = "same"  # change: a resume may find other periods, frozen or new levels
 
     def __post_init__(self) -> None:
         require(self.interval >= 1, f"checkpoint.interval={self.interval} must be at least 1")

@@ -20,7 +20,7 @@ from nlscale.optim.nested import Anchors
 from nlscale.optim.reduce import POLICIES, Policy
 from nlscale.optim.rules import Rule
 from nlscale.optim.schedule import level_rate
-from nlscale.optim.shard import Sharder, counted, square
+from nlscale.optim.shard import Fragment, Sharder, counted, fragments, square
 from nlscale.optim.window import Windows
 from nlscale.optim.zero import ZeroShard, forbid_compilation, silence
 from nlscale.runtime.leaf import Leaf
@@ -161,6 +161,10 @@ class Optimizer:
             move = mover.bytes_a_move if name in moved else 0
             sent[mover.group.level.name] += move + (0 if mover.group.level.frozen else mover.bytes_a_step)
         return sent
+
+    def fragments(self, shard: Sharder) -> Iterator[Fragment]:
+        """What this rank owns of a shard."""
+        return fragments(shard, self.world)
 
     def updates(self) -> dict[str, int]:
         """How often each group's rules moved; nested flats count from their last reset."""

@@ -18,7 +18,8 @@ from nlscale.config.errors import StoppedOnPurpose, UserError
 from nlscale.config.read import dump
 from nlscale.runtime.folder import MANIFEST, STATE, Folder, write_durably
 from nlscale.runtime.log import Journal
-from nlscale.train.pieces import load, save
+from nlscale.train.continual import Change, begin_new, carried, compare, dropped
+from nlscale.train.pieces import load, save, stored
 from nlscale.train.state import TrainState
 from nlscale.train.windows import load_windows, windows_to_save
 
@@ -103,17 +104,32 @@ class Checkpoints:
     def load(self, state: TrainState, path: Path) -> None:
         """Applies a checked checkpoint."""
         facts = json.loads((path / STATE).read_text())
-        compare(state.identity(), facts["identity"], path)
+        now = state.identity()
+        change = compare(now, facts["identity"], path, state.run.checkpoint.levels == "change")
         if facts["data"] != state.fingerprints:
             raise UserError(
                 f"{path} was trained on another dataset (fingerprint {' '.join(facts['data'])}, now "
                 f"{' '.join(state.fingerprints)}); give the old data.path or another run.name"
             )
-        load(state.shards(), path)
+        pieces, there = state.shards(), stored(path) if change else set()
+        load({key: each for key, each in pieces.items() if not change or key in there}, path)
+        if change:
+            self.report(change, facts)
+            facts = carried(facts, change, now)
+            begin_new(state.optimizer, change.new, there)
         state.apply_facts(facts)
         state.optimizer.publish()
         load_windows(state, facts["windows"], path)
         self.journal.event("restore", state.step, checkpoint=path.name, layout=facts["layout"])
+
+    def report(self, change: Change, facts: dict[str, Any]) -> None:
+        """Says what a change of levels means."""
+        moved, gone = sorted(set(change.moved.values())), dropped(facts, change)
+        self.journal.event("levels change", facts["step"], moved=moved, new=sorted(change.new), windows_dropped=gone)
+        windows = f"open windows of {', '.join(gone)} are dropped" if gone else "no open window is dropped"
+        parts = [f"{len(change.moved)} parameters move otherwise ({'; '.join(moved)})"] if moved else []
+        parts += [f"{len(change.new)} parameters are new"] if change.new else []
+        self.journal.say(f"levels change at step {facts['step']}: {', '.join(parts)}; {windows}")
 
 
 def commit(partial: Path, final: Path) -> None:
@@ -149,12 +165,3 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> list[str]:
         elif digest(path / name) != expected:
             faults.append(f"{name}: digest differs")
     return faults
-
-
-def compare(now: dict[str, str], then: dict[str, str], path: Path) -> None:
-    """Raises UserError with the first differences between the leaves and levels of a run and a checkpoint."""
-    names = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
-    if names:
-        lines = [f"{name}: {then.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names[:3]]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise UserError(f"{path} holds another model or other levels: {'; '.join(lines)}{more}; give another run.name")

@@ -74,6 +74,11 @@ class LoadPieces(DefaultLoadPlanner):
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
 
+def stored(folder: Path) -> set[str]:
+    """Keys of the tensors in a checkpoint."""
+    return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
 def save(pieces: dict[str, Pieces], folder: Path) -> None:
     """Writes this rank's rectangles. A collective over all ranks."""
     dcp.save(dict(pieces), storage_writer=dcp.FileSystemWriter(folder), planner=SavePieces())

@@ -11,7 +11,6 @@ from nlscale.data.loader import Loader
 from nlscale.optim.build import Optimizer
 from nlscale.optim.levels import identity
 from nlscale.optim.reduce import Policy
-from nlscale.optim.shard import fragments
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 from nlscale.train.pieces import Pieces, rectangles
@@ -38,7 +37,7 @@ class TrainState:
         """Masters and moments of this rank, by global name."""
         found: dict[str, tuple[Leaf, list]] = {}
         for mover in self.optimizer.movers.values():
-            for fragment in (each for shard in mover.shards for each in fragments(shard, self.world)):
+            for fragment in (each for shard in mover.shards for each in self.optimizer.fragments(shard)):
                 leaf = fragment.leaf
                 for name, flat in fragment.values.items():
                     key = f"{NAMES.get(name, f'state.{name}')}/{leaf.name}"

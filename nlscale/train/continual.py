@@ -1,0 +1,105 @@
+"""Levels that change at a resume: another period, a frozen level, a new level; only when `checkpoint.levels=change` asks.
+
+What stays the same parameter keeps its weight and moments. A new one begins as a new model's would, but for its output
+projection, which is zero, so that the network computes what it computed. An open window goes on if its group has the
+same parameters as before, and closes at its next boundary, whatever the period; any other open window is dropped, and
+the journal says which.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nlscale.config.errors import UserError
+from nlscale.optim.build import Optimizer
+from nlscale.optim.nested import SLOW
+
+FIELDS = ("shape", "level", "clock", "rule", "decay")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What differs between a checkpoint's levels and a run's."""
+
+    new: frozenset[str]  # parameters that the checkpoint does not have
+    moved: dict[str, str]  # parameter -> its level and clock, then -> now
+    kept: frozenset[str]  # groups whose open windows go on
+
+    def __bool__(self) -> bool:
+        """Whether anything differs."""
+        return bool(self.new or self.moved)
+
+
+def compare(now: Mapping[str, str], then: Mapping[str, str], path: Path, allowed: bool) -> Change:
+    """The change from `then` to `now` (see optim.levels.identity).
+
+    Raises UserError where anything differs and nothing was asked for, or where the model itself is another.
+    """
+    names = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    strange = [name for name in names if name not in now or (name in then and not same_tensor(now[name], then[name]))]
+    if names and (strange or not allowed):
+        shown = (strange or names)[:3]
+        lines = [f"{name}: {then.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in shown]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        hint = "give another run.name" if strange else "checkpoint.levels=change goes on with the new ones"
+        raise UserError(f"{path} holds another model or other levels: {'; '.join(lines)}{more}; {hint}")
+    moved = {name: f"{beat(then[name])} -> {beat(now[name])}" for name in names if name in then}
+    before, after = members(then), members(now)
+    kept = frozenset(group for group in after if before.get(group) == after[group])
+    return Change(frozenset(now.keys() - then.keys()), moved, kept)
+
+
+def same_tensor(now: str, then: str) -> bool:
+    """Whether two lines differ in level and clock at most."""
+    a, b = (dict(zip(FIELDS, line.split(), strict=True)) for line in (now, then))
+    return all(a[field] == b[field] for field in ("shape", "rule", "decay"))
+
+
+def beat(line: str) -> str:
+    """Level and clock of an identity line."""
+    return " ".join(line.split()[1:3])
+
+
+def group_of(line: str) -> str:
+    """The group that a line's parameter moves in."""
+    level, clock = line.split()[1:3]
+    phase = clock.partition("+")[2]
+    return f"{level}+{phase}" if phase else level
+
+
+def members(lines: Mapping[str, str]) -> dict[str, set[str]]:
+    """Parameters of each group that moves."""
+    groups: dict[str, set[str]] = {}
+    for name, line in lines.items():
+        if "frozen" not in line:
+            groups.setdefault(group_of(line), set()).add(name)
+    return groups
+
+
+def carried(facts: dict[str, Any], change: Change, now: Mapping[str, str]) -> dict[str, Any]:
+    """A checkpoint's facts for the new levels: windows that end are closed, new groups count their members' updates."""
+    then, windows, updates = facts["identity"], facts["windows"], dict(facts["updates"])
+    opened = {name: steps if name in change.kept else 0 for name, steps in windows["open"].items()}
+    tokens = [{name: n if name in change.kept else 0 for name, n in each.items()} for each in windows["tokens"]]
+    for group, names in members(now).items():
+        before = [updates.get(group_of(then[name]), 0) for name in names if name in then]
+        updates.setdefault(group, max(before, default=0))
+    return {**facts, "windows": {**windows, "open": opened, "tokens": tokens}, "updates": updates}
+
+
+def dropped(facts: dict[str, Any], change: Change) -> list[str]:
+    """Groups whose open windows end with the change."""
+    return sorted(name for name, steps in facts["windows"]["open"].items() if steps and name not in change.kept)
+
+
+def begin_new(optimizer: Optimizer, new: frozenset[str], there: Collection[str]) -> None:
+    """Makes the output projections of new parameters zero; a slow copy that was not there begins at its master."""
+    for mover in optimizer.movers.values():
+        for shard in mover.shards:
+            for fragment in optimizer.fragments(shard):
+                name, values = fragment.leaf.name, fragment.values
+                if name in new and name.endswith(".down.weight"):
+                    values["weight"].zero_()
+                if SLOW in values and f"state.{SLOW}/{name}" not in there:
+                    values[SLOW].copy_(values["weight"])
