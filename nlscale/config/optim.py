@@ -5,7 +5,7 @@ from typing import Literal
 
 from nlscale.config.errors import require
 
-RULES = ("adamw", "sgd", "preconditioned", "muon", "m3", "m3_paper", "delta_momentum", "dmgd")
+RULES = ("adamw", "sgd", "preconditioned", "muon", "m3", "m3_paper", "delta_momentum", "dmgd", "dgd")
 MATRIX_RULES = RULES[3:]  # for matrices only: embeddings, the head and vectors follow AdamW beside them
 
 

@@ -51,9 +51,10 @@ class Attention(MegatronModule):
         yield from self.norm.leaves()
         unit, start = self.qkv.weight.shape[0] // (self.heads + 2 * self.groups), 0
         for name, count in (("q", self.heads), ("k", self.groups), ("v", self.groups)):
-            yield Leaf(f"{name}.weight", self.qkv.weight, axis=0, start=start, length=count * unit, shard=0)
+            rows = {"start": start, "length": count * unit}
+            yield Leaf(f"{name}.weight", self.qkv.weight, **rows, shard=0, linear=self.qkv, scattered=self.norm.partial)
             start += count * unit
-        yield Leaf("out.weight", self.out.weight, shard=1)
+        yield Leaf("out.weight", self.out.weight, shard=1, linear=self.out)
 
 
 def document_mask(starts_BT: Tensor) -> Tensor:

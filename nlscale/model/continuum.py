@@ -105,7 +105,15 @@ class FeedForward(MegatronModule):
         for name, count in self.units.items():
             for index, part in enumerate(self.inward):
                 first = index * total + start
-                yield Leaf(f"{name}.{part}.weight", self.up.weight, axis=0, start=first, length=count, shard=0)
+                rows = {"start": first, "length": count}
+                yield Leaf(
+                    f"{name}.{part}.weight",
+                    self.up.weight,
+                    **rows,
+                    shard=0,
+                    linear=self.up,
+                    scattered=self.norm.partial,
+                )
             yield self.down.leaf(f"{name}.down.weight", start, count)
             start += count
 

@@ -61,7 +61,7 @@ class Down(RowParallelLinear):
 
     def leaf(self, name: str, start: int, length: int) -> Leaf:
         """Inputs start ... of the weight."""
-        return Leaf(name, self.weight, axis=0, start=start, length=length, shard=0)
+        return Leaf(name, self.weight, start=start, length=length, shard=0, linear=self, meets=0)
 
 
 def product(input: Tensor, weight: Tensor, **_: object) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nlscale.config.optim import Optim
 from nlscale.config.run import Run
 from nlscale.optim.buffers import BufferShard
+from nlscale.optim.grams import Grams
 from nlscale.optim.levels import Group, by_group, due, groups
 from nlscale.optim.nested import Anchors
 from nlscale.optim.reduce import POLICIES, Policy
@@ -44,6 +45,7 @@ class Mover:
     shards: list[Sharder]
     policies: list[Policy]
     counted: list[list[list[slice]]]  # by shard, by flat: what norms count
+    grams: list[Grams]  # inputs of matrices that follow the delta rule
 
     @property
     def leaves(self) -> list[Leaf]:
@@ -58,7 +60,7 @@ class Mover:
     @property
     def bytes_a_move(self) -> int:
         """Bytes this rank sends on a ring when the group moves, beside those of every step."""
-        closing = sum(policy.bytes_a_close for policy in self.policies)
+        closing = sum(each.bytes_a_close for each in (*self.policies, *self.grams))
         return closing + sum(shard.bytes_a_gather for shard in self.shards)
 
     def square(self, grads: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -106,12 +108,15 @@ class Optimizer:
         held = {g.name: self.movers[g.name] for g in moving if g.name in self.movers}
         grads = {name: [policy.close() for policy in mover.policies] for name, mover in held.items()}
         norms, means = self.agree(moving, {name: mover.square(grads[name]) for name, mover in held.items()})
+        for name, mover in held.items():
+            for gram in mover.grams:
+                gram.close(means[name])
         moved = {}
         for group in moving:
-            norm, square, mover = norms[group.name], self.nothing(), held.get(group.name)
-            if mover and norm < float("inf"):
+            norm, square = norms[group.name], self.nothing()
+            if group.name in held and norm < float("inf"):
                 scale = means[group.name] * self.clip(norm, norms)
-                square = self.update(mover, grads.pop(group.name), scale, step)
+                square = self.update(held[group.name], grads.pop(group.name), scale, step)
             moved[group.name] = Moved(norm, not norm < float("inf"), square)
         self.anchors.reset([group for group in moving if not moved[group.name].skipped], self.movers)
         for name, mover in held.items():
@@ -228,7 +233,8 @@ def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int |
         if shards:
             policies: list[Policy] = [POLICIES[optim.reduce](shard, windows, world) for shard in shards]
             spans = [[counted(flat, world) for flat in shard.flats] for shard in shards]
-            movers[group.name] = Mover(group, shards, policies, spans)
+            ruled = [leaf for s in shards for f in s.flats if f.kind.rule == "dgd" for leaf, _ in f.places]
+            movers[group.name] = Mover(group, shards, policies, spans, [Grams(ruled, windows, world)] if ruled else [])
     anchors = Anchors(run.levels if run.model.variant == "nested" else [], optim.slow_weight, movers)
     return Optimizer(optim, steps or run.train.steps, world, windows, every, movers, anchors)
 

@@ -44,13 +44,12 @@ class FlatShard:
         for flat, own in zip(self.flats, self.parts, strict=True):
             master = own.detach().to(window_dtype(own.dtype), copy=True)
             matrices = [
-                Part(span.start, (leaf.value.shape[0], leaf.value.shape[1]), leaf.shard)
+                Part(span.start, (leaf.value.shape[0], leaf.value.shape[1]), leaf.shard, leaf)
                 for leaf, _, span in parts(flat, world.replica, world.replicas)
                 if leaf.value.ndim == 2
             ]
-            self.rules.append(
-                bind(flat.kind, on_host(master) if host else master, optim, level, matrices, world.tensor)
-            )
+            master = on_host(master) if host else master
+            self.rules.append(bind(flat.kind, master, optim, level, matrices, world.tensor, windows.inputs))
 
     def _attach(self) -> None:
         """Moves whole parameters into flat memory; keeps the views that every gather goes through."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from nlscale.config.optim import Matrix
 from nlscale.optim.newton_schulz import newton_schulz
 from nlscale.optim.split import Split
+from nlscale.runtime.leaf import Leaf
 
 EPS = 1e-7
 BATCH = 2**26  # elements of this rank that are computed at once
@@ -29,6 +30,7 @@ class Part:
     start: int
     shape: tuple[int, int]
     axis: int | None
+    leaf: Leaf | None = None
 
     def of(self, flat: Tensor) -> Tensor:
         """Its view of a tensor laid out like the part."""

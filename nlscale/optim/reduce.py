@@ -21,12 +21,20 @@ from nlscale.optim.window import Windows, window_dtype
 from nlscale.runtime.world import World
 
 
-class Policy(Protocol):
-    """One shard's way from windows to this rank's part of their sum."""
+class Open(Protocol):
+    """Sums that are open between steps, as a checkpoint finds them."""
 
-    part: int  # which part of the window's total this rank holds pieces of ...
+    part: int  # which part of the total this rank holds pieces of ...
     parts: int  # ... of how many
     partial: bool  # whether pieces may be partial over tensor-parallel ranks or pipeline ends too
+
+    def open(self) -> Iterator[Fragment]:
+        """Views of what this rank holds of the open window, as {"window": values}."""
+
+
+class Policy(Open, Protocol):
+    """One shard's way from windows to this rank's part of their sum."""
+
     bytes_a_step: int  # that this rank sends on a ring at every step ...
     bytes_a_close: int  # ... and at the boundary, before the new weights are gathered
 
@@ -35,9 +43,6 @@ class Policy(Protocol):
 
     def close(self) -> list[Tensor]:
         """This rank's part of the sum over the whole window and all replicas; the window is empty after."""
-
-    def open(self) -> Iterator[Fragment]:
-        """Views of what this rank holds of the open window, as {"window": values}."""
 
 
 class Defer:

@@ -3,7 +3,7 @@
 Every state tensor is as long as the master and laid out like it, so that a checkpoint cuts all of them alike.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from nlscale.config.levels import Level
 from nlscale.config.optim import MATRIX_RULES, Optim
+from nlscale.optim.dgd import delta_step
 from nlscale.optim.layout import Kind
 from nlscale.optim.matrices import MATRICES, Matrices, Part
 from nlscale.optim.schedule import level_betas, level_decay
@@ -90,12 +91,23 @@ ELEMENTS: dict[str, Callable[[Tensor, Optim, Level, float], Rule]] = {
 
 
 def bind(
-    kind: Kind, master: Tensor, optim: Optim, level: Level, parts: Sequence[Part], tensor: ProcessGroup | None
+    kind: Kind,
+    master: Tensor,
+    optim: Optim,
+    level: Level,
+    parts: Sequence[Part],
+    tensor: ProcessGroup | None,
+    inputs: Mapping[str, Tensor],
 ) -> Rule:
-    """The rule of a flat on this rank's part of it; `parts`: the whole matrices there, cut over the ranks of `tensor`."""
+    """The rule of a flat on this rank's part of it.
+
+    `parts`: the whole matrices there, cut over the ranks of `tensor`; `inputs`: what windows say of a leaf's inputs.
+    """
     decay = level_decay(optim, level) if kind.decays else 0.0
     if kind.rule not in MATRIX_RULES:
         return ELEMENTS[kind.rule](master, optim, level, decay)
+    if kind.rule == "dgd":
+        return Rule(master, {}, delta_step(master, decay, parts, tensor, inputs))
     names, direction = MATRICES[kind.rule]
     state = {name: torch.zeros_like(master) for name in names}
     return Rule(master, state, Matrices(master, state, partial(direction, optim.matrix), decay, parts, tensor))
@@ -105,5 +117,6 @@ STATES: dict[str, tuple[str, ...]] = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "sgd": ("momentum",),
     "preconditioned": ("momentum", "second"),
+    "dgd": (),
     **{name: states for name, (states, _) in MATRICES.items()},
 }

@@ -28,6 +28,9 @@ class Leaf:
     length: int | None = None
     shard: int | None = None
     partial: bool = False
+    linear: nn.Module | None = None  # the layer that multiplies its input by the leaf ...
+    meets: int = 1  # ... along this axis ...
+    scattered: bool = False  # ... of which each tensor-parallel rank sees a part of the tokens
     tied: bool = False
     twin: bool = False
 

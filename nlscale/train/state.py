@@ -10,7 +10,7 @@ from nlscale.config.run import Run
 from nlscale.data.loader import Loader
 from nlscale.optim.build import Optimizer
 from nlscale.optim.levels import identity
-from nlscale.optim.reduce import Policy
+from nlscale.optim.reduce import Open
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 from nlscale.train.pieces import Pieces, rectangles
@@ -55,13 +55,12 @@ class TrainState:
         """Whether this rank writes its part: what several ranks hold is written by the first of them."""
         return not leaf.twin and (leaf.shard is not None or self.world.tensor_rank == 0)
 
-    def open_policies(self) -> list[Policy]:
-        """The policies of groups that have gathered gradients since they last moved."""
-        open_groups = self.optimizer.windows.open
-        movers = self.optimizer.movers.items()
-        return [
-            p for name, mover in movers if open_groups[name] and not mover.group.level.frozen for p in mover.policies
-        ]
+    def open_sums(self) -> list[Open]:
+        """What groups have gathered since they last moved: gradients, and inputs where a rule asks for them."""
+        opened, movers = self.optimizer.windows.open, self.optimizer.movers.items()
+        waiting = [mover for name, mover in movers if opened[name] and not mover.group.level.frozen]
+        found: list[Open] = [policy for mover in waiting for policy in mover.policies]
+        return found + [gram for mover in waiting for gram in mover.grams]
 
     def identity(self) -> dict[str, str]:
         """Every leaf of the model over all stages, with its level. A collective."""

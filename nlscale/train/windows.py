@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nlscale.optim.partial import sum_over
-from nlscale.optim.reduce import Policy
+from nlscale.optim.reduce import Open
 from nlscale.optim.shard import Fragment
 from nlscale.runtime.leaf import Leaf
 from nlscale.train.pieces import Pieces, load, rectangles
@@ -35,7 +35,7 @@ def dealt(stored: int, rank: int, ranks: int) -> range:
     return range(rank, stored, ranks)
 
 
-def share_of(leaf: Leaf, policy: Policy, state: "TrainState") -> tuple[int, int]:
+def share_of(leaf: Leaf, policy: Open, state: "TrainState") -> tuple[int, int]:
     """(which, of how many) partial sums of a leaf this rank holds under a policy."""
     if policy.partial and leaf.partial:
         return state.world.tensor_rank, state.world.tensor.size()
@@ -47,7 +47,7 @@ def share_of(leaf: Leaf, policy: Policy, state: "TrainState") -> tuple[int, int]
 def windows_to_save(state: "TrainState") -> dict[str, Pieces]:
     """Open windows as they lie, or their total (`checkpoint.windows`). A collective in the latter case."""
     found: dict[str, tuple[Leaf, list, bool]] = {}
-    for policy in state.open_policies():
+    for policy in state.open_sums():
         for fragment in policy.open():
             leaf, values = fragment.leaf, fragment.values["window"]
             part, (share, shares) = policy.part, share_of(leaf, policy, state)
@@ -80,9 +80,12 @@ def window_facts(state: "TrainState") -> dict[str, Any]:
     policy = next(p for mover in state.optimizer.movers.values() for p in mover.policies)
     apart = policy.partial and state.run.checkpoint.windows == "each"
     ranks = world.tensor.size() if apart else 1
+    each = state.run.checkpoint.windows == "each"
     ends = 2 if apart and state.run.model.tied and parallel.pipeline > 1 else 1
     return {
         "parts": policy.parts if apart or not policy.partial else 1,
+        "gram_parts": world.replicas if each else 1,
+        "gram_shares": world.tensor.size() if each and parallel.sequence else 1,
         "shares": dict(zip(PARTIAL, (ranks if parallel.sequence else 1, ranks, ends), strict=True)),
         "tokens": [dict(zip(windows.groups, count.tolist(), strict=True)) for count in counts],
         "open": windows.open,
@@ -91,11 +94,13 @@ def window_facts(state: "TrainState") -> dict[str, Any]:
 
 def wanted(state: "TrainState", stored: dict[str, Any]) -> Iterator[tuple[Fragment, list[str]]]:
     """Every fragment of an open window that this rank holds, and the stored parts that it adds up."""
-    for policy in state.open_policies():
-        parts = dealt(stored["parts"], policy.part, policy.parts)
+    for policy in state.open_sums():
         for fragment in policy.open():
             name = fragment.leaf.name
-            then = next((n for suffix, n in stored["shares"].items() if name.endswith(suffix)), 1)
+            gram, shares = name.endswith(".gram"), stored["shares"]
+            then = stored["gram_shares"] if gram else next((n for end, n in shares.items() if name.endswith(end)), 1)
+            inputs = gram or name.endswith(".gram_cut")
+            parts = dealt(stored["gram_parts"] if inputs else stored["parts"], policy.part, policy.parts)
             mine = dealt(then, *share_of(fragment.leaf, policy, state))
             yield fragment, [window_name(name, part, share) for part in parts for share in mine]
 

@@ -46,7 +46,7 @@ def test_the_order_is_by_frequency_then_by_need() -> None:
 
 def test_the_rules_remember_what_the_registry_says() -> None:
     for name in ELEMENTS.keys() | set(MATRIX_RULES):
-        rule = bind(Kind(name, True), torch.zeros(4), Optim(), Level(), [], None)
+        rule = bind(Kind(name, True), torch.zeros(4), Optim(), Level(), [], None, {})
         assert tuple(rule.state) == STATES[name], name
 
 

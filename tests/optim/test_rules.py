@@ -71,7 +71,7 @@ def reference(name: str, grads: list[Tensor], weight: Tensor) -> Tensor:
 
 
 def rule(name: str, master: Tensor, matrices: list[Part], group: dist.ProcessGroup | None = None) -> Rule:
-    return bind(Kind(name, True), master, OPTIM, Level(), matrices, group)
+    return bind(Kind(name, True), master, OPTIM, Level(), matrices, group, {})
 
 
 def random(*shape: int) -> list[Tensor]:
@@ -112,7 +112,7 @@ def test_deep_momentum_learns_what_gradients_have_in_common() -> None:
     )
     optim = Optim(weight_decay=0.0, matrix=Matrix(momentum=1.0, inner=1.0))
     bound = bind(
-        Kind("dmgd", True), torch.zeros(192, dtype=torch.float64), optim, Level(), [Part(0, (16, 12), None)], None
+        Kind("dmgd", True), torch.zeros(192, dtype=torch.float64), optim, Level(), [Part(0, (16, 12), None)], None, {}
     )
     unit = common / common.square().mean().sqrt()
     before = torch.zeros(16, 12, dtype=torch.float64)

@@ -60,6 +60,11 @@ def test_i18_counted_bytes_are_the_formula(layout: str, precision: str) -> None:
         assert counted[0] < counted[1] < counted[3] and counted[:PERIOD] == counted[PERIOD:]
 
 
+def test_i18_counts_the_inputs_of_the_delta_rule() -> None:
+    for steps in ranks(2, traffic, ["optim.name=dgd"]):
+        assert [counted for counted, *_ in steps] == [reported for _, reported, *_ in steps]
+
+
 def test_i18_holds_behind_backward() -> None:
     for steps in ranks(2, traffic, ["optim.overlap=true", "model.hidden=512"]):
         assert [reported for _, reported, *_ in steps] == pytest.approx(

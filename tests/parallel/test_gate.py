@@ -21,6 +21,7 @@ LAYOUTS = {
     "tensor-pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "recompute": (1, ["train.recompute=block"]),
     "eager": (2, ["optim.reduce=eager"]),
+    "delta-rule": (1, ["optim.name=dgd"]),
     "bf16": (1, ["train.precision=bf16"]),
 }
 BAD = 2  # the step at which a row's logits overflow, inside the windows of both slow levels
