@@ -60,7 +60,7 @@ class Mover:
     @property
     def bytes_a_move(self) -> int:
         """Bytes this rank sends on a ring when the group moves, beside those of every step."""
-        closing = sum(each.bytes_a_close for each in (*self.policies, *self.grams))
+        closing = sum(policy.bytes_a_close for policy in self.policies) + sum(gram.bytes_a_close for gram in self.grams)
         return closing + sum(shard.bytes_a_gather for shard in self.shards)
 
     def square(self, grads: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -21,7 +21,6 @@ LAYOUTS = {
     "tensor-pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "recompute": (1, ["train.recompute=block"]),
     "eager": (2, ["optim.reduce=eager"]),
-    "delta-rule": (1, ["optim.name=dgd"]),
     "bf16": (1, ["train.precision=bf16"]),
 }
 BAD = 2  # the step at which a row's logits overflow, inside the windows of both slow levels
@@ -82,6 +81,12 @@ def test_a_bad_micro_batch_adds_nothing(layout: str) -> None:
     for name, weight in expected.items():
         assert torch.equal(clean[name], weight), name
         assert math.isfinite(float(weight.float().norm()))
+
+
+def test_a_bad_micro_batch_adds_nothing_to_what_layers_read() -> None:
+    ((weights, refused),) = ranks(1, learned, ["optim.name=dgd"], True)
+    assert refused == [0, 1, 0, 0]
+    assert all(math.isfinite(float(weight.norm())) for weight, _, _ in weights.values())
 
 
 def late(overrides: list[str]) -> list[tuple[list[str], list[str], bool]]:
