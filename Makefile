@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench gpu clean
 
 train: $(VENV)/installed
 	$(BIN)/nlscale data prepare stdlib --out corpora/stdlib --sequence 256 --tokeniser bpe:4096 --held-out 0.05
@@ -25,6 +25,11 @@ lint: $(VENV)/tested
 bench: $(VENV)/installed
 	$(BIN)/nlscale bench step
 	$(BIN)/nlscale bench loader
+	$(BIN)/nlscale bench levels
+
+gpu: $(VENV)/tested
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/nlscale bench step
 
 # torch comes first and alone: asked for by another package, the newest CUDA build would come with gigabytes.
 $(VENV)/installed: setup.py constraints.txt

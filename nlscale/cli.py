@@ -25,6 +25,7 @@ from nlscale.config.errors import (
 from nlscale.config.read import read, shipped
 from nlscale.config.run import Run, replicas
 from nlscale.data.card import check_data
+from nlscale.model.count import parameters
 from nlscale.runtime.folder import STATE, Folder, read_lines
 from nlscale.runtime.quiet import quiet
 
@@ -168,8 +169,15 @@ def check(options: argparse.Namespace) -> None:
     print(
         f"step         {run.train.global_batch} rows of {run.data.sequence} tokens, {run.train.micro_batch} a forward pass"
     )
-    levels = "  ".join(f"{x.name} every {x.period} ({x.width:g})" for x in run.levels)
-    print(f"levels       {levels}")
+    held = parameters(run.model, run.levels)
+    total = sum(held.values())
+    for place, level in enumerate(run.levels):
+        beat = "frozen" if level.frozen else f"every {level.period}"
+        share = f"{held[level.name] / 1e6:8.2f}M parameters ({held[level.name] / total:.0%})"
+        head = "levels" if place == 0 else ""
+        print(f"{head:12s} {level.name:10s} {beat:10s} {level.optimizer or run.optim.name:14s} {share}")
+    moved = sum(held[level.name] / level.period for level in run.levels if not level.frozen)
+    print(f"traffic      {moved / total:.3f} of what levels of period 1 would send (sum of width / period)")
 
 
 def prepare(options: argparse.Namespace) -> None:
