@@ -57,6 +57,7 @@ class Optim:
     overlap: bool = False  # the first level is reduced behind backward, by megatron-core's buffers
     bucket: int = 2**28  # parameters that one collective of a level carries at most (a block's are never cut)
     slow_weight: float = 0.5  # nested variant: how far the slow copy follows the fast one at its boundary
+    second_order: bool = False  # nested variant, one process: slow copies follow the gradient through the fast steps
     matrix: Matrix = field(default_factory=Matrix)
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup: float = 0.02  # share of the steps

@@ -51,6 +51,12 @@ class Run:
             "optim.overlap=true reduces the first level behind every backward pass: it needs optim.reduce=defer and a "
             f"first level of period 1, not optim.reduce={self.optim.reduce} and period {self.levels[0].period}",
         )
+        plain = self.optim.name == "sgd" and self.optim.matrix.momentum == 0 and self.optim.clip == 0
+        require(
+            not self.optim.second_order or (model.variant == "nested" and plain and self.optim.phase == "aligned"),
+            "optim.second_order=true needs model.variant=nested, optim.phase=aligned, and steps that it can "
+            "differentiate: optim.name=sgd optim.matrix.momentum=0 optim.clip=0",
+        )
         Levels(levels=self.levels).check_match(list(parameter_names(model, self.levels)))
         require(
             not parallel.sequence or self.data.sequence % tensor == 0,
@@ -80,6 +86,11 @@ def replicas(run: Run, world: int) -> int:
         f"{', '.join(str(need * k) for k in (1, 2, 4))} ... ranks would work",
     )
     count = world // need
+    require(
+        not run.optim.second_order or world == 1,
+        f"optim.second_order=true differentiates through the fast level's steps in one process, not in {world}; "
+        "--nproc 1 with parallel.tensor=1 and parallel.pipeline=1 works",
+    )
     require(
         train.global_batch % (count * train.micro_batch) == 0,
         f"train.global_batch={train.global_batch} is no multiple of {count} replicas x "

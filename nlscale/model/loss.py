@@ -39,6 +39,7 @@ class Head(MegatronModule):
         options = {"config": config, "init_method": config.init_method, "bias": False}
         own = ColumnParallelLinear(config.hidden_size, vocabulary, **options).weight if weight is None else weight
         self.weight = own
+        self.summed = summed_loss
         split = config.tensor_model_parallel_size > 1
         self.cross_entropy = parallel_cross_entropy if split else local_cross_entropy
         self.enter = (
@@ -48,4 +49,4 @@ class Head(MegatronModule):
     def forward(self, x_TBD: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum of the losses of all targets that are not IGNORE: a float32 scalar, equal on all tensor-parallel ranks."""
         x_ND = self.enter(self.norm(x_TBD)).flatten(0, 1)
-        return summed_loss(x_ND, self.weight, targets_BT.t().flatten(), self.cross_entropy)
+        return self.summed(x_ND, self.weight, targets_BT.t().flatten(), self.cross_entropy)

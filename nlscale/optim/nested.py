@@ -4,7 +4,10 @@ The slow copy of level l is a parameter of level l + 1. First order, at a bounda
 
     slow += weight (fast - slow);  fast = slow;  moments of the fast rule = 0
 
-which is Lookahead with k = slower period / faster period (Zhang et al., 2019). It is element-wise, so it runs on this
+Second order (`optim.second_order`, one process): the slow copy follows the gradient of the window's own losses through
+the fast steps that it took (train/second_order.py), slow -= rate gradient, before fast = slow.
+
+First order is Lookahead with k = slower period / faster period (Zhang et al., 2019). It is element-wise, so it runs on this
 rank's part of the master; the gather that the fast level's own move needs anyway carries the result.
 """
 
@@ -12,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from nlscale.config.levels import Level
+from nlscale.optim.layout import Flat
 from nlscale.optim.levels import Group
 from nlscale.optim.rules import Rule
 
@@ -30,6 +35,7 @@ class Anchors:
         """`levels`, fast to slow; none where the variant has no slow copies."""
         self.slower = {fast.name: slow.name for fast, slow in zip(levels, levels[1:], strict=False)}
         self.weight = weight
+        self.gradients: dict[str, Tensor] = {}  # leaf -> rate x gradient of its slow copy; first order where none is
         for mover in movers.values():
             for shard in mover.shards:
                 for flat, rule in zip(shard.flats, shard.rules, strict=True):
@@ -45,14 +51,23 @@ class Anchors:
                 for shard in movers[group.name].shards:
                     for flat, rule in zip(shard.flats, shard.rules, strict=True):
                         if flat.kind.nested:
-                            follow(rule, self.weight)
+                            self.follow(flat, rule)
+
+    def follow(self, flat: Flat, rule: Rule) -> None:
+        """The slow copy takes its step, and the fast level begins anew from it."""
+        slow = rule.state[SLOW]
+        steps = [self.gradients.pop(leaf.name, None) for leaf, _ in flat.places]
+        if any(step is None for step in steps):
+            slow.add_(rule.master - slow, alpha=self.weight)
+        for view, step in zip(flat.views(slow), steps, strict=True):
+            if step is not None:
+                view.sub_(step)
+        rule.master.copy_(slow)
+        restart(rule)
 
 
-def follow(rule: Rule, weight: float) -> None:
-    """slow += weight (fast - slow); fast = slow; the rule begins anew."""
-    slow = rule.state[SLOW]
-    slow.add_(rule.master - slow, alpha=weight)
-    rule.master.copy_(slow)
+def restart(rule: Rule) -> None:
+    """The rule forgets everything but the slow copy."""
     for name, tensor in rule.state.items():
         if name != SLOW:
             tensor.zero_()

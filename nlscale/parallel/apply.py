@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from nlscale_kernels.summed_loss import whole_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -56,6 +57,8 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
     chunks = [Hope(run.model, units, run.data.sequence, config, stage) for stage in stages(run, world.pipeline_rank)]
     leaves = [leaf for chunk in chunks for leaf in chunk.leaves()]
     initialize(leaves, run.model, run.train.seed, world.tensor_rank)
+    for chunk in chunks if run.optim.second_order else ():
+        chunk.head.summed = whole_loss  # one stage: the config allows no other
     if run.train.recompute == "block":
         for chunk in chunks:
             for block in chunk.blocks:

@@ -18,8 +18,9 @@ from nlscale.train.checkpoint import Checkpoints
 from nlscale.train.metrics import Metrics
 from nlscale.train.peak import peak_flops
 from nlscale.train.plot import plot
+from nlscale.train.second_order import SecondOrder
 from nlscale.train.state import TrainState
-from nlscale.train.step import Report, held_out_loss, train_step
+from nlscale.train.step import Report, held_out_loss, nothing, train_step
 from nlscale.train.watch import Watch
 
 SKIPS = 10  # steps in a row with gradients that are not finite, until the run is given up
@@ -67,11 +68,16 @@ def going_on(
     journal.event("start", state.step, world=world.size, replicas=world.replicas, peak_flops=peak, peak_source=source)
     where = f"goes on after step {state.step}" if resumed else "starts"
     journal.say(f"{run.run.name} {where}: {world.size} ranks, {world.replicas} replicas, {world.device.type}")
+    before_move = nothing
+    if run.optim.second_order:
+        before_move = SecondOrder(run, model, state.optimizer).before
+        if state.step % run.levels[-1].period:
+            journal.say("the slow copies' next steps are first order: the rows of their open windows are gone")
     last = min(run.train.steps, run.train.stop_at or run.train.steps)
     with Watch() as watch, Metrics(state, folder, journal, peak) as metrics:
         skips = 0
         while state.step < last:
-            report = train_step(state, model, document, watch.asked is not None)
+            report = train_step(state, model, document, watch.asked is not None, before_move)
             metrics.record(report)
             skips = alarmed(report, skips, state.step, journal)
             if held_out is not None and evaluation_due(state):

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from nlscale.data.batch import HASH_BITS, to_batch, token_hash
 from nlscale.optim.build import Moved
-from nlscale.parallel.apply import Parallelized
+from nlscale.parallel.apply import MicroBatch, Parallelized
 from nlscale.train.state import TrainState
 
 
@@ -32,14 +33,25 @@ class Report:
     groups: tuple[str, ...] = ()  # that were due: levels, or their phases
 
 
-def train_step(state: TrainState, model: Parallelized, document: int, stop: bool) -> Report:
-    """Takes the next rows and makes one step of all levels that are due."""
+BeforeMove = Callable[[int, Sequence[MicroBatch]], None]
+
+
+def nothing(step: int, batches: Sequence[MicroBatch]) -> None:
+    """What usually happens between backward and the levels' move."""
+
+
+def train_step(
+    state: TrainState, model: Parallelized, document: int, stop: bool, before_move: BeforeMove = nothing
+) -> Report:
+    """Takes the next rows and makes one step of all levels that are due; `before_move` sees the micro-batches."""
     run, world, began = state.run, state.world, time.monotonic()
     rows = next(state.loader)
     waited = time.monotonic() - began
     batch = to_batch(rows, document, world.device)
-    total = model.forward_backward(batch.micro(run.train.micro_batch), True)
+    micro_batches = batch.micro(run.train.micro_batch)
+    total = model.forward_backward(micro_batches, True)
     state.step += 1
+    before_move(state.step, micro_batches)
     moved = state.optimizer.step(state.step, total[2].long())
     if state.step == run.train.steps:
         moved |= state.optimizer.flush(state.step)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK = 2**24  # logits held at once
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]
@@ -21,6 +22,12 @@ def summed_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cross_entrop
     `cross_entropy` maps logits (n, V) and targets (n,) to token losses (n,); it may be a collective over ranks.
     """
     return SummedLoss.apply(x_ND, weight_VD, targets_N, cross_entropy, torch.is_grad_enabled())
+
+
+def whole_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cross_entropy: CrossEntropy) -> Tensor:
+    """The same sum with all logits held at once: differentiable as often as `cross_entropy` is."""
+    logits_NV = F.linear(x_ND, weight_VD)
+    return cross_entropy(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)), targets_N).sum()
 
 
 class SummedLoss(torch.autograd.Function):
@@ -52,6 +59,7 @@ class SummedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         """Hands out the kept gradients."""
         x_grad, weight_grad = ctx.saved_tensors
