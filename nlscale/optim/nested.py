@@ -56,12 +56,11 @@ class Anchors:
     def follow(self, flat: Flat, rule: Rule) -> None:
         """The slow copy takes its step, and the fast level begins anew from it."""
         slow = rule.state[SLOW]
-        steps = [self.gradients.pop(leaf.name, None) for leaf, _ in flat.places]
-        if any(step is None for step in steps):
+        if any(leaf.name in self.gradients for leaf, _ in flat.places):
+            for (leaf, _), view in zip(flat.places, flat.views(slow), strict=True):  # one process holds it whole
+                view.sub_(self.gradients.pop(leaf.name))
+        else:
             slow.add_(rule.master - slow, alpha=self.weight)
-        for view, step in zip(flat.views(slow), steps, strict=True):
-            if step is not None:
-                view.sub_(step)
         rule.master.copy_(slow)
         restart(rule)
 
