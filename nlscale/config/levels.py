@@ -58,6 +58,7 @@ class Levels:
                 f"levels: periods form a divisibility chain, fast to slow: {slow.name}.period={slow.period} is no "
                 f"multiple of {fast.name}.period={fast.period}; {nearest(slow.period, fast.period)} would work",
             )
+        require(not all(level.frozen for level in self.levels), "levels: all are frozen; nothing would be trained")
         total = sum(level.width for level in self.levels)
         require(abs(total - 1) < 1e-6, f"levels: widths are shares and must sum to 1, got {total:g}")
 
@@ -103,9 +104,8 @@ def level_of(name: str, levels: Sequence[Level]) -> Level:
 
     The gains that weigh levels against each other move with the slowest (spec 2.4).
     """
-    if fnmatchcase(name, "blocks.*.continuum.gains"):
-        return levels[-1]
-    return next(iter(claimants(name, levels)), levels[0])
+    slowest = levels[-1] if fnmatchcase(name, "blocks.*.continuum.gains") else levels[0]
+    return next(iter(claimants(name, levels)), slowest)
 
 
 def parameter_names(model: Model, levels: Sequence[Level]) -> Iterator[str]:

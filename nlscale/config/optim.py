@@ -55,7 +55,7 @@ class Optim:
     phase: Literal["aligned", "staggered"] = "aligned"  # staggered: the layers of a level move at different steps
     offload: int = 0  # levels of this period or longer keep masters and moments in host memory; 0: none does
     overlap: bool = False  # the first level is reduced behind backward, by megatron-core's buffers
-    bucket: int = 2**28  # parameters that one collective of a level carries at most (a block's are never cut)
+    bucket: int = 2**26  # parameters that one collective of a level carries at most (a block's are never cut)
     slow_weight: float = 0.5  # nested variant: how far the slow copy follows the fast one at its boundary
     second_order: bool = False  # nested variant, one process: slow copies follow the gradient through the fast steps
     matrix: Matrix = field(default_factory=Matrix)

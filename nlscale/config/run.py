@@ -6,7 +6,7 @@ from nlscale.config.data import Data
 from nlscale.config.errors import divisors, nearest, require
 from nlscale.config.levels import Level, Levels, parameter_names
 from nlscale.config.model import Model
-from nlscale.config.optim import Optim
+from nlscale.config.optim import MATRIX_RULES, Optim
 from nlscale.config.parallel import Parallel
 from nlscale.config.train import Checkpoint, Cluster, Identity, Log, Train
 
@@ -46,17 +46,7 @@ class Run:
                 f"level {name} has {units} feed-forward units, which parallel.tensor={tensor} does not divide; "
                 f"choose model.hidden so that every level's share is a multiple of {tensor}",
             )
-        require(
-            not self.optim.overlap or (self.optim.reduce == "defer" and self.levels[0].period == 1),
-            "optim.overlap=true reduces the first level behind every backward pass: it needs optim.reduce=defer and a "
-            f"first level of period 1, not optim.reduce={self.optim.reduce} and period {self.levels[0].period}",
-        )
-        plain = self.optim.name == "sgd" and self.optim.matrix.momentum == 0 and self.optim.clip == 0
-        require(
-            not self.optim.second_order or (model.variant == "nested" and plain and self.optim.phase == "aligned"),
-            "optim.second_order=true needs model.variant=nested, optim.phase=aligned, and steps that it can "
-            "differentiate: optim.name=sgd optim.matrix.momentum=0 optim.clip=0",
-        )
+        self.check_optim()
         Levels(levels=self.levels).check_match(list(parameter_names(model, self.levels)))
         require(
             not parallel.sequence or self.data.sequence % tensor == 0,
@@ -68,6 +58,36 @@ class Run:
                 model.vocabulary % tensor == 0,
                 f"model.vocabulary={model.vocabulary} cannot be split over parallel.tensor={tensor}; "
                 f"{nearest(model.vocabulary, tensor)} would work",
+            )
+
+    def check_optim(self) -> None:
+        """What levels and their optimizer must agree on."""
+        optim, first, nested = self.optim, self.levels[0], self.model.variant == "nested"
+        require(
+            not optim.overlap or (optim.reduce == "defer" and first.period == 1 and not first.frozen),
+            "optim.overlap=true reduces the first level behind every backward pass: it needs optim.reduce=defer and a "
+            f"first level of period 1 that is not frozen, not optim.reduce={optim.reduce} and period {first.period}",
+        )
+        require(
+            not nested or optim.phase == "aligned",
+            "model.variant=nested needs optim.phase=aligned: a fast level starts anew where its slower one moves as a whole",
+        )
+        plain = optim.name == "sgd" and optim.matrix.momentum == 0 and optim.clip == 0
+        require(
+            not optim.second_order or (nested and plain),
+            "optim.second_order=true needs model.variant=nested, and steps that it can differentiate: "
+            "optim.name=sgd optim.matrix.momentum=0 optim.clip=0",
+        )
+        for level in self.levels:
+            rule = level.optimizer or optim.name
+            require(
+                not optim.offload or level.period < optim.offload or rule not in MATRIX_RULES,
+                f"optim.offload={optim.offload} updates level {level.name} in host memory, where {rule} has no fast "
+                "matrix products; give the level optimizer: adamw, or a larger optim.offload",
+            )
+            require(
+                not optim.time_scaled_betas or rule == "adamw",
+                f"optim.time_scaled_betas=true speaks of AdamW's betas; level {level.name} follows {rule}",
             )
 
     @property

@@ -12,11 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nlscale.config.levels import level_of
 from nlscale.config.optim import Optim
 from nlscale.config.run import Run
 from nlscale.optim.buffers import BufferShard
 from nlscale.optim.grams import Grams
+from nlscale.optim.layout import buckets
 from nlscale.optim.levels import Group, by_group, due, groups
+from nlscale.optim.mover import Moved, Mover
 from nlscale.optim.nested import Anchors
 from nlscale.optim.reduce import POLICIES, Policy
 from nlscale.optim.rules import Rule
@@ -26,46 +29,6 @@ from nlscale.optim.window import Windows
 from nlscale.optim.zero import ZeroShard, forbid_compilation, silence
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What a level's move did. A window with a gradient that is not finite is dropped on all ranks alike."""
-
-    grad_norm: float  # of the window's mean, before clipping
-    skipped: bool
-    update_square: Tensor  # float64: squared norm of this rank's part of the weight change
-
-
-@dataclass
-class Mover:
-    """A group on this rank: its shards, and the policy of each."""
-
-    group: Group
-    shards: list[Sharder]
-    policies: list[Policy]
-    counted: list[list[list[slice]]]  # by shard, by flat: what norms count
-    grams: list[Grams]  # inputs of matrices that follow the delta rule
-
-    @property
-    def leaves(self) -> list[Leaf]:
-        """All leaves."""
-        return [leaf for shard in self.shards for leaf in shard.leaves]
-
-    @property
-    def bytes_a_step(self) -> int:
-        """Bytes this rank sends on a ring at every step."""
-        return sum(policy.bytes_a_step for policy in self.policies)
-
-    @property
-    def bytes_a_move(self) -> int:
-        """Bytes this rank sends on a ring when the group moves, beside those of every step."""
-        closing = sum(policy.bytes_a_close for policy in self.policies) + sum(gram.bytes_a_close for gram in self.grams)
-        return closing + sum(shard.bytes_a_gather for shard in self.shards)
-
-    def square(self, grads: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Sum of squares of what this rank counts, float64."""
-        return torch.stack([square(g, spans) for g, spans in zip(grads, self.counted, strict=True)]).sum()
 
 
 @dataclass
@@ -124,9 +87,24 @@ class Optimizer:
                 for shard in mover.shards:
                     shard.gather()
         self.windows.restart(group.name for group in moving)
+        if any(move.skipped for move in moved.values()):
+            self.drop_spoilt()
         if not self.awaited:
             self.arrive()
         return moved
+
+    def drop_spoilt(self) -> None:
+        """Empties every open window that is not finite on some rank; after a late find only. A collective over all ranks."""
+        waiting = [group for group in self.groups if self.windows.open[group.name] and not group.level.frozen]
+        bad = torch.zeros(len(waiting) + 1, device=self.world.device)
+        held = [(i, self.movers[group.name]) for i, group in enumerate(waiting) if group.name in self.movers]
+        for i, mover in held:
+            bad[i] = ~mover.finite()
+        dist.all_reduce(bad)
+        spoilt = [count > 0 for count in bad.tolist()]
+        for _, mover in (each for each in held if spoilt[each[0]]):
+            mover.empty()
+        self.windows.restart(group.name for group, gone in zip(waiting, spoilt, strict=False) if gone)
 
     def agree(self, moving: Sequence[Group], squares: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
         """Norm of each window's mean, and 1 / tokens: one reduction over all ranks and one read by the host."""
@@ -202,15 +180,23 @@ class Optimizer:
         """Lets each of these modules wait for its own weights when it is next called, instead of all at the step's end."""
         for module in modules:
             own = set(module.parameters())
-            names = [n for n, mover in self.movers.items() if any(leaf.parameter in own for leaf in mover.leaves)]
-            module.register_forward_pre_hook(lambda *_, names=names: self.arrive(names))
+            shards = [shard for shard in self.shards() if any(leaf.parameter in own for leaf in shard.leaves)]
+            module.register_forward_pre_hook(lambda *_, shards=shards: arrive(shards))
         self.awaited = True
 
-    def arrive(self, names: Iterable[str] | None = None) -> None:
-        """Waits until the weights of these groups (None: of all) are where the model computes with them."""
-        for name in self.movers if names is None else names:
-            for shard in self.movers[name].shards:
-                shard.arrive()
+    def shards(self) -> list[Sharder]:
+        """All shards of this rank."""
+        return [shard for mover in self.movers.values() for shard in mover.shards]
+
+    def arrive(self) -> None:
+        """Waits until all weights are where the model computes with them."""
+        arrive(self.shards())
+
+
+def arrive(shards: Iterable[Sharder]) -> None:
+    """Waits for what these shards gather."""
+    for shard in shards:
+        shard.arrive()
 
 
 def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int | None = None) -> Optimizer:
@@ -222,42 +208,22 @@ def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int |
     silence()
     optim, staggered = run.optim, run.optim.phase == "staggered"
     every = groups(run.levels, run.model.layers, staggered)
-    windows = Windows([leaf.parameter for leaf in leaves], [g.name for g in every], lasting=optim.reduce == "defer")
+    moving = dict.fromkeys(leaf.parameter for leaf in leaves if not level_of(leaf.name, run.levels).frozen)
+    for leaf in leaves:
+        leaf.parameter.requires_grad_(leaf.parameter in moving)
+    windows = Windows(moving, [g.name for g in every], lasting=optim.reduce == "defer")
     members = by_group(leaves, run.levels, run.model.layers, staggered)
     movers = {}
     for group in every:
         shards: list[Sharder] = []
-        for bucket in buckets(members[group.name], optim.bucket):
+        for bucket in buckets(members[group.name], optim.bucket, group.level.optimizer or optim.name):
             behind = optim.overlap and group is every[0]
             shards.append((BufferShard if behind else ZeroShard)(group.level, bucket, run, windows, world))
         if shards:
             policies: list[Policy] = [POLICIES[optim.reduce](shard, windows, world) for shard in shards]
             spans = [[counted(flat, world) for flat in shard.flats] for shard in shards]
             ruled = [leaf for s in shards for f in s.flats if f.kind.rule == "dgd" for leaf, _ in f.places]
-            movers[group.name] = Mover(group, shards, policies, spans, [Grams(ruled, windows, world)] if ruled else [])
+            grams = [Grams(ruled, windows, world)] if ruled and not group.level.frozen else []
+            movers[group.name] = Mover(group, shards, policies, spans, grams)
     anchors = Anchors(run.levels if run.model.variant == "nested" else [], optim.slow_weight, movers)
     return Optimizer(optim, steps or run.train.steps, world, windows, every, movers, anchors)
-
-
-def buckets(leaves: Sequence[Leaf], limit: int) -> list[list[Leaf]]:
-    """Leaves cut into runs of whole blocks of at most `limit` elements, in the order of the forward pass."""
-    runs: list[list[Leaf]] = []
-    sizes: dict[str, int] = {}
-    for leaf in leaves:
-        sizes[block_of(leaf)] = sizes.get(block_of(leaf), 0) + leaf.value.numel()
-    filled, last = 0, ""
-    for leaf in leaves:
-        block = block_of(leaf)
-        if block != last:
-            if not runs or filled + sizes[block] > limit:
-                runs.append([])
-                filled = 0
-            filled, last = filled + sizes[block], block
-        runs[-1].append(leaf)
-    return runs
-
-
-def block_of(leaf: Leaf) -> str:
-    """The block of a leaf; the embedding and the head are blocks of their own."""
-    parts = leaf.name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]

@@ -11,10 +11,12 @@ from math import ceil
 
 from torch import Tensor
 
+from nlscale.config.errors import require
 from nlscale.config.optim import MATRIX_RULES
 from nlscale.optim.levels import decays
 from nlscale.runtime.leaf import Leaf
 
+SLACK = 2  # memory of slots over that of the matrices in them, at most, on many replicas
 ALIGN = 2  # elements: DeepSpeed cuts a flat into parts of an even length
 
 
@@ -89,7 +91,13 @@ def slots(kind: Kind, leaves: Sequence[Leaf], replicas: int, align: int) -> Flat
         slot = sizes.index(min(sizes))
         held[slot].append(leaf)
         sizes[slot] += leaf.value.numel()
-    size = ceil(max(sizes) / align) * align
+    size, real = ceil(max(sizes) / align) * align, sum(sizes)
+    require(
+        size * replicas <= SLACK * real + align * replicas or replicas <= 8,
+        f"{kind.rule}: {len(leaves)} matrices cannot be shared out evenly over {replicas} replicas "
+        f"({size * replicas / real:.1f} x their memory); use fewer replicas (more tensor or pipeline parallel), "
+        "fewer levels, or adamw for this level",
+    )
     places = []
     for slot, members in enumerate(held):
         start = slot * size
@@ -97,3 +105,38 @@ def slots(kind: Kind, leaves: Sequence[Leaf], replicas: int, align: int) -> Flat
             places.append((leaf, start))
             start += leaf.value.numel()
     return Flat(kind, tuple(places), size * replicas)
+
+
+def buckets(leaves: Sequence[Leaf], limit: int, rule: str) -> list[list[Leaf]]:
+    """Leaves cut into runs of whole blocks of at most `limit` elements, in the order of the forward pass.
+
+    Matrices under a rule that needs them whole stay together: the more of them, the evener their owners' loads.
+    """
+    whole = [leaf for leaf in leaves if rule in MATRIX_RULES and is_matrix(leaf)]
+    kept = set(whole)
+    runs: list[list[Leaf]] = [whole] if whole else []
+    return runs + cut([leaf for leaf in leaves if leaf not in kept], limit)
+
+
+def cut(leaves: Sequence[Leaf], limit: int) -> list[list[Leaf]]:
+    """Leaves in runs of whole blocks of at most `limit` elements."""
+    runs: list[list[Leaf]] = []
+    sizes: dict[str, int] = {}
+    for leaf in leaves:
+        sizes[block_of(leaf)] = sizes.get(block_of(leaf), 0) + leaf.value.numel()
+    filled, last = 0, ""
+    for leaf in leaves:
+        block = block_of(leaf)
+        if block != last:
+            if not runs or filled + sizes[block] > limit:
+                runs.append([])
+                filled = 0
+            filled, last = filled + sizes[block], block
+        runs[-1].append(leaf)
+    return runs
+
+
+def block_of(leaf: Leaf) -> str:
+    """The block of a leaf; the embedding and the head are blocks of their own."""
+    parts = leaf.name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]

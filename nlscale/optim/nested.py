@@ -23,7 +23,7 @@ from nlscale.optim.levels import Group
 from nlscale.optim.rules import Rule
 
 if TYPE_CHECKING:
-    from nlscale.optim.build import Mover
+    from nlscale.optim.mover import Mover
 
 SLOW = "slow"  # the slow copy's name among a rule's state
 

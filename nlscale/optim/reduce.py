@@ -119,7 +119,7 @@ class Hierarchical:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Adds the node's sum of this step: one reduce-scatter inside the node a node of the world."""
+        """Adds the node's sum of this step: one reduce-scatter inside the node."""
         sum_partials(self.windows, self.shard.leaves, self.world)
         wire = self.shard.leaves[0].value.dtype
         for flat, sums in zip(self.shard.flats, self.sums, strict=True):
@@ -127,10 +127,10 @@ class Hierarchical:
             values = [self.windows.of(leaf) for leaf, _ in flat.places]
             flat.fill(whole, values)
             torch._foreach_zero_(values)
-            for node, given in enumerate(whole.chunk(self.parts)):
-                kept = torch.empty_like(sums[node], dtype=wire)
-                dist.reduce_scatter_tensor(kept, given, group=self.near)
-                sums[node] += kept
+            by_rank = whole.view(self.parts, self.near.size(), -1).transpose(0, 1).contiguous()
+            kept = torch.empty_like(sums, dtype=wire)
+            dist.reduce_scatter_tensor(kept.view(-1), by_rank.view(-1), group=self.near)
+            sums += kept
 
     @torch.no_grad()
     def close(self) -> list[Tensor]:

@@ -23,7 +23,7 @@ from nlscale.optim.window import Windows, window_dtype
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 
-BUCKET = 2**26  # elements that one reduction carries at most
+BUCKET = 2**26  # elements that an engine stages at once; a longer flat is reduced from where it lies
 
 
 class Megatron:

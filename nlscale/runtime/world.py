@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -57,7 +58,7 @@ def ranks_from_environment() -> tuple[int, int, int, int] | None:
     ):
         if all(name in env for name in names[:3]):
             rank, size, local = (int(env[name]) for name in names[:3])
-            return rank, size, local, int(env.get(names[3], str(size)).split("(")[0])  # Slurm writes 2(x3)
+            return rank, size, local, int(re.match(r"\d+", env.get(names[3], str(size)))[0])  # type: ignore[index]  # Slurm writes 2(x3),1
     return None
 
 
@@ -101,10 +102,12 @@ def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = Non
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         order=ORDER,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, -(-cluster.timeout // 60)),
     )
     random.seed(seed)
     torch.manual_seed(seed)
-    near, far = nodes(size // parallel.ranks, parallel.ranks, node or max(1, local_size // parallel.ranks))
+    seconds = timedelta(seconds=cluster.timeout)
+    near, far = nodes(size // parallel.ranks, parallel.ranks, node or max(1, local_size // parallel.ranks), seconds)
     return World(
         rank=rank,
         size=size,
@@ -124,7 +127,7 @@ def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = Non
     )
 
 
-def nodes(replicas: int, ranks: int, node: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+def nodes(replicas: int, ranks: int, node: int, timeout: timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """This rank's groups inside and across nodes of `node` replicas; replica i holds ranks i x `ranks` ... of the world."""
     if replicas % node:
         raise UserError(
@@ -135,11 +138,11 @@ def nodes(replicas: int, ranks: int, node: int) -> tuple[dist.ProcessGroup, dist
     for shard in range(ranks):
         for first in range(0, replicas, node):
             members = [shard + ranks * replica for replica in range(first, first + node)]
-            group = dist.new_group(members)
+            group = dist.new_group(members, timeout=timeout)
             mine |= {"near": group} if dist.get_rank() in members else {}
         for place in range(node):
             members = [shard + ranks * replica for replica in range(place, replicas, node)]
-            group = dist.new_group(members)
+            group = dist.new_group(members, timeout=timeout)
             mine |= {"far": group} if dist.get_rank() in members else {}
     return mine["near"], mine["far"]
 

@@ -83,8 +83,10 @@ def carried(facts: dict[str, Any], change: Change, now: Mapping[str, str]) -> di
     opened = {name: steps if name in change.kept else 0 for name, steps in windows["open"].items()}
     tokens = [{name: n if name in change.kept else 0 for name, n in each.items()} for each in windows["tokens"]]
     for group, names in members(now).items():
-        before = [updates.get(group_of(then[name]), 0) for name in names if name in then]
-        updates.setdefault(group, max(before, default=0))
+        olds = {group_of(then[name]) for name in names if name in then}
+        for key in (group, f"{group}/nested"):
+            before = [updates.get(old + suffix, 0) for old in olds for suffix in ("", "/nested")]
+            updates.setdefault(key, max(before, default=0))
     return {**facts, "windows": {**windows, "open": opened, "tokens": tokens}, "updates": updates}
 
 

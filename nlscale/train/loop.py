@@ -32,7 +32,7 @@ def train(run: Run) -> None:
     Raises UserError for what the user must mend, SavedOnSignal after a signal, StoppedOnPurpose where going on would
     not help.
     """
-    world = join(run.parallel, run.cluster, run.train.seed, run.optim.node)
+    world = join(run.parallel, run.cluster, run.train.seed, node_of(run))
     replicas(run, world.size)
     cards, folder = check_data(run.data, run.train.evaluate_rows > 0), Folder(Path(run.folder))
     journal = Journal(folder, world.leads)
@@ -50,6 +50,11 @@ def train(run: Run) -> None:
     else:
         journal.say(f"the run is finished: step {state.step} of {run.train.steps}")
     leave()
+
+
+def node_of(run: Run) -> int | None:
+    """Replicas of a node; one where nothing asks for nodes, so that any number of replicas will do."""
+    return run.optim.node if run.optim.reduce == "hierarchical" else 1
 
 
 def going_on(

@@ -59,13 +59,12 @@ class TrainState:
         """What groups have gathered since they last moved: gradients, and inputs where a rule asks for them."""
         opened, movers = self.optimizer.windows.open, self.optimizer.movers.items()
         waiting = [mover for name, mover in movers if opened[name] and not mover.group.level.frozen]
-        found: list[Open] = [policy for mover in waiting for policy in mover.policies]
-        return found + [gram for mover in waiting for gram in mover.grams]
+        return [each for mover in waiting for each in mover.open_sums()]
 
     def identity(self) -> dict[str, str]:
         """Every leaf of the model over all stages, with its level. A collective."""
         ranks = self.world.tensor.size()
-        shapes = merged({leaf.name: leaf.shape(ranks) for leaf in self.leaves}, self.world.size)
+        shapes = merged({leaf.name: leaf.shape(ranks) for leaf in self.leaves}, self.world.pipeline)
         return identity(shapes, self.run)
 
     def facts(self) -> dict[str, Any]:
@@ -75,7 +74,7 @@ class TrainState:
             "step": self.step,
             "tokens": self.tokens,
             "loader": self.loader.state_dict(),
-            "updates": merged(self.optimizer.updates(), self.world.size),
+            "updates": merged(self.optimizer.updates(), self.world.pipeline),
             "windows": window_facts(self),
             "layout": {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "replicas": self.world.replicas},
             "identity": self.identity(),
@@ -94,8 +93,8 @@ class TrainState:
         self.optimizer.set_updates(facts["updates"])
 
 
-def merged(mine: dict[str, Any], ranks: int) -> dict[str, Any]:
-    """The dictionaries of all ranks as one. A collective."""
-    everyone: list[dict[str, Any]] = [{} for _ in range(ranks)]
-    dist.all_gather_object(everyone, mine)
+def merged(mine: dict[str, Any], stages: dist.ProcessGroup) -> dict[str, Any]:
+    """The dictionaries of all pipeline stages as one. A collective over them."""
+    everyone: list[dict[str, Any]] = [{} for _ in range(stages.size())]
+    dist.all_gather_object(everyone, mine, group=stages)
     return {key: value for each in everyone for key, value in each.items()}

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nlscale.data.batch import HASH_BITS, to_batch, token_hash
-from nlscale.optim.build import Moved
+from nlscale.optim.mover import Moved
 from nlscale.parallel.apply import MicroBatch, Parallelized
 from nlscale.train.state import TrainState
 

@@ -5,15 +5,17 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch import nn
 
 from nlscale.config.errors import UserError
 from nlscale.config.levels import Level, level_of, parameter_names
 from nlscale.config.optim import MATRIX_RULES, Optim
 from nlscale.model.count import parameters
-from nlscale.optim.layout import Kind
+from nlscale.optim.layout import Kind, slots
 from nlscale.optim.levels import Group, due, groups, phase_of
 from nlscale.optim.registry import Learner, belongs, learners, nesting
 from nlscale.optim.rules import ELEMENTS, STATES, bind
+from nlscale.runtime.leaf import Leaf
 from nlscale.testing import ranks
 from tests.optim.driver import built, usual
 from tests.tiny import tiny
@@ -124,6 +126,40 @@ def test_phases_are_a_pure_function_of_layer_and_step() -> None:
 def test_levels_that_cannot_be_are_refused(levels: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         tiny(f"levels={levels}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.variant=nested", "optim.phase=staggered"], "nested needs optim.phase=aligned"),
+        (["optim.name=muon", "optim.offload=4"], "updates level long in host memory, where muon has no fast"),
+        (["optim.name=sgd", "optim.time_scaled_betas=true"], "level fast follows sgd"),
+        (["model.variant=sequential", "model.gains=true"], "sequential chains its levels"),
+        (["levels=[{name: a, width: 1, frozen: true}]"], "all are frozen"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        tiny(*overrides)
+
+
+def test_matrices_that_cannot_be_shared_out_are_refused() -> None:
+    leaves = [Leaf(f"w{k}", nn.Parameter(torch.empty(8, 8, device="meta"))) for k in range(12)]
+    assert slots(Kind("muon", True), leaves, 12, 2).elements == 12 * 64
+    assert slots(Kind("muon", True), leaves, 16, 2).elements == 16 * 64
+    with pytest.raises(UserError, match="12 matrices cannot be shared out evenly over 64 replicas .5.3 x their memory"):
+        slots(Kind("muon", True), leaves, 64, 2)
+
+
+def test_owners_hold_whole_matrices_and_equal_loads() -> None:
+    shapes = [(6, 4)] * 5 + [(4, 4)] * 6 + [(2, 4)] * 7
+    leaves = [Leaf(f"w{k}", nn.Parameter(torch.empty(shape, device="meta"))) for k, shape in enumerate(shapes)]
+    flat = slots(Kind("muon", True), leaves, 4, 2)
+    runs = [list(flat.runs(k * flat.elements // 4, (k + 1) * flat.elements // 4)) for k in range(4)]
+    assert sorted(leaf.name for run in runs for leaf, _, _ in run) == sorted(leaf.name for leaf in leaves)
+    assert all(start == 0 and span.stop - span.start == leaf.value.numel() for run in runs for leaf, start, span in run)
+    loads = [sum(leaf.value.numel() for leaf, _, _ in run) for run in runs]
+    assert max(loads) - min(loads) <= 24
 
 
 def moves_of_frozen(overrides: list[str]) -> bool:
