@@ -55,7 +55,7 @@ def by_levels(variant: str, activation: str) -> float:
 
 @pytest.mark.parametrize("variant", ["independent", "sequential"])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_a_block_is_the_sum_of_its_levels(variant: str, activation: str) -> None:
+def test_i8_a_block_is_the_sum_of_its_levels(variant: str, activation: str) -> None:
     assert ranks(1, by_levels, variant, activation)[0] < 1e-12
 
 

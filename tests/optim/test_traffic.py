@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from nlscale.bench.wire import Wire
 from nlscale.config.levels import level_of
@@ -17,6 +18,7 @@ def traffic(overrides: list[str]) -> list[tuple[float, int, float, list[str]]]:
     """(bytes on the wire, reported, by the formula; levels whose weights changed) of each of 8 steps."""
     run = tiny(*overrides)
     world, model, optimizer = built(run)
+    buffers = parallel_state.get_data_parallel_group(with_context_parallel=True)  # megatron-core's own, the same ranks
     size = model.leaves[0].value.element_size()
     held = {level.name: 0 for level in run.levels}
     for leaf in model.leaves:
@@ -24,8 +26,8 @@ def traffic(overrides: list[str]) -> list[tuple[float, int, float, list[str]]]:
     seen = []
     for step in range(1, 9):
         before = {name: [leaf.value.clone() for leaf in mover.leaves] for name, mover in optimizer.movers.items()}
-        tokens = model.forward_backward(usual(run, step, world), True)[2].long()
-        with Wire(world.data, world.near, world.far) as wire:
+        with Wire(world.data, world.near, world.far, buffers) as wire:
+            tokens = model.forward_backward(usual(run, step, world), True)[2].long()
             moved = optimizer.step(step, tokens)
         changed = [
             name
@@ -67,9 +69,8 @@ def test_i18_counts_the_inputs_of_the_delta_rule() -> None:
 
 def test_i18_holds_behind_backward() -> None:
     for steps in ranks(2, traffic, ["optim.overlap=true", "model.hidden=512"]):
-        assert [reported for _, reported, *_ in steps] == pytest.approx(
-            [formula for _, _, formula, _ in steps], rel=0.01
-        )
+        counted, reported, formula, _ = (list(column) for column in zip(*steps, strict=True))
+        assert counted == reported == pytest.approx(formula, rel=0.01)  # megatron-core pads a bucket to 128 elements
 
 
 @pytest.mark.parametrize(("policy", "node"), [("eager", 1), ("hierarchical", 2), ("hierarchical", 4)])
