@@ -34,7 +34,7 @@ class Checkpoint:
     interval: int = 500  # steps; the last step is always saved
     keep: int = 3  # newest checkpoints kept; 0 keeps all
     windows: Literal["each", "total"] = "each"  # each: every replica's open windows, so that a resume is bit-exact;
-    # total: their sum, which is smaller and equal up to rounding
+    # total: their sum, equal up to rounding, which does not grow with replicas
     levels: Literal["same", "change"] = "same"  # change: a resume may find other periods, frozen or new levels
 
     def __post_init__(self) -> None:
