@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from nlscale_launch.local import gpus, start
@@ -22,6 +23,7 @@ from nlscale.config.errors import (
     UserError,
     require,
 )
+from nlscale.config.nesting import learners, nesting
 from nlscale.config.read import read, shipped
 from nlscale.config.run import Run, replicas
 from nlscale.data.card import check_data
@@ -176,6 +178,8 @@ def check(options: argparse.Namespace) -> None:
         share = f"{held[level.name] / 1e6:8.2f}M parameters ({held[level.name] / total:.0%})"
         head = "levels" if place == 0 else ""
         print(f"{head:12s} {level.name:10s} {beat:10s} {level.optimizer or run.optim.name:14s} {share}")
+    order = " > ".join(", ".join(sorted(names)) for names in nesting(learners(run)))
+    print(fill(order, 110, initial_indent=f"{'nesting':12s} ", subsequent_indent=" " * 13, break_on_hyphens=False))
     moved = sum(held[level.name] / level.period for level in run.levels if not level.frozen)
     print(f"traffic      {moved / total:.3f} of what levels of period 1 would send (sum of width / period)")
 

@@ -5,8 +5,22 @@ from typing import Literal
 
 from nlscale.config.errors import require
 
-RULES = ("adamw", "sgd", "preconditioned", "muon", "m3", "m3_paper", "delta_momentum", "dmgd", "dgd")
-MATRIX_RULES = RULES[3:]  # for matrices only: embeddings, the head and vectors follow AdamW beside them
+MATRIX_STATES = {
+    "muon": ("momentum",),
+    "m3": ("momentum", "slow_momentum", "slow_direction", "sum"),
+    "m3_paper": ("momentum", "second", "slow_momentum", "slow_direction", "sum"),
+    "delta_momentum": ("momentum",),
+    "dmgd": ("network",),
+    "dgd": (),
+}
+STATES = {  # what each rule remembers of a parameter, beside its master weight
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum",),
+    "preconditioned": ("momentum", "second"),
+    **MATRIX_STATES,
+}
+RULES = tuple(STATES)
+MATRIX_RULES = tuple(MATRIX_STATES)  # for matrices only: embeddings, the head and vectors follow AdamW beside them
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,10 +157,10 @@ def start(hidden: int, like_KOI: Tensor) -> Tensor:
     return values.to(like_KOI).expand(len(like_KOI), -1, -1)
 
 
-MATRICES: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
-    "muon": (("momentum",), muon),
-    "m3": (("momentum", "slow_momentum", "slow_direction", "sum"), m3),
-    "m3_paper": (("momentum", "second", "slow_momentum", "slow_direction", "sum"), m3_paper),
-    "delta_momentum": (("momentum",), delta_momentum),
-    "dmgd": (("network",), dmgd),
+MATRICES: dict[str, Callable[..., Tensor]] = {
+    "muon": muon,
+    "m3": m3,
+    "m3_paper": m3_paper,
+    "delta_momentum": delta_momentum,
+    "dmgd": dmgd,
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nlscale.config.levels import Level
-from nlscale.config.optim import MATRIX_RULES, Optim
+from nlscale.config.optim import MATRIX_RULES, STATES, Optim
 from nlscale.optim.dgd import delta_step
 from nlscale.optim.layout import Kind
 from nlscale.optim.matrices import MATRICES, Matrices, Part
@@ -108,15 +108,6 @@ def bind(
         return ELEMENTS[kind.rule](master, optim, level, decay)
     if kind.rule == "dgd":
         return Rule(master, {}, delta_step(master, decay, parts, tensor, inputs))
-    names, direction = MATRICES[kind.rule]
-    state = {name: torch.zeros_like(master) for name in names}
-    return Rule(master, state, Matrices(master, state, partial(direction, optim.matrix), decay, parts, tensor))
-
-
-STATES: dict[str, tuple[str, ...]] = {
-    "adamw": ("exp_avg", "exp_avg_sq"),
-    "sgd": ("momentum",),
-    "preconditioned": ("momentum", "second"),
-    "dgd": (),
-    **{name: states for name, (states, _) in MATRICES.items()},
-}
+    state = {name: torch.zeros_like(master) for name in STATES[kind.rule]}
+    direction = partial(MATRICES[kind.rule], optim.matrix)
+    return Rule(master, state, Matrices(master, state, direction, decay, parts, tensor))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from nlscale.config.levels import Level, level_of
+from nlscale.config.optim import STATES
 from nlscale.config.run import Run
-from nlscale.optim.rules import STATES
 
 
 @dataclass(frozen=True)
