@@ -5,8 +5,8 @@ backward stay one pair of matrix products and tensor parallelism keeps one colle
 "sum of level blocks = one block of summed width" is exact (spec V13).
 
     independent   one FeedForward, all levels side by side:   y = x + sum_l W_l act(U_l norm(x))
-    nested        a chain too, whose fast levels start anew from their slow copies (optim/nested.py)
     sequential    a chain of them, one level each:            x_l = x_{l-1} + W_l act(U_l norm_l(x_{l-1})), fast first
+    nested        a chain too, whose fast levels start anew from their slow copies (optim/nested.py)
 
 T tokens, B rows, D width, U hidden units of this rank.
 """
@@ -87,7 +87,6 @@ class FeedForward(MegatronModule):
             submodules.up, width, total * len(self.inward), gather_output=False, is_expert=False, **options
         )
         self.down = build_module(submodules.down, total, width, input_is_parallel=True, is_expert=False, **options)
-
         self.weigh = Gains(list(self.units.values()), config) if gains else nn.Identity()
 
     def forward(self, x_TBD: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
     total   this rank's part of the windows' sum over replicas   (a collective)
     update  the rule, on this rank's part                         (local)
     gather  the new weights to every replica                      (a collective, behind the next forward)
+    arrive  waits for them, just before they are used
 
 Two sharders serve it: DeepSpeed's ZeRO-1 (optim/zero.py), and megatron-core's buffers (optim/buffers.py), which reduce
 behind backward.

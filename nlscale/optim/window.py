@@ -28,9 +28,8 @@ class Windows:
         device = next(iter(self.sums)).device
         self.tokens = torch.zeros(len(self.groups), dtype=torch.int64, device=device)  # of this replica, by group
         self.open = dict.fromkeys(self.groups, 0)  # steps since a group last moved
-        self.inputs: dict[
-            str, Tensor
-        ] = {}  # leaf -> mean x x^T of its closed window, for rules that ask (optim/dgd.py)
+        # Leaf -> mean x x^T of its closed window, for rules that ask (optim/dgd.py).
+        self.inputs: dict[str, Tensor] = {}
 
     def _make(self, parameter: nn.Parameter) -> Tensor:
         window = torch.zeros_like(parameter, dtype=window_dtype(parameter.dtype))

@@ -36,6 +36,7 @@ class World:
     model: dist.ProcessGroup  # all shards of one replica
     near: dist.ProcessGroup  # the same shard on the replicas of this node
     far: dist.ProcessGroup  # the same shard on one replica a node, those at this one's place in their nodes
+    # (both are `data` where nothing asks for nodes)
     ends: dist.ProcessGroup | None  # first and last pipeline stage of a replica; None between them
 
     @property
@@ -78,7 +79,7 @@ def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = Non
     """Joins the process group and makes megatron-core's groups.
 
     The rank comes from torchrun's or srun's environment; alone, a process is a world of one. `node`: replicas of a
-    node; None: as many as this machine's ranks hold.
+    node; None: as many as this machine's ranks hold; 0: nothing asks for nodes, and no groups are made for them.
     """
     rank, size, local_rank, local_size = ranks_from_environment() or (0, 1, 0, 1)
     announce(rank, size, local_rank, local_size)
@@ -107,7 +108,9 @@ def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = Non
     random.seed(seed)
     torch.manual_seed(seed)
     seconds = timedelta(seconds=cluster.timeout)
-    near, far = nodes(size // parallel.ranks, parallel.ranks, node or max(1, local_size // parallel.ranks), seconds)
+    near = far = parallel_state.get_data_parallel_group()
+    if node != 0:
+        near, far = nodes(size // parallel.ranks, parallel.ranks, node or max(1, local_size // parallel.ranks), seconds)
     return World(
         rank=rank,
         size=size,

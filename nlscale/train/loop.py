@@ -53,8 +53,8 @@ def train(run: Run) -> None:
 
 
 def node_of(run: Run) -> int | None:
-    """Replicas of a node; one where nothing asks for nodes, so that any number of replicas will do."""
-    return run.optim.node if run.optim.reduce == "hierarchical" else 1
+    """Replicas of a node, as `join` asks for them; 0 where gradients cross no nodes apart."""
+    return run.optim.node if run.optim.reduce == "hierarchical" else 0
 
 
 def going_on(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nlscale.runtime.world import leave
 from tests.optim.driver import built, usual
 from tests.tiny import tiny
 
@@ -27,8 +28,6 @@ def weights() -> dict[str, dict[str, torch.Tensor]]:
             optimizer.step(step, model.forward_backward(batches, True)[2].long())
         optimizer.arrive()
         found[name] = {leaf.name: leaf.value.cpu().clone() for leaf in model.leaves}
-        from nlscale.runtime.world import leave
-
         leave()
     return found
 

@@ -16,6 +16,7 @@ from tests.optim.driver import (
     state_tensors,
     usual,
 )
+from tests.tiny import tiny
 from tests.whole import assemble
 
 ONE_PART = "levels=[{name: all, period: %d, width: 1.0}]"
@@ -80,8 +81,6 @@ def test_i3_it_does_not_matter_when_gradients_cross_ranks(policy: str, dtype: to
 
 def histories(overrides: list[str]) -> list[dict[str, str]]:
     """Digests of every tensor of every level after each of 8 steps; equal on all replicas where all hold it whole."""
-    from tests.tiny import tiny
-
     run = tiny(*overrides)
     world, model, optimizer = built(run)
     seen = []
