@@ -1,0 +1,5 @@
+"""Short causal convolution."""
+
+from nlscale_kernels.convolution.reference import convolve
+
+__all__ = ["convolve"]

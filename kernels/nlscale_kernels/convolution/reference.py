@@ -1,0 +1,28 @@
+"""Depthwise causal convolution over the last few tokens of a document (spec 2.6). T tokens, B rows, D channels."""
+
+import torch
+from torch import Tensor
+
+
+def convolve(x_TBD: Tensor, weight_DW: Tensor, before_WBD: Tensor | None, starts_TB: Tensor | None) -> Tensor:
+    """y_t = sum_j weight[:, j] x_{t-j}, j = 0 ... W-1, over tokens of t's own document.
+
+    `before`: the W-1 tokens before the first (None: there are none, zeros); `starts` is true at a document's first token
+    (None: no document begins).
+    """
+    taps = weight_DW.shape[1]
+    if before_WBD is None:
+        before_WBD = x_TBD.new_zeros((taps - 1, *x_TBD.shape[1:]))
+    padded, tokens = torch.cat([before_WBD, x_TBD]), x_TBD.shape[0]
+    y = x_TBD * weight_DW[:, 0]
+    gap = None
+    for j in range(1, taps):
+        term = padded[taps - 1 - j : taps - 1 - j + tokens] * weight_DW[:, j]
+        if starts_TB is not None:  # a document that begins at any of the tokens t-j+1 ... t is between the two
+            begun = (
+                starts_TB if j == 1 else torch.cat([starts_TB.new_zeros(j - 1, starts_TB.shape[1]), starts_TB[: 1 - j]])
+            )
+            gap = begun if gap is None else gap | begun
+            term = term.masked_fill(gap.unsqueeze(-1), 0)
+        y = y + term
+    return y

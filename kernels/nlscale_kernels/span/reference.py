@@ -1,0 +1,95 @@
+"""How much of what was written is left: the scalars that every chunk-parallel memory shares (spec 2.6, 2.9).
+
+A memory keeps the share a_t of its state at token t and adds a write. In a chunk of C tokens everything follows from
+products of these shares, and every ratio is at most 1, so nothing overflows. A token at which a document begins finds the
+initial state: what was written before is out of its sight, and out of the state that the chunk leaves.
+
+B rows, H heads, C tokens of a chunk; tokens are counted inside the chunk.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """The shares of one chunk. A token's anchor is the state at the chunk's begin or, where its document began in the
+    chunk, the initial state.
+    """
+
+    keep_BHC: Tensor  # a_t
+    between_BHCC: Tensor  # of the write of token i (column) when token t (row) comes; 0 unless i < t, one document
+    before_BHC: Tensor  # of the anchor when token t comes
+    after_BHC: Tensor  # of the write of token t at the chunk's end; 0 where a later document began
+    whole_BH: Tensor  # of the last token's anchor at the chunk's end
+    fresh_BC: Tensor | None  # true where the anchor is the initial state; None: nowhere
+    last_BC: Tensor | None  # true for the tokens of the chunk's last document; None: all
+
+    @property
+    def through_BHCC(self) -> Tensor:
+        """Of the write of token i when token t has decayed and written, t = i included."""
+        own = torch.eye(self.keep_BHC.shape[-1], dtype=self.keep_BHC.dtype, device=self.keep_BHC.device)
+        return self.between_BHCC * self.keep_BHC.unsqueeze(-1) + own
+
+
+def span_of(log_keep_BHC: Tensor, starts_BC: Tensor | None) -> Span:
+    """The shares of a chunk from log a_t (at most 0); `starts` is true at a document's first token, None: nowhere."""
+    total = log_keep_BHC.cumsum(-1)
+    earlier = total - log_keep_BHC  # log of the shares of all tokens before t
+    tokens = log_keep_BHC.shape[-1]
+    allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=total.device).tril(-1)
+    fresh, last, base = None, None, torch.zeros_like(total[..., :1])
+    if starts_BC is not None:
+        document_BC = starts_BC.cumsum(-1)
+        allowed = allowed & (document_BC[:, :, None] == document_BC[:, None, :]).unsqueeze(1)
+        fresh = document_BC > 0
+        place = torch.arange(tokens, device=total.device)
+        first_BC = torch.where(starts_BC, place, 0).cummax(-1).values  # where each token's document begins, or 0
+        base = earlier.gather(-1, first_BC.unsqueeze(1).expand_as(total))
+        last = document_BC == document_BC[:, -1:]
+    between = (earlier.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~allowed, -torch.inf).exp()
+    after = total[..., -1:] - total
+    after = after if last is None else after.masked_fill(~last.unsqueeze(1), -torch.inf)
+    whole = (total[..., -1] - base[..., -1]).exp()
+    return Span(log_keep_BHC.exp(), between, (earlier - base).exp(), after.exp(), whole, fresh, last)
+
+
+def anchored(fresh: Tensor | None, initial: Tensor, anchor: Tensor) -> Tensor:
+    """`initial` where `fresh`, else `anchor`; both (B or 1, H, ...), `fresh` (B,) or None or (B, C) for (B, H, C, ...)."""
+    if fresh is None:
+        return anchor
+    shape = [fresh.shape[0], 1, *fresh.shape[1:]]
+    return torch.where(fresh.view(*shape, *[1] * (anchor.ndim - len(shape))), initial, anchor)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Writes that go through a momentum before they reach the state: s_t = c_t s_{t-1} + w_t, M_t = a_t M_{t-1} + s_t.
+
+    The momentum of a new document begins at zero.
+    """
+
+    write_BHC: Tensor  # how much of w_t reaches the state at the chunk's end
+    hold_BHC: Tensor  # how much of w_t is in the momentum at the chunk's end
+    carry_BH: Tensor  # how much of the momentum at the chunk's begin reaches the state
+    left_BH: Tensor  # how much of it is left in the momentum
+
+
+def filtered(span: Span, log_momentum_BHC: Tensor) -> Filter:
+    """The scalars of a chunk with momentum, from log c_t (at most 0): one scan, no token's state is ever made [V11]."""
+    total = log_momentum_BHC.cumsum(-1)
+    tokens = total.shape[-1]
+    later = torch.ones(tokens, tokens, dtype=torch.bool, device=total.device).triu()  # token i's write, seen at t >= i
+    # A write of an earlier document is kept out by after_BHC, which is zero for all tokens before the last begin.
+    spread = (total.unsqueeze(-2) - total.unsqueeze(-1)).masked_fill(~later, -torch.inf).exp()
+    ends = 1.0 if span.last_BC is None else span.last_BC.unsqueeze(1).to(total.dtype)
+    write = (spread * span.after_BHC.unsqueeze(-2)).sum(-1) * ends
+    hold = (total[..., -1:] - total).exp() * ends
+    old = (span.after_BHC * total.exp()).sum(-1)
+    left = total[..., -1].exp()
+    if span.fresh_BC is not None:
+        kept = (~span.fresh_BC[:, -1:]).to(total.dtype)
+        old, left = old * kept, left * kept
+    return Filter(write, hold, old, left)

@@ -1,0 +1,320 @@
+"""Rows 1 to 9, 14 and 24 to 28 of the table in the README: familiar learners are memories of one interface. float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nlscale_kernels.associative import (
+    DELTA,
+    MOMENTUM,
+    SGD,
+    Associative,
+    Gates,
+    State,
+    adam_memory,
+    delta_step,
+    dot,
+    follow_leader,
+    linear,
+    mlp,
+    momentum_memory,
+    nearest,
+    proximal,
+    signals,
+    square,
+)
+from nlscale_kernels.linear_memory import Tokens, linear_memory, serial
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+O, I, T = 3, 4, 9
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def near(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def remember(memory: Associative, keys: Tensor, values: Tensor, gates: list[Gates], weight: Tensor) -> State:
+    state = memory.begin({"up": weight})
+    for key, value, gate in zip(keys, values, gates, strict=True):
+        state = memory.write(state, key, value, gate)
+    return state
+
+
+def slope(objective, at: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    return torch.autograd.grad(objective(at.requires_grad_()), at)[0]
+
+
+def test_row_2_sgd_is_the_memory_of_its_surprise() -> None:
+    """A step of SGD = writing (x, -u) by the dot objective = its proximal problem = follow the regularised leader."""
+    weight, xs, targets, rate = numbers(O, I), numbers(T, I, seed=1), numbers(T, O, seed=2), 0.05
+    layer = nn.Linear(I, O, bias=False).double()
+    layer.weight.data.copy_(weight)
+    memory, pairs = Associative(linear, dot, SGD), []
+    state = memory.begin({"up": weight})
+    for x, target in zip(xs, targets, strict=True):
+        with signals(layer) as seen:
+            functional = nn.Sequential(layer)
+            (functional(x[None]) - target).square().sum().backward()
+        assert layer.weight.grad is not None
+        u = seen[""].u[0]  # type: ignore[index]
+        near(seen[""].gradient(), layer.weight.grad)
+        now = layer.weight.detach().clone()
+        near(
+            slope(lambda w: w @ x @ u + (w - now).square().sum() / (2 * rate), proximal(now, x, u, rate)),
+            torch.zeros(O, I).double(),
+        )
+        layer.weight.data -= rate * layer.weight.grad
+        layer.weight.grad = None
+        pairs.append((x, u))
+        state = memory.write(state, x, -u, Gates(rate))
+        near(state.weights["up"], layer.weight.detach())
+    near(follow_leader(weight, pairs, rate), layer.weight.detach())
+
+
+def test_row_2_the_surprise_of_a_layer_by_finite_differences() -> None:
+    network = nn.Sequential(nn.Linear(I, 5), nn.Tanh(), nn.Linear(5, O)).double()
+    x, step = numbers(2, I, seed=1), 1e-6
+    with signals(network) as seen:
+        network(x).square().sum().backward()
+    weight = network[0].weight
+    for place in ((0, 0), (4, 3)):
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight[place] += sign * step
+                losses.append(network(x).square().sum())
+                weight[place] -= sign * step
+        assert float((losses[0] - losses[1]) / (2 * step)) == pytest.approx(
+            float(seen["0"].gradient()[place]), rel=1e-7
+        )
+
+
+def test_row_3_backpropagation_is_self_referential() -> None:
+    """Errors of a layer come through the layers after it; replaying frozen ones is another algorithm after two steps."""
+    network = nn.Sequential(nn.Linear(I, 5, bias=False), nn.Tanh(), nn.Linear(5, O, bias=False)).double()
+    x, target, rate = numbers(6, I, seed=1), numbers(6, O, seed=2), 0.1
+
+    def step(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        loss = lambda w: 0.5 * (functional_call(network, w, (x,)) - target).square().sum()  # noqa: E731
+        return {name: w - rate * g for (name, w), g in zip(weights.items(), grad(loss)(weights).values(), strict=True)}
+
+    start = {name: w.detach().clone() for name, w in network.named_parameters()}
+    with signals(network) as seen:
+        (0.5 * (network(x) - target).square().sum()).backward()
+    hidden = torch.tanh(x @ start["0.weight"].T)
+    last = hidden @ start["2.weight"].T - target
+    near(seen["2"].u, last)  # type: ignore[arg-type]
+    near(seen["0"].u, (last @ start["2.weight"]) * (1 - hidden.square()))  # type: ignore[arg-type]
+    once, frozen = step(start), start["0.weight"] - rate * seen["0"].gradient()
+    near(once["0.weight"], frozen)
+    replayed, again = frozen - rate * seen["0"].gradient(), step(once)["0.weight"]
+    assert (again - replayed).norm() > 1e-2 * (again - start["0.weight"]).norm()
+
+
+def test_row_4_momentum_is_two_memories() -> None:
+    weight, share, rate = nn.Parameter(numbers(O, I)), 0.8, 0.1
+    xs, us = numbers(T, I, seed=1), numbers(T, O, seed=2)
+    theirs = torch.optim.SGD([weight], lr=1.0, momentum=share)
+    memory = Associative(linear, dot, MOMENTUM)
+    state, inner = memory.begin({"up": weight.detach().clone()}), torch.zeros(O, I).double()
+    for x, u in zip(xs, us, strict=True):
+        gradient = torch.outer(u, x)
+        weight.grad = rate * gradient
+        theirs.step()
+        before, inner = inner, momentum_memory(inner, gradient, share, rate)
+        near(
+            slope(lambda m: (m * gradient).sum() + (m - share * before).square().sum() / (2 * rate), inner.clone()),
+            torch.zeros(O, I).double(),
+        )
+        state = memory.write(state, x, -u, Gates(rate, 1.0, share))
+        near(state.extra["up"], inner)
+        near(state.weights["up"], weight.detach())
+
+
+def test_row_5_adam_is_the_best_elementwise_memory_where_its_betas_are_equal() -> None:
+    gradients, beta = numbers(30, 7), 0.9
+    w = (1 - beta) * beta ** torch.arange(29, -1, -1).double()[:, None]
+    size = (w * gradients.square()).sum(0).sqrt()
+    best = adam_memory(gradients, beta)
+    near(slope(lambda m: (w * (m * gradients - size).square()).sum(), best.clone()), torch.zeros(7).double())
+
+    def adam(beta1: float, beta2: float) -> Tensor:
+        weight = nn.Parameter(torch.zeros(7).double())
+        optimizer = torch.optim.Adam([weight], lr=1.0, betas=(beta1, beta2), eps=0.0)
+        for g in gradients:
+            before, weight.grad = weight.detach().clone(), g
+            optimizer.step()
+        # torch's step undoes the EMAs' zero start; the objective knows no such start
+        return (before - weight.detach()) * (1 - beta1**30) / (1 - beta2**30) ** 0.5
+
+    near(best, adam(beta, beta))
+    assert (best - adam(beta, 0.99)).norm() > 1e-2 * best.norm()
+
+
+def as_tokens(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, keep: Tensor) -> Tokens:
+    return Tokens(q[None, None], k[None, None], v[None, None], rate[None, None], keep.log()[None, None])
+
+
+def test_row_6_linear_attention_is_one_step_on_the_dot_objective() -> None:
+    q, k, v = numbers(T, I, seed=1), numbers(T, I, seed=2), numbers(T, O, seed=3)
+    one = torch.ones(T).double()
+    state = remember(Associative(linear, dot, SGD), k, v, [Gates()] * T, torch.zeros(O, I).double())
+    o, last = serial("linear", as_tokens(q, k, v, one, one), torch.zeros(1, O, I).double())
+    assert torch.equal(last[0, 0], state.weights["up"])
+    near(o[0, 0], (q @ k.T).tril() @ v, 1e-13)
+
+
+def test_row_7_the_delta_rule_is_one_step_on_the_square_objective() -> None:
+    q, k, v = numbers(T, I, seed=1), F.normalize(numbers(T, I, seed=2), dim=-1), numbers(T, O, seed=3)
+    rate, keep, start = torch.rand(T).double(), torch.ones(T).double(), numbers(O, I, seed=4)
+    state = remember(Associative(linear, square, SGD), k, v, [Gates(r) for r in rate], start)
+    _, last = linear_memory("delta", as_tokens(q, k, v, rate, keep), 3, start[None])
+    near(last[0, 0], state.weights["up"])
+
+
+def test_row_8_softmax_attention_is_the_non_parametric_memory() -> None:
+    query, keys, values = numbers(I), numbers(T, I, seed=1), numbers(T, O, seed=2)
+    said = nearest(query, keys, values, I**-0.5)
+    s = torch.exp(keys @ query * I**-0.5)
+    near(slope(lambda m: (s * (values - m).square().sum(-1)).sum(), said.clone()), torch.zeros(O).double())
+    near(said, F.scaled_dot_product_attention(query[None], keys, values)[0])
+    window = F.scaled_dot_product_attention(query[None], keys[-4:], values[-4:])[0]
+    near(nearest(query, keys[-4:], values[-4:], I**-0.5), window)
+
+
+def test_row_9_a_weight_may_be_written_in_context() -> None:
+    """y = y_attn W_t: with rate 0 it is the slow weight's product bit for bit, with W_0 = 0 linear attention on y_attn."""
+    y, k, v = numbers(T, I, seed=1), numbers(T, I, seed=2), numbers(T, O, seed=3)
+    slow, one, nothing = numbers(1, O, I, seed=4), torch.ones(T).double(), torch.zeros(1, O, I).double()
+    off, _ = linear_memory("linear", as_tokens(y, k, v, 0 * one, one), T, slow)
+    assert torch.equal(off[0, 0], y @ slow[0].T)
+    on, _ = linear_memory("linear", as_tokens(y, k, v, one, one), 3, nothing)
+    near(on[0, 0], (y @ k.T).tril() @ v)
+
+
+def test_row_14_a_memorys_initial_state_is_learnt_through_its_writes() -> None:
+    keys, values, query = numbers(4, I, seed=1), numbers(4, I, seed=2), numbers(I, seed=3)
+    memory = Associative(mlp, square, MOMENTUM)
+
+    def outer(up: Tensor, down: Tensor) -> Tensor:
+        state = memory.begin({"up": up, "down": down})
+        for key, value in zip(keys, values, strict=True):
+            state = memory.write(state, key, value, Gates(0.3, 0.9, 0.5))
+        return memory.read(state, query).square().sum()
+
+    leaves = [(0.5 * numbers(5, I, seed=4)).requires_grad_(), (0.5 * numbers(I, 5, seed=5)).requires_grad_()]
+    assert torch.autograd.gradcheck(outer, leaves)
+
+
+def sine_tasks(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """x and y (count, 10, 1) of sines of random phase and height."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 10 * torch.rand(count, 10, 1, generator=generator, dtype=torch.float64) - 5
+    height = 0.5 + 2 * torch.rand(count, 1, 1, generator=generator, dtype=torch.float64)
+    return x, height * torch.sin(x + 3 * torch.rand(count, 1, 1, generator=generator, dtype=torch.float64))
+
+
+def test_row_24_maml_is_two_levels() -> None:
+    """An initial state learnt through one inner step from five points beats one learnt for the mean task."""
+    network = nn.Sequential(nn.Linear(1, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 1)).double()
+    torch.manual_seed(0)
+    for layer in network:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+
+    def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return (functional_call(network, weights, (x,)) - y).square().mean()
+
+    def adapted(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        inner = grad(loss)(weights, x[:5], y[:5])
+        return loss({name: w - 0.03 * inner[name] for name, w in weights.items()}, x[5:], y[5:])
+
+    def train(objective) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+        weights = {name: w.detach().clone().requires_grad_() for name, w in network.named_parameters()}
+        optimizer = torch.optim.Adam(list(weights.values()), lr=3e-3)
+        for step in range(400):
+            x, y = sine_tasks(16, step)
+            optimizer.zero_grad()
+            vmap(objective, (None, 0, 0))(weights, x, y).mean().backward()
+            optimizer.step()
+        return weights
+
+    x, y = sine_tasks(200, 10**6)
+    with_meta, without = (float(vmap(adapted, (None, 0, 0))(train(f), x, y).mean()) for f in (adapted, loss))
+    assert with_meta < 0.8 * without
+    x, y = sine_tasks(1, 7)
+    some = [w.detach().clone().requires_grad_() for w in network.parameters()]
+    names = [name for name, _ in network.named_parameters()]
+    objective = lambda *w: adapted(dict(zip(names, w, strict=True)), x[0], y[0])  # noqa: E731
+    assert torch.autograd.gradcheck(objective, some, fast_mode=True)
+
+
+def test_rows_25_and_26_a_generated_weight_of_rank_one_is_a_fast_weight_programmer() -> None:
+    """theta_t = theta_{t-1} + v_t k_t^T with (k_t, v_t) generated from the token = linear attention."""
+    x, q = numbers(T, I, seed=1), numbers(T, I, seed=2)
+    generator = numbers(I + O, I, seed=3).requires_grad_()
+
+    def generated(g: Tensor) -> Tensor:
+        weight, outputs = torch.zeros(O, I).double(), []
+        for token, query in zip(x, q, strict=True):
+            k, v = (g @ token).split([I, O])
+            weight = weight + torch.outer(v, k)
+            outputs.append(weight @ query)
+        return torch.stack(outputs)
+
+    def programmed(g: Tensor) -> Tensor:
+        k, v = (x @ g.T).split([I, O], -1)
+        one = torch.ones(T).double()
+        return linear_memory("linear", as_tokens(q, k, v, one, one), 3, torch.zeros(1, O, I).double())[0][0, 0]
+
+    near(generated(generator), programmed(generator))
+    assert torch.autograd.gradcheck(generated, (generator,))
+
+
+def test_row_27_a_loop_of_linear_attention_is_gradient_descent_in_context() -> None:
+    """n passes through one block = n steps of least squares: what is left of the values is equal [V18]."""
+    keys, values, rate = numbers(12, I, seed=1), numbers(12, O, seed=2), 0.03
+    residual, weight = values, torch.zeros(O, I).double()
+    for _ in range(4):
+        weight = weight + rate * (values - keys @ weight.T).T @ keys
+        residual = residual - rate * keys @ (residual.T @ keys).T
+        near(residual, values - keys @ weight.T)
+
+
+def test_row_28_titans_without_momentum_is_the_gated_delta_rule() -> None:
+    """I14, I15: a linear memory under the square objective; without forgetting too it is test-time training."""
+    q, k, v = numbers(T, I, seed=1), F.normalize(numbers(T, I, seed=2), dim=-1), numbers(T, O, seed=3)
+    rate, keep, start = torch.rand(T).double(), 0.5 + 0.5 * torch.rand(T).double(), numbers(O, I, seed=4)
+    gates = [Gates(r, a, 0.0) for r, a in zip(rate, keep, strict=True)]
+    # keep W - rate (W k - v) k^T: the rate of the delta rule is that of Titans
+    titans = remember(Associative(linear, square, MOMENTUM), k, v, gates, start)
+    near(linear_memory("delta", as_tokens(q, k, v, rate, keep), 3, start[None])[1][0, 0], titans.weights["up"])
+
+
+def test_row_35_delta_gradient_descent_solves_its_proximal_problem_for_every_length() -> None:
+    for length in (0.1, 1.0, 30.0):
+        weight, x, u, rate = numbers(O, I), length * numbers(I, seed=1), numbers(O, seed=2), 0.7
+        new = delta_step(weight, x, u, rate)
+        near(
+            slope(lambda w: 0.5 * (w @ x + u).square().sum() + (w - weight).square().sum() / (2 * rate), new.clone()),
+            torch.zeros(O, I).double(),
+            1e-9,
+        )
+
+
+def test_delta_gradient_descent_on_a_matrix_memory_is_the_delta_rule_at_twice_the_rate() -> None:
+    """W (a I - e k k^T) - e (W k - v) k^T = the delta rule with rate 2 e, value v / 2: repeated, M k is v / 2 [V10]."""
+    k, v = F.normalize(numbers(1, I, seed=1), dim=-1), numbers(1, O, seed=2)
+    memory = Associative(linear, square, DELTA)
+    state = remember(memory, k.expand(200, I), v.expand(200, O), [Gates(0.2)] * 200, numbers(O, I, seed=3))
+    near(memory.read(state, k[0]), v[0] / 2, 1e-9)
+    hebbian = Associative(linear, dot, DELTA)
+    state = remember(hebbian, k.expand(200, I), v.expand(200, O), [Gates(0.2)] * 200, numbers(O, I, seed=3))
+    near(hebbian.read(state, k[0]), v[0], 1e-9)
+    once = remember(memory, k, v, [Gates(0.2, 0.9)], numbers(O, I, seed=3))
+    rule = as_tokens(k, k, v / 2, *torch.tensor([[0.4], [0.9]], dtype=torch.float64))
+    near(once.weights["up"], serial("delta", rule, numbers(1, O, I, seed=3))[1][0, 0])

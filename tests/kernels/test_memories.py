@@ -1,0 +1,277 @@
+"""Sequence memories by chunks against the same token by token, in float64; hand-over, resets, causality, gradients."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nlscale_kernels.linear_memory import Affine, affine, compose, linear_memory, serial
+from nlscale_kernels.linear_memory import Tokens as Pairs
+from nlscale_kernels.mlp_memory import Bank
+from nlscale_kernels.self_modifying import Gates, Memories, State, self_modifying
+from nlscale_kernels.self_modifying import Tokens as Inputs
+from nlscale_kernels.titans import Memory, titans
+from nlscale_kernels.titans import Tokens as Surprises
+from torch import Tensor
+
+from tests.kernels.oracles import Five, titans_row
+
+B, H, T, K, M = 2, 2, 24, 4, 5
+STARTS = torch.zeros(B, T, dtype=torch.bool)
+STARTS[0, [0, 3, 13]] = STARTS[1, [11, 12, 23]] = True
+BIASES = (-0.5, 2.0, 0.8)  # rate, keep, the largest rate
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def pairs(starts: Tensor | None = STARTS, tokens: int = T) -> Pairs:
+    q, k, v = (numbers(B, H, tokens, K, seed=s) for s in range(3))
+    rate, keep = torch.sigmoid(numbers(B, H, tokens, seed=3)), F.logsigmoid(numbers(B, H, tokens, seed=4) + 1)
+    return Pairs(q, F.normalize(k, dim=-1), v, rate, keep, starts)
+
+
+def bank(vectors: int, gates: int, seed: int = 0) -> Bank:
+    up, down, gate = (
+        0.3 * numbers(1, H, *shape, seed=seed + i)
+        for i, shape in enumerate([((vectors + gates) * M, K), (vectors, K, M), (gates, M)])
+    )
+    return Bank(up, down, gate)
+
+
+def surprises(starts: Tensor | None = STARTS) -> Surprises:
+    q, k, v, rate, _, _ = pairs()
+    momentum, keep = F.logsigmoid(numbers(B, H, T, seed=5)), F.logsigmoid(numbers(B, H, T, seed=6) + 2)
+    return Surprises(q, k, v, rate, momentum, keep, starts)
+
+
+def inputs(starts: Tensor | None = STARTS, momentum: bool = False) -> Inputs:
+    x, q = numbers(B, H, T, K, seed=7), numbers(B, H, T, K, seed=8)
+    return Inputs(x, q, F.logsigmoid(numbers(B, H, T, seed=9)) if momentum else None, starts)
+
+
+FIVE = Memories(bank(2, 2, 20), bank(1, 0, 30))
+GATES = Gates(torch.full((H,), BIASES[0]).double(), torch.full((H,), BIASES[1]).double(), BIASES[2])
+
+
+@pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
+@pytest.mark.parametrize("chunk", [1, 6, 24])
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_matrix_memory_by_chunks_is_the_recurrence(rule: str, chunk: int, starts: Tensor | None) -> None:
+    initial, tokens = numbers(H, K, K), pairs(starts)
+    o, state = linear_memory(rule, tokens, chunk, initial)
+    expected, last = serial(rule, tokens, initial)
+    torch.testing.assert_close(o, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state, last, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_runs_of_tokens_compose_as_affine_maps(rule: str, starts: Tensor | None) -> None:
+    initial, state, tokens = numbers(H, K, K), numbers(B, H, K, K), pairs(starts)
+    runs: list[Affine] = []
+    for first in range(0, T, 8):
+        part = Pairs(
+            *(x[:, :, first : first + 8] for x in tokens[:5]), None if starts is None else starts[:, first : first + 8]
+        )
+        runs.append(affine(rule, part, 4, initial))
+    whole = compose(compose(runs[0], runs[1]), runs[2])
+    _, last = serial(rule, tokens, initial, state)
+    torch.testing.assert_close(state @ whole.kept + whole.added, last, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
+@pytest.mark.parametrize("chunk", [1, 4, 24])
+def test_i15_titans_by_chunks_is_the_recurrence_with_stale_anchors(chunk: int, starts: Tensor | None) -> None:
+    tokens, initial = surprises(starts), bank(1, 0)
+    o, _ = titans(tokens, chunk, initial)
+    marks = torch.zeros_like(STARTS) if starts is None else starts
+    gates = torch.stack([tokens.rate, tokens.log_momentum.exp(), tokens.log_keep.exp()])
+    for b in range(B):
+        for h in range(H):
+            row = titans_row(
+                initial, h, tokens.q[b, h], tokens.k[b, h], tokens.v[b, h], gates[:, b, h], marks[b], chunk
+            )
+            torch.testing.assert_close(o[b, h], row, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
+@pytest.mark.parametrize("chunk", [1, 4, 24])
+def test_i13_self_modifying_by_chunks_is_the_recurrence(chunk: int, starts: Tensor | None) -> None:
+    tokens = inputs(starts)
+    o, _ = self_modifying(tokens, (chunk, chunk), FIVE, GATES)
+    marks = torch.zeros_like(STARTS) if starts is None else starts
+    for b in range(B):
+        for h in range(H):
+            row = Five(*FIVE, h, BIASES).row(tokens.x[b, h], tokens.q[b, h], marks[b], chunk)
+            torch.testing.assert_close(o[b, h], row, rtol=1e-9, atol=1e-11)
+
+
+def test_i13_in_single_precision() -> None:
+    tokens = Inputs(*(None if t is None else t.float() for t in inputs(None)))
+    single = Memories(*(Bank(*(part.float() for part in each)) for each in FIVE))
+    o, _ = self_modifying(tokens, (4, 4), single, Gates(GATES[0].float(), GATES[1].float(), GATES[2]))
+    exact, _ = self_modifying(inputs(None), (4, 4), FIVE, GATES)
+    assert (o - exact).norm() < 1e-5 * exact.norm()
+
+
+Form = Callable[[Tensor | None, int, int, object], tuple[Tensor, object]]
+
+
+def run_linear(rule: str) -> Form:
+    def run(starts: Tensor | None, first: int, last: int, state: object) -> tuple[Tensor, object]:
+        tokens = pairs(starts)
+        part = Pairs(*(x[:, :, first:last] for x in tokens[:5]), None if starts is None else starts[:, first:last])
+        return linear_memory(rule, part, 4, numbers(H, K, K), state)  # type: ignore[arg-type]
+
+    return run
+
+
+def run_titans(starts: Tensor | None, first: int, last: int, state: object) -> tuple[Tensor, object]:
+    tokens = surprises(starts)
+    part = Surprises(*(x[:, :, first:last] for x in tokens[:6]), None if starts is None else starts[:, first:last])
+    return titans(part, 4, bank(1, 0), state)  # type: ignore[arg-type]
+
+
+def run_self_modifying(momentum: bool, chunks: tuple[int, int], recompute: int = 0) -> Form:
+    def run(starts: Tensor | None, first: int, last: int, state: object) -> tuple[Tensor, object]:
+        part = inputs(starts, momentum).part(first, last - first)
+        return self_modifying(part, chunks, FIVE, GATES, state, recompute=recompute)  # type: ignore[arg-type]
+
+    return run
+
+
+FORMS: dict[str, Form] = {
+    "linear": run_linear("linear"),
+    "delta": run_linear("delta"),
+    "titans": run_titans,
+    "self-modifying": run_self_modifying(False, (4, 4)),
+    "self-modifying-momentum": run_self_modifying(True, (4, 4)),
+    "self-modifying-two-chunks": run_self_modifying(True, (12, 4)),
+}
+
+
+@pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_is_its_two_halves_with_the_state_handed_on(form: str, starts: Tensor | None) -> None:
+    whole, end = FORMS[form](starts, 0, 24, None)
+    first, state = FORMS[form](starts, 0, 12, None)
+    second, last = FORMS[form](starts, 12, 24, state)
+    torch.testing.assert_close(torch.cat([first, second], 2), whole, rtol=1e-12, atol=1e-13)
+    for a, b in zip(flat(last), flat(end), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def flat(state: object) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    return [] if state is None else [t for part in state for t in flat(part)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_document_reads_nothing_of_the_one_before(form: str) -> None:
+    """Outputs of a document, and the state that it leaves, are those of a row that begins with it."""
+    both, state = FORMS[form](STARTS, 0, 24, None)
+    noisy = [10 * torch.ones_like(t) for t in flat(state)]
+    _, after_noise = FORMS[form](STARTS, 0, 24, refill(state, iter(noisy)))
+    # Row 1 begins documents at tokens 11, 12 and 23, row 0 at 0: whatever came in is forgotten there.
+    again, _ = FORMS[form](STARTS, 0, 24, refill(state, iter(noisy)))
+    torch.testing.assert_close(again[0], both[0], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(again[1, :, 11:], both[1, :, 11:], rtol=1e-12, atol=1e-13)
+    assert (again[1, :, :11] - both[1, :, :11]).abs().max() > 1e-3
+    for a, b in zip(flat(after_noise), flat(state), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def refill(state: object, values: object) -> object:
+    if isinstance(state, Tensor):
+        return next(values)  # type: ignore[call-overload]
+    parts = [None if part is None else refill(part, values) for part in state]  # type: ignore[attr-defined]
+    return type(state)(*parts)
+
+
+@pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
+@pytest.mark.parametrize("form", FORMS)
+def test_i16_no_token_hears_of_a_later_one(form: str, starts: Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _ = FORMS[form](starts, 0, 24, None)
+    original = numbers
+
+    def disturbed(*shape: int, seed: int = 0) -> Tensor:
+        x = original(*shape, seed=seed)
+        if shape[:3] == (B, H, T):
+            x[:, :, 13:] += 1.0
+        return x
+
+    monkeypatch.setitem(globals(), "numbers", disturbed)
+    later, _ = FORMS[form](starts, 0, 24, None)
+    assert torch.equal(later[:, :, :13], base[:, :, :13])
+    assert not torch.equal(later[:, :, 13:], base[:, :, 13:])
+
+
+@pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
+def test_recomputed_chunks_give_the_same_gradients(starts: Tensor | None) -> None:
+    def gradient(recompute: int) -> list[Tensor]:
+        tokens = inputs(starts, True)
+        leaves = [t.requires_grad_() for t in (tokens.x, tokens.q, *FIVE.makers, *FIVE.main)]
+        o, _ = self_modifying(tokens, (4, 2), FIVE, GATES, hand_on=False, recompute=recompute)
+        grads = torch.autograd.grad((o * numbers(*o.shape, seed=50)).sum(), leaves)
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+        return list(grads)
+
+    for a, b in zip(gradient(0), gradient(2), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_agree_with_finite_differences() -> None:
+    tokens = inputs(STARTS, True).part(0, 8)
+
+    def smt(x: Tensor, q: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        memories = FIVE._replace(makers=FIVE.makers._replace(up=up, down=down))
+        return self_modifying(tokens._replace(x=x, q=q), (4, 2), memories, GATES)[0]
+
+    leaves = [t.detach().clone().requires_grad_() for t in (tokens.x, tokens.q, FIVE.makers.up, FIVE.makers.down)]
+    assert torch.autograd.gradcheck(smt, leaves, fast_mode=True)
+
+    def lmm(k: Tensor, v: Tensor, up: Tensor) -> Tensor:
+        each = surprises()
+        part = Surprises(*(x[:, :, :8] for x in each[:6]), STARTS[:, :8])._replace(k=k, v=v)
+        return titans(part, 4, bank(1, 0)._replace(up=up))[0]
+
+    each = surprises()
+    leaves = [t.clone().requires_grad_() for t in (each.k[:, :, :8], each.v[:, :, :8], bank(1, 0).up)]
+    assert torch.autograd.gradcheck(lmm, leaves, fast_mode=True)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="24 tokens are no multiple of the chunk of 5"):
+        titans(surprises(), 5, bank(1, 0))
+    with pytest.raises(ValueError, match="24 tokens in chunks of 12, and those in chunks of 5"):
+        self_modifying(inputs(), (12, 5), FIVE, GATES)
+    with pytest.raises(ValueError, match="no multiple"):
+        linear_memory("delta", pairs(), 7, numbers(H, K, K))
+
+
+def test_strong_forgetting_loses_no_digits() -> None:
+    """The share left after a chunk is 1e-9 and the chunk form has every digit of the recurrence (W1)."""
+    tokens = pairs(None)._replace(log_keep=torch.full((B, H, T), -20.7 / T).double())
+    o, state = linear_memory("delta", tokens, 24, numbers(H, K, K))
+    expected, last = serial("delta", tokens, numbers(H, K, K))
+    torch.testing.assert_close(o, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(state, last, rtol=1e-12, atol=1e-14)
+
+
+def test_two_chunk_sizes_are_one_where_they_agree_and_differ_where_not() -> None:
+    one, _ = self_modifying(inputs(None), (12, 12), FIVE, GATES)
+    two, _ = self_modifying(inputs(None), (12, 4), FIVE, GATES)
+    assert torch.equal(one[:, :, :4], two[:, :, :4])
+    assert not torch.allclose(one[:, :, 4:12], two[:, :, 4:12])
+
+
+def test_the_last_chunk_writes_only_where_the_state_is_wanted() -> None:
+    o, state = self_modifying(inputs(), (4, 2), FIVE, GATES, hand_on=False)
+    assert state is None and torch.equal(o, self_modifying(inputs(), (4, 2), FIVE, GATES)[0])
+    assert isinstance(self_modifying(inputs(), (4, 2), FIVE, GATES)[1], State)
+    assert isinstance(titans(surprises(), 4, bank(1, 0))[1], Memory)
