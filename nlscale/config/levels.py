@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from nlscale.config.errors import nearest, require
+from nlscale.config.mixers import mixer_shapes
 from nlscale.config.model import Model
 from nlscale.config.optim import RULES
 
@@ -114,7 +115,7 @@ def parameter_names(model: Model, levels: Sequence[Level]) -> Iterator[str]:
     held = [level.name for level in levels if level.width]
     yield "embed.weight"
     for block in (f"blocks.{j}" for j in range(model.layers)):
-        yield from (f"{block}.mix.{part}.weight" for part in ("norm", "q", "k", "v", "out"))
+        yield from (f"{block}.mix.{name}" for name in mixer_shapes(model))
         norms = ["norm"] if model.variant == "independent" else [f"{name}.norm" for name in held]
         yield from (f"{block}.continuum.{norm}.weight" for norm in norms)
         if model.gains:

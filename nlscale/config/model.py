@@ -1,32 +1,44 @@
 """The network's shape."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nlscale.config.errors import divisors, nearest, require
+from nlscale.config.mixers import MIXERS, Linear, SelfModifying, Titans
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """HOPE-Attention: attention, then a continuum of feed-forward levels, `layers` times (spec 2.8)."""
+    """A mixer of tokens, then a continuum of feed-forward levels, `layers` times: HOPE-Attention, HOPE and their kin.
+
+    `mixer`: attention (HOPE-Attention), self_modifying (HOPE), titans, titans_mac, titans_mag, titans_mal, linear, delta.
+    """
 
     layers: int = 12
     width: int = 768
-    heads: int = 12
+    heads: int = 12  # of attention, or memories side by side
+    mixer: str = "attention"
+    linear: Linear = field(default_factory=Linear)
+    titans: Titans = field(default_factory=Titans)
+    self_modifying: SelfModifying = field(default_factory=SelfModifying)
+    window: int | None = None  # tokens that attention sees; unset: the row
+    loops: int = 1  # times that a row passes the same blocks (loop Transformer)
     kv_heads: int | None = None  # grouped-query attention; unset: as many as heads
     hidden: int | None = None  # feed-forward units of all levels together; unset: 4 x width (gelu), 8/3 (swiglu)
     activation: Literal["gelu", "swiglu"] = "swiglu"
     variant: Literal["independent", "sequential", "nested"] = "independent"
     gains: bool = False  # independent variant: a learned weight a level, 1 at the start
     tied: bool = False  # the head is the embedding
-    attention: Literal["document", "causal"] = "document"  # document: no token attends across a document's start
+    attention: Literal["document", "causal"] = "document"  # document: no token looks or remembers across a document's start
     vocabulary: int | None = None  # unset: the dataset's, rounded up to a multiple of 128
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads"):
+        require(self.mixer in MIXERS, f"model.mixer={self.mixer} is no mixer; choose one of {', '.join(MIXERS)}")
+        require(self.window is None or self.window >= 1, f"model.window={self.window} must be at least 1")
+        for name in ("layers", "width", "heads", "loops"):
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
         require(
             self.width % (2 * self.heads) == 0,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from nlscale.config.data import Data
 from nlscale.config.errors import divisors, nearest, require
 from nlscale.config.levels import Level, Levels, parameter_names
+from nlscale.config.mixers import check_chunks
 from nlscale.config.model import Model
 from nlscale.config.optim import MATRIX_RULES, Optim
 from nlscale.config.parallel import Parallel
@@ -28,12 +29,13 @@ class Run:
 
     def __post_init__(self) -> None:
         model, parallel, tensor = self.model, self.parallel, self.parallel.tensor
-        for name, value in (("model.heads", model.heads), ("model.kv_heads", model.key_value_heads)):
-            require(
-                value % tensor == 0,
-                f"{name}={value} cannot be split over parallel.tensor={tensor}; "
-                f"parallel.tensor in {divisors(value)} or {name}={nearest(value, tensor)} would work",
-            )
+        check_heads(model, parallel)
+        check_chunks(model, self.data.sequence, parallel.context)
+        require(
+            model.loops == 1 or parallel.stages == 1,
+            f"model.loops={model.loops} passes the same blocks again, which {parallel.stages} pipeline stages do not hold "
+            "together; parallel.pipeline=1 works",
+        )
         require(
             model.layers % parallel.stages == 0,
             f"model.layers={model.layers} cannot be split over {parallel.stages} stages (parallel.pipeline x "
@@ -48,10 +50,12 @@ class Run:
             )
         self.check_optim()
         Levels(levels=self.levels).check_match(list(parameter_names(model, self.levels)))
+        parts = (tensor if parallel.sequence else 1) * parallel.context
         require(
-            not parallel.sequence or self.data.sequence % tensor == 0,
-            f"data.sequence={self.data.sequence} cannot be split over parallel.tensor={tensor} (parallel.sequence); "
-            f"{nearest(self.data.sequence, tensor)} would work",
+            self.data.sequence % parts == 0,
+            f"data.sequence={self.data.sequence} cannot be split over {parts} ranks (parallel.context"
+            f"{', and parallel.sequence over parallel.tensor' if parallel.sequence else ''}); "
+            f"{nearest(self.data.sequence, parts)} would work",
         )
         if model.vocabulary is not None:
             require(
@@ -94,6 +98,21 @@ class Run:
     def folder(self) -> str:
         """The run folder."""
         return self.run.folder or f"runs/{self.run.name}"
+
+
+def check_heads(model: Model, parallel: Parallel) -> None:
+    """Heads are split over tensor- and context-parallel ranks; linear memories keep all heads of their tokens."""
+    trading = 1 if model.mixer in ("linear", "delta") else parallel.context
+    ranks = parallel.tensor * trading
+    over = "parallel.tensor" if trading == 1 else "parallel.tensor x parallel.context"
+    heads = [("model.heads", model.heads)]
+    heads += [("model.kv_heads", model.key_value_heads)] if model.mixer == "attention" else []
+    for name, value in heads:
+        require(
+            value % ranks == 0,
+            f"{name}={value} cannot be split over {over}={ranks}; "
+            f"{over} in {divisors(value)} or {name}={nearest(value, ranks)} would work",
+        )
 
 
 def replicas(run: Run, world: int) -> int:

@@ -1,64 +1,122 @@
 """Attention: the non-parametric memory of a block (spec 1, row 8), with rotary positions and grouped queries.
 
-T tokens, B rows, D width, H query heads, G key and value heads, K head width; H and G are this rank's.
+T tokens, B rows, D width, H query heads, G key and value heads, K head width, P tokens of earlier parts of the row; H and G
+are this rank's.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.rotary import rotate
-from torch import Tensor
+from torch import Tensor, nn
 
 from nlscale.config.model import Model
+from nlscale.model.exchange import Exchange
 from nlscale.model.layers import Norm
+from nlscale.model.scene import Scene
 from nlscale.runtime.leaf import Leaf
+
+
+class Context(NamedTuple):
+    """What attention remembers of the tokens before: keys (rotated) and values, (B, G, P, K) each."""
+
+    k: Tensor
+    v: Tensor
 
 
 class Attention(MegatronModule):
     """x + out(softmax attention(norm(x))): one fused projection for q, k and v, split over ranks by heads."""
 
-    def __init__(self, model: Model, config: TransformerConfig, column: type, row: type) -> None:
+    def __init__(
+        self, model: Model, config: TransformerConfig, exchange: Exchange, groups: int | None = None, persistent: int = 0
+    ) -> None:
+        """`groups`: key and value heads, None: the model's; `persistent`: learned tokens that every token sees."""
         super().__init__(config)
-        width = model.head_width
-        ranks = config.tensor_model_parallel_size
-        self.heads, self.groups = model.heads // ranks, model.key_value_heads // ranks
+        width, ranks = model.head_width, config.tensor_model_parallel_size
+        groups = groups or model.key_value_heads
+        self.exchange, self.width = exchange, width
+        self.held = {"q": model.heads // ranks, "k": groups // ranks, "v": groups // ranks}
         self.norm = Norm(model.width, config)
         options = {"config": config, "init_method": config.init_method, "bias": False, "skip_bias_add": False}
-        projections = width * (model.heads + 2 * model.key_value_heads)
-        self.qkv = build_module(column, model.width, projections, gather_output=False, **options)
+        projections = width * (model.heads + 2 * groups)
+        self.qkv = build_module(ColumnParallelLinear, model.width, projections, gather_output=False, **options)
         self.out = build_module(
-            row, model.heads * width, model.width, input_is_parallel=True, is_expert=False, **options
+            RowParallelLinear, model.heads * width, model.width, input_is_parallel=True, is_expert=False, **options
         )
+        self.persistent = Persistent(self.held["k"], persistent, width, config) if persistent else None
 
-    def forward(self, x_TBD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """(T, B, D) -> (T, B, D); `mask` is (B, 1, T, T), true where attention is allowed, or None: causal."""
+    def forward(self, x_TBD: Tensor, scene: Scene, context: Context | None = None) -> tuple[Tensor, Context | None]:
+        """(T, B, D) -> (T, B, D), and what the row's next tokens may attend to."""
         fused, _ = self.qkv(self.norm(x_TBD))
-        heads_TBHK = fused.unflatten(-1, (self.heads + 2 * self.groups, -1))
-        qk, v = heads_TBHK.split([self.heads + self.groups, self.groups], dim=2)
-        q, k = rotate(qk, *rotary).split([self.heads, self.groups], dim=2)
-        q_BHTK, k_BGTK, v_BGTK = (part.permute(1, 2, 0, 3) for part in (q, k, v))
-        o_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=mask is None, enable_gqa=self.groups != self.heads
+        pieces = self.exchange.to_heads(fused.split([n * self.width for n in self.held.values()], -1))
+        q, k, v = (piece.unflatten(-1, (-1, self.width)) for piece in pieces)
+        qk = rotate(torch.cat([q, k], 2), *scene.rotary)
+        q_BHTK, k_BGTK, v_BGTK = (
+            part.permute(1, 2, 0, 3) for part in (*qk.split([q.shape[2], k.shape[2]], dim=2), v)
         )
-        update, _ = self.out(o_BHTK.permute(2, 0, 1, 3).flatten(2))
-        return x_TBD + update
+        if context is not None:
+            k_BGTK, v_BGTK = torch.cat([context.k, k_BGTK], 2), torch.cat([context.v, v_BGTK], 2)
+        left = Context(k_BGTK, v_BGTK) if scene.hand_on else None
+        o_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, scene.mask, self.persistent, self.exchange)
+        update, _ = self.out(self.exchange.to_tokens(o_BHTK.permute(2, 0, 1, 3).flatten(2)))
+        return x_TBD + update, left
 
     def leaves(self) -> Iterator[Leaf]:
         """norm, q, k, v, out."""
         yield from self.norm.leaves()
-        unit, start = self.qkv.weight.shape[0] // (self.heads + 2 * self.groups), 0
-        for name, count in (("q", self.heads), ("k", self.groups), ("v", self.groups)):
-            rows = {"start": start, "length": count * unit}
+        start = 0
+        for name, count in self.held.items():
+            rows = {"start": start, "length": count * self.width}
             yield Leaf(f"{name}.weight", self.qkv.weight, **rows, shard=0, linear=self.qkv, scattered=self.norm.partial)
-            start += count * unit
+            start += count * self.width
+        if self.persistent is not None:
+            yield from self.persistent.leaves()
         yield Leaf("out.weight", self.out.weight, shard=1, linear=self.out)
 
 
-def document_mask(starts_BT: Tensor) -> Tensor:
-    """(B, 1, T, T): token t may look at s <= t of its own document; `starts` is true at a document's first token."""
-    document_BT = starts_BT.cumsum(1)
-    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-    return same_BTT.tril()[:, None]
+class Persistent(nn.Module):
+    """Learned keys and values that every token sees, whatever its document (Titans' persistent memory, by heads)."""
+
+    def __init__(self, heads: int, count: int, width: int, config: TransformerConfig) -> None:
+        super().__init__()
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.count, self.heads = count, heads
+        for name in ("k", "v"):
+            shape = heads * count, width
+            self.register_parameter(name, nn.Parameter(torch.empty(*shape, dtype=config.params_dtype, device=device)))
+
+    def before(self, name: str, part_BHTK: Tensor, exchange: Exchange) -> Tensor:
+        """The learned tokens, then the row's: (B, H, count + T, K)."""
+        learned = exchange.mine(self.get_parameter(name)).unflatten(0, (-1, self.count))
+        return torch.cat([learned.expand(part_BHTK.shape[0], *learned.shape), part_BHTK], 2)
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Keys and values."""
+        yield Leaf("persistent.k", self.get_parameter("k"), shard=0)
+        yield Leaf("persistent.v", self.get_parameter("v"), shard=0)
+
+
+def attend(
+    q_BHTK: Tensor,
+    k_BGTK: Tensor,
+    v_BGTK: Tensor,
+    mask: Tensor | None,
+    persistent: Persistent | None,
+    exchange: Exchange,
+) -> Tensor:
+    """Softmax attention (B, H, T, K); `mask` None: causal over as many keys as queries."""
+    if persistent is not None:
+        k_BGTK, v_BGTK = persistent.before("k", k_BGTK, exchange), persistent.before("v", v_BGTK, exchange)
+        if mask is None:
+            mask = torch.ones(q_BHTK.shape[2], q_BHTK.shape[2], dtype=torch.bool, device=q_BHTK.device).tril()
+        mask = F.pad(mask, (persistent.count, 0), value=True)
+    grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )

@@ -2,10 +2,15 @@
 
 FLOPs count a multiply-add as 2. A weight matrix of P elements costs 2 P a token forward and 4 P backward. Causal
 attention over T tokens costs 2 x 2 T D / 2 a token and layer forward (scores and values, half of them masked), and twice
-that backward. Every level's gradient enters its window at every step, so a longer period saves none of this.
+that backward. A memory's writes count as what they are, products. Every level's gradient enters its window at every step,
+so a longer period saves none of this. What is computed again to save memory is not counted: MFU speaks of useful work.
 """
 
+from collections.abc import Callable
+from math import prod
+
 from nlscale.config.levels import Level, Levels, level_of, parameter_names
+from nlscale.config.mixers import mixer_shapes
 from nlscale.config.model import Model
 
 
@@ -20,22 +25,74 @@ def parameters(model: Model, levels: list[Level]) -> dict[str, int]:
 def elements(name: str, model: Model, levels: list[Level]) -> int:
     """Elements of one parameter."""
     assert model.vocabulary is not None
-    *_, owner, part, _ = ("", *name.split("."))[-4:] if name.count(".") > 1 else ("", "", name.split(".")[0], "")
-    if part in ("embed", "head"):
+    if name in ("embed.weight", "head.weight"):
         return model.vocabulary * model.width
-    if name.endswith(".gains"):
-        return sum(level.width > 0 for level in levels)
-    if part == "norm":
+    if name == "norm.weight":
         return model.width
-    if part in ("q", "out", "k", "v"):
-        return model.width * model.head_width * (model.heads if part in ("q", "out") else model.key_value_heads)
-    return model.width * Levels(levels=levels).units(model.feed_forward)[owner]
+    _, _, half, rest = name.split(".", 3)
+    if half == "mix":
+        return prod(mixer_shapes(model)[rest])
+    if rest == "gains":
+        return sum(level.width > 0 for level in levels)
+    if rest.endswith("norm.weight"):
+        return model.width
+    return model.width * Levels(levels=levels).units(model.feed_forward)[rest.split(".")[0]]
+
+
+def attention_flops(model: Model, tokens: int) -> float:
+    """Scores and values of one token in one layer, forward; half of them are masked."""
+    seen = min(tokens, 2 * model.window) if model.window else tokens
+    return 2.0 * seen * model.heads * model.head_width
+
+
+def linear_flops(model: Model, tokens: int) -> float:
+    """Scores, values, keys against keys and the solve inside a chunk; reading, asking and writing the state."""
+    width, chunk = model.head_width, model.linear.chunk
+    inside = (2 + 2 + (2 + 1 if model.mixer == "delta" else 0)) * chunk * width
+    return float(model.heads * (inside + (6 if model.mixer == "delta" else 4) * width * width))
+
+
+def titans_flops(model: Model, tokens: int) -> float:
+    """Five passes of a two-layer network, writes of weights and of momentum (spec 3.5)."""
+    hidden = model.titans.hidden or model.head_width
+    return float(model.heads * 18 * model.head_width * hidden)
+
+
+def mac_flops(model: Model, tokens: int) -> float:
+    """The memory, read twice, five matrices a head, attention inside a segment."""
+    width, chunk = model.head_width, model.titans.chunk
+    inside = 10 * width * width + 4 * (2 * chunk + model.titans.persistent) * width
+    return titans_flops(model, tokens) + model.heads * (inside + 4.0 * width * (model.titans.hidden or width))
+
+
+def beside_flops(model: Model, tokens: int) -> float:
+    """A memory and attention."""
+    return titans_flops(model, tokens) + attention_flops(model, tokens)
+
+
+def self_modifying_flops(model: Model, tokens: int) -> float:
+    """Spec 3.4: 70 K M a head, keys against keys and one solve a chunk of each size."""
+    settings, width = model.self_modifying, model.head_width
+    solves = {settings.makers, settings.chunk}
+    return float(model.heads * (70 * width * (settings.hidden or width) + sum(3 * chunk * width for chunk in solves)))
+
+
+FLOPS: dict[str, Callable[[Model, int], float]] = {
+    "attention": attention_flops,
+    "linear": linear_flops,
+    "delta": linear_flops,
+    "titans": titans_flops,
+    "titans_mac": mac_flops,
+    "titans_mag": beside_flops,
+    "titans_mal": beside_flops,
+    "self_modifying": self_modifying_flops,
+}
 
 
 def flops_a_token(model: Model, tokens: int) -> float:
     """Forward and backward of one token in a row of `tokens`; the embedding's look-up costs nothing."""
     assert model.vocabulary is not None
     matrices = 3 if model.activation == "swiglu" else 2
-    attention = model.width * model.head_width * (2 * model.heads + 2 * model.key_value_heads)
-    layer = attention + matrices * model.width * model.feed_forward
-    return 6.0 * (model.layers * layer + model.vocabulary * model.width) + 6.0 * model.layers * tokens * model.width
+    weights = sum(prod(shape) for name, shape in mixer_shapes(model).items() if name.endswith(".weight") and len(shape) == 2)
+    layer = 2.0 * (weights + matrices * model.width * model.feed_forward) + FLOPS[model.mixer](model, tokens)
+    return 3.0 * (model.layers * model.loops * layer + 2.0 * model.vocabulary * model.width)

@@ -1,4 +1,4 @@
-"""HOPE-Attention: embed; each block attends, then passes its continuum; norm; head (spec 2.8).
+"""HOPE: embed; each block mixes tokens (attention or a sequence memory), then passes its continuum; norm; head (spec 2.7, 2.8).
 
 A model is one pipeline stage's share of the network; on one stage it is the whole.
 """
@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.rotary import rotary_table
 from torch import Tensor, nn
 
 from nlscale.config.model import Model
-from nlscale.model.attention import Attention, document_mask
 from nlscale.model.continuum import VARIANTS, ContinuumSubmodules
+from nlscale.model.exchange import Exchange
 from nlscale.model.loss import Head
+from nlscale.model.mixers import MIXERS
+from nlscale.model.scene import Scene, scene
 from nlscale.runtime.leaf import Leaf, prefixed
-
-MASKS = {"document": document_mask, "causal": lambda starts_BT: None}
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,17 @@ class Stage:
 
 
 class Block(MegatronModule):
-    """One layer: attention, then the continuum, each with its own norm and residual."""
+    """One layer: a mixer of tokens, then the continuum, each with its own norm and residual."""
 
-    def __init__(self, model: Model, units: Mapping[str, int], config: TransformerConfig) -> None:
+    def __init__(self, model: Model, units: Mapping[str, int], config: TransformerConfig, exchange: Exchange) -> None:
         super().__init__(config)
-        self.mix = Attention(model, config, ColumnParallelLinear, RowParallelLinear)
+        self.mix = MIXERS[model.mixer](model, config, exchange)
         self.continuum = VARIANTS[model.variant](units, model.activation, config, ContinuumSubmodules(), model.gains)
 
-    def forward(self, x_TBD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """(T, B, D) -> (T, B, D)."""
-        return self.continuum(self.mix(x_TBD, rotary, mask))
+    def forward(self, x_TBD: Tensor, scene: Scene, before: Any = None) -> tuple[Tensor, Any]:
+        """(T, B, D) -> (T, B, D), and what the mixer hands on to the row's next tokens (`before` in that call)."""
+        x_TBD, left = self.mix(x_TBD, scene, before)
+        return self.continuum(x_TBD), left
 
     def leaves(self) -> Iterator[Leaf]:
         """The leaves of both halves."""
@@ -56,16 +57,25 @@ class Hope(MegatronModule):
     """One stage of the network, in the form that megatron-core's schedules call."""
 
     def __init__(
-        self, model: Model, units: Mapping[str, int], tokens: int, config: TransformerConfig, stage: Stage
+        self,
+        model: Model,
+        units: Mapping[str, int],
+        tokens: int,
+        config: TransformerConfig,
+        stage: Stage,
+        exchange: Exchange | None = None,
     ) -> None:
-        """`units`: level -> feed-forward units; `tokens`: T of a row; `model.vocabulary` must be set."""
+        """`units`: level -> feed-forward units; `tokens`: T of a row; `model.vocabulary` must be set; `exchange`: the
+        ranks that share a row.
+        """
         super().__init__(config)
         assert model.vocabulary is not None
         self.stage, self.vp_stage = stage, stage.chunk
         self.model_type = ModelType.encoder_or_decoder
         self.tied = model.tied
         self.input: Tensor | None = None
-        self.mask = MASKS[model.attention]
+        self.exchange, self.window, self.loops = exchange or Exchange(), model.window, model.loops
+        self.apart = model.attention == "document"
         if stage.first:
             self.embed = VocabParallelEmbedding(
                 model.vocabulary,
@@ -74,7 +84,7 @@ class Hope(MegatronModule):
                 reduce_scatter_embeddings=config.sequence_parallel,
                 config=config,
             )
-        self.blocks = nn.ModuleList([Block(model, units, config) for _ in stage.layers])
+        self.blocks = nn.ModuleList([Block(model, units, config, self.exchange) for _ in stage.layers])
         if stage.last:
             own = self.embed.weight if model.tied and stage.first else None
             self.head = Head(model.vocabulary, config, own)
@@ -100,11 +110,26 @@ class Hope(MegatronModule):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor) -> Tensor:
         """On the last stage the summed loss (scalar), elsewhere the activations (T, B, D) for the next stage."""
-        x_TBD: Any = self.enter(tokens_BT) if self.stage.first else self.input
-        mask, rotary = self.mask(starts_BT), (self.cosine, self.sine)
-        for block in self.blocks:
-            x_TBD = block(x_TBD, rotary, mask)
-        return self.head(x_TBD, targets_BT) if self.stage.last else x_TBD
+        x_TBD: Any = self.enter(self.exchange.tokens(tokens_BT, 1)) if self.stage.first else self.input
+        x_TBD, _ = self.walk(x_TBD, self.scene(starts_BT))
+        return self.head(x_TBD, self.exchange.tokens(targets_BT, 1)) if self.stage.last else x_TBD
+
+    def scene(self, starts_BT: Tensor, past: int = 0, hand_on: bool = False) -> Scene:
+        """The scene of the tokens after the first `past` of a row; `starts` of all of its tokens so far."""
+        tokens = starts_BT.shape[1]
+        return scene(
+            (self.cosine[:tokens], self.sine[:tokens]), starts_BT if self.apart else None, self.window, past, hand_on
+        )
+
+    def walk(self, x_TBD: Tensor, scene: Scene, before: Sequence[Any] | None = None) -> tuple[Tensor, list[Any]]:
+        """All blocks of this stage, `model.loops` times over; what each hands on, in the order in which they were passed."""
+        left: list[Any] = []
+        came = iter(before or [None] * (self.loops * len(self.blocks)))
+        for _ in range(self.loops):
+            for block in self.blocks:
+                x_TBD, state = block(x_TBD, scene, next(came))
+                left.append(state)
+        return x_TBD, left
 
     def enter(self, tokens_BT: Tensor) -> Tensor:
         """Embeddings (T, B, D); with sequence parallelism this rank's part of T."""

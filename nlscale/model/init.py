@@ -9,18 +9,40 @@ from torch import Tensor
 from nlscale.config.model import Model
 from nlscale.runtime.leaf import Leaf
 
-# The first pattern that matches decides: a gain of ones, or the standard deviation's divisor.
+# The first pattern that matches decides: a constant, or what the standard deviation of normal values is.
 TABLE: tuple[tuple[str, str], ...] = (
     ("*norm.weight", "ones"),
     ("*.gains", "ones"),
     ("embed.weight", "normal"),
     ("head.weight", "normal"),
-    ("blocks.*.mix.out.weight", "residual"),
+    ("blocks.*.mix.*gain.*", "ones"),
+    ("blocks.*.mix.*convolution.*", "first"),
+    ("blocks.*.mix.*rate.bias", "zeros"),
+    ("blocks.*.mix.*keep.bias", "kept"),
+    ("blocks.*.mix.*momentum.bias", "faint"),
+    ("blocks.*.mix.memory.start", "zeros"),
+    ("blocks.*.mix.*memory.*.up", "heads"),
+    ("blocks.*.mix.*memory.*.down", "normal"),
+    ("blocks.*.mix.memory.context_[kv]", "heads"),
+    ("blocks.*.mix.memory.write_[kv]", "heads"),
+    ("blocks.*.mix.memory.read_q", "heads"),
+    ("blocks.*.mix.*persistent.[kv]", "normal"),
+    ("blocks.*.mix.*out.weight", "residual"),
     ("blocks.*.continuum.*.down.weight", "residual"),
     ("blocks.*.mix.[qkv].weight", "normal"),
+    ("blocks.*.mix.recall.[qkv].weight", "normal"),
+    ("blocks.*.mix.attend.[qkv].weight", "normal"),
+    ("blocks.*.mix.attention_[qkv].weight", "normal"),
+    ("blocks.*.mix.input.weight", "normal"),
+    ("blocks.*.mix.recall.weight", "normal"),
+    ("blocks.*.mix.*gate.weight", "normal"),
+    ("blocks.*.mix.*rate.weight", "normal"),
+    ("blocks.*.mix.*keep.weight", "normal"),
+    ("blocks.*.mix.*momentum.weight", "normal"),
     ("blocks.*.continuum.*.gate.weight", "normal"),
     ("blocks.*.continuum.*.up.weight", "normal"),
 )
+CONSTANTS = {"ones": 1.0, "zeros": 0.0, "kept": 4.6, "faint": -4.0}  # sigmoid(4.6) = 0.99, sigmoid(-4) = 0.02
 BLOCK = 64  # rows (along the sharded axis) drawn by one generator, so that a rank draws only what it holds
 
 
@@ -35,11 +57,18 @@ def kind(name: str) -> str:
 @torch.no_grad()
 def initialize(leaves: list[Leaf], model: Model, seed: int, tensor_rank: int) -> None:
     """Fills every leaf of this rank. Residual projections are scaled by 1/sqrt(2 layers) (Radford et al., 2019)."""
-    deviation = {"normal": model.init_std, "residual": model.init_std / (2 * model.layers) ** 0.5}
+    deviation = {
+        "normal": model.init_std,
+        "residual": model.init_std / (2 * model.layers) ** 0.5,
+        "heads": model.head_width**-0.5,
+    }
     for leaf in leaves:
         word = kind(leaf.name)
-        if word == "ones":
-            leaf.value.fill_(1.0)
+        if word in CONSTANTS:
+            leaf.value.fill_(CONSTANTS[word])
+            continue
+        if word == "first":
+            leaf.value.zero_()[:, 0] = 1.0
             continue
         axis = leaf.shard or 0
         offset = tensor_rank * leaf.value.shape[axis] if leaf.shard is not None else 0

@@ -7,6 +7,7 @@ collective over replicas to see it whole.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import ceil
 
 from torch import Tensor
@@ -54,9 +55,13 @@ class Flat:
                 yield leaf, low - start, slice(low - first, high - first)
 
 
+# Two axes, but no matrix that maps activations: rows of the vocabulary, and what is stacked a head.
+STACKS = ("embed.*", "head.*", "*.mix.*memory.*", "*.persistent.*", "*.convolution.*", "*.gain.*")
+
+
 def is_matrix(leaf: Leaf) -> bool:
-    """Whether a matrix rule applies: two axes, and no row of the vocabulary."""
-    return leaf.value.ndim == 2 and not leaf.name.startswith(("embed", "head"))
+    """Whether a matrix rule applies."""
+    return leaf.value.ndim == 2 and not any(fnmatchcase(leaf.name, pattern) for pattern in STACKS)
 
 
 def kind_of(leaf: Leaf, rule: str, nested: bool) -> Kind:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from nlscale.config.levels import Levels
 from nlscale.config.parallel import Parallel
-from nlscale.model.attention import document_mask
 from nlscale.model.continuum import continuum_spec
 from nlscale.model.count import flops_a_token, parameters
 from nlscale.model.hope import Hope
 from nlscale.model.init import TABLE, draw, initialize
 from nlscale.model.layers import transformer_config
+from nlscale.model.scene import scene
 from nlscale.parallel.apply import parallelize, stages
 from nlscale.runtime.leaf import prefixed
 from nlscale.runtime.world import World, join
@@ -111,7 +111,7 @@ def causal_and_apart() -> tuple[bool, bool]:
     def states(tokens: Tensor) -> Tensor:
         x = model.enter(tokens)
         for block in model.blocks:
-            x = block(x, (model.cosine, model.sine), model.mask(starts))
+            x, _ = block(x, model.scene(starts))
         return x[:, 0]
 
     base = states(tokens)
@@ -128,7 +128,9 @@ def test_attention_is_causal_and_keeps_documents_apart() -> None:
 
 
 def test_document_mask_by_hand() -> None:
-    mask = document_mask(torch.tensor([[False, True, False]]))
+    nowhere = torch.zeros(3, 1, 1, 4)
+    mask = scene((nowhere, nowhere), torch.tensor([[False, True, False]]), None).mask
+    assert mask is not None
     assert mask.tolist() == [[[[True, False, False], [False, True, False], [False, True, True]]]]
 
 

@@ -1,0 +1,237 @@
+"""How a block mixes tokens: the rules for sequence memories, each with its own few settings (spec 2.6, 2.9)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nlscale.config.errors import divisors, require
+
+if TYPE_CHECKING:
+    from nlscale.config.model import Model
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def positive(section: str, **values: int | float) -> None:
+    """Raises UserError unless all are at least 1 (whole numbers) or above 0."""
+    for name, value in values.items():
+        least = 1 if isinstance(value, int) else 0
+        require(value >= least and value > 0, f"{section}.{name}={value} must be {'at least 1' if least else 'above 0'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """`linear` and `delta`: a matrix a head, linear attention or the gated delta rule."""
+
+    chunk: int = 64  # tokens computed at once; the result does not depend on it
+    convolution: int = 4  # tokens that a short causal convolution of q, k and v looks at
+
+    def __post_init__(self) -> None:
+        positive("model.linear", chunk=self.chunk, convolution=self.convolution)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Titans:
+    """`titans` (the memory alone) and `titans_mac`, `titans_mag`, `titans_mal`: with attention as context, gate, layer."""
+
+    chunk: int = 64  # tokens between two moves of the memory; MAC: of a segment
+    hidden: int | None = None  # units of a head's memory; unset: the head's width
+    convolution: int = 4
+    rate: float = 0.1  # largest inner rate
+    persistent: int = 4  # learned tokens that attention always sees
+
+    def __post_init__(self) -> None:
+        positive("model.titans", chunk=self.chunk, convolution=self.convolution, rate=self.rate)
+        require(self.persistent >= 0, f"model.titans.persistent={self.persistent} must not be negative")
+        require(self.hidden is None or self.hidden >= 1, f"model.titans.hidden={self.hidden} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfModifying:
+    """`self_modifying`: self-modifying Titans, the memory of HOPE."""
+
+    chunk: int = 64  # tokens between two moves of the main memory
+    maker_chunk: int | None = None  # of the memories that make keys, values and gates; unset: chunk
+    hidden: int | None = None  # units of a memory; unset: the head's width
+    convolution: int = 4
+    rate: float = 0.1  # largest inner rate
+    momentum: bool = True
+    gate: bool = False  # an output gate, silu(W x)
+    recompute: int = 1  # maker chunks that backward computes again as one piece; 0: everything is kept
+
+    def __post_init__(self) -> None:
+        positive("model.self_modifying", chunk=self.chunk, convolution=self.convolution, rate=self.rate)
+        makers = self.maker_chunk
+        require(
+            makers is None or (makers >= 1 and makers % self.chunk == 0),
+            f"model.self_modifying.maker_chunk={makers} must be a multiple of model.self_modifying.chunk={self.chunk}",
+        )
+        require(self.hidden is None or self.hidden >= 1, f"model.self_modifying.hidden={self.hidden} must be at least 1")
+        require(self.recompute >= 0, f"model.self_modifying.recompute={self.recompute} must not be negative")
+
+    @property
+    def makers(self) -> int:
+        """Tokens between two moves of the makers."""
+        return self.maker_chunk or self.chunk
+
+
+def chunk_of(model: "Model") -> tuple[str, int]:
+    """The setting whose chunks must divide a row, and its value; 1 where there are none."""
+    if model.mixer in ("linear", "delta"):
+        return "model.linear.chunk", model.linear.chunk
+    if model.mixer.startswith("titans"):
+        return "model.titans.chunk", model.titans.chunk
+    if model.mixer == "self_modifying":
+        name = "maker_chunk" if model.self_modifying.maker_chunk else "chunk"
+        return f"model.self_modifying.{name}", model.self_modifying.makers
+    return "", 1
+
+
+def check_chunks(model: "Model", tokens: int, ranks: int) -> None:
+    """Raises UserError where chunks do not divide the tokens that one rank of `ranks` context-parallel ones walks along."""
+    name, chunk = chunk_of(model)
+    own = tokens // ranks if model.mixer in ("linear", "delta") else tokens
+    where = f" on each of parallel.context={ranks} ranks" if own != tokens else ""
+    require(
+        own % chunk == 0,
+        f"{name}={chunk} does not divide the {own} tokens of a row{where}; "
+        f"{', '.join(str(d) for d in divisors(own)[-6:])} would work",
+    )
+
+
+def projections(model: "Model", *parts: str) -> Shapes:
+    """Column-parallel weights of a head's width, and the output's."""
+    inner = model.heads * model.head_width
+    return {f"{part}.weight": (inner, model.width) for part in parts} | {"out.weight": (model.width, inner)}
+
+
+def gates(model: "Model", *parts: str) -> Shapes:
+    """Weights and biases of one number a head and token."""
+    shapes: Shapes = {}
+    for part in parts:
+        shapes |= {f"{part}.weight": (model.heads, model.width), f"{part}.bias": (model.heads,)}
+    return shapes
+
+
+def convolutions(model: "Model", taps: int, *parts: str) -> Shapes:
+    """Taps of the short convolutions."""
+    return {f"convolution.{part}": (model.heads * model.head_width, taps) for part in parts}
+
+
+def memory(model: "Model", hidden: int | None, vectors: tuple[str, ...], gate: tuple[str, ...] = ()) -> Shapes:
+    """Initial states of memories: all heads one below the other."""
+    heads, width = model.heads, model.head_width
+    units = hidden or width
+    shapes: Shapes = {}
+    for name in (*vectors, *gate):
+        shapes[f"memory.{name}.up"] = (heads * units, width)
+        shapes[f"memory.{name}.down"] = (heads * width, units) if name in vectors else (heads, units)
+    return shapes
+
+
+NORM = "norm.weight"
+
+
+def attention(model: "Model") -> Shapes:
+    """Attention's own parameters."""
+    pairs = model.key_value_heads * model.head_width
+    inner = model.heads * model.head_width
+    return {
+        NORM: (model.width,),
+        "q.weight": (inner, model.width),
+        "k.weight": (pairs, model.width),
+        "v.weight": (pairs, model.width),
+        "out.weight": (model.width, inner),
+    }
+
+
+def linear(model: "Model") -> Shapes:
+    """Parameters of `linear` and `delta`."""
+    return {
+        NORM: (model.width,),
+        **projections(model, "q", "k", "v", "gate"),
+        **gates(model, "rate", "keep"),
+        **convolutions(model, model.linear.convolution, "q", "k", "v"),
+        "memory.start": (model.heads * model.head_width, model.head_width),
+    }
+
+
+def titans(model: "Model") -> Shapes:
+    """Parameters of the memory alone."""
+    return {
+        NORM: (model.width,),
+        **projections(model, "q", "k", "v", "gate"),
+        **gates(model, "rate", "momentum", "keep"),
+        **convolutions(model, model.titans.convolution, "q", "k", "v"),
+        **memory(model, model.titans.hidden, ("main",)),
+    }
+
+
+def persistent(model: "Model") -> Shapes:
+    """Keys and values that attention always sees."""
+    shape = (model.heads * model.titans.persistent, model.head_width)
+    return {"persistent.k": shape, "persistent.v": shape} if model.titans.persistent else {}
+
+
+def titans_mag(model: "Model") -> Shapes:
+    """Memory as a gate."""
+    gains = {f"gain.{part}": (model.heads, model.head_width) for part in ("attention", "memory")}
+    shapes = titans(model) | projections(model, "attention_q", "attention_k", "attention_v") | persistent(model) | gains
+    del shapes["gate.weight"]
+    return shapes
+
+
+def titans_mac(model: "Model") -> Shapes:
+    """Memory as context."""
+    square = (model.heads * model.head_width, model.head_width)
+    inside = {f"memory.{part}": square for part in ("context_k", "context_v", "write_k", "write_v", "read_q")}
+    gains = {f"gain.{part}": (model.heads, model.head_width) for part in ("attention", "memory")}
+    return {
+        NORM: (model.width,),
+        **projections(model, "q", "k", "v", "recall"),
+        **gates(model, "rate", "momentum", "keep"),
+        **inside,
+        **memory(model, model.titans.hidden, ("main",)),
+        **persistent(model),
+        **gains,
+    }
+
+
+def titans_mal(model: "Model") -> Shapes:
+    """Memory as a layer before attention."""
+    first = {f"recall.{name}": shape for name, shape in titans(model).items()}
+    inner = model.heads * model.head_width
+    then = {NORM: (model.width,), **projections(model, "q", "k", "v"), **persistent(model)}
+    then["out.weight"] = (model.width, inner)
+    return first | {f"attend.{name}": shape for name, shape in then.items()}
+
+
+def self_modifying(model: "Model") -> Shapes:
+    """Parameters of self-modifying Titans."""
+    settings = model.self_modifying
+    return {
+        NORM: (model.width,),
+        **projections(model, "input", "q", *(["gate"] if settings.gate else [])),
+        **(gates(model, "momentum") if settings.momentum else {}),
+        **convolutions(model, settings.convolution, "input"),
+        **memory(model, settings.hidden, ("key", "value", "main"), ("rate", "keep")),
+        "rate.bias": (model.heads,),
+        "keep.bias": (model.heads,),
+    }
+
+
+MIXERS: dict[str, Callable[["Model"], Shapes]] = {
+    "attention": attention,
+    "linear": linear,
+    "delta": linear,
+    "titans": titans,
+    "titans_mac": titans_mac,
+    "titans_mag": titans_mag,
+    "titans_mal": titans_mal,
+    "self_modifying": self_modifying,
+}
+
+
+def mixer_shapes(model: "Model") -> Shapes:
+    """Global shapes of a block's mixer's parameters, by their names below `blocks.N.mix` (a test compares with the model)."""
+    return MIXERS[model.mixer](model)

@@ -1,0 +1,139 @@
+"""What every mixer with a memory a head shares: one fused projection in, a short convolution, one projection out.
+
+T tokens, B rows, D width, H heads of this rank, K head width, f features of a head.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nlscale_kernels.convolution import convolve
+from torch import Tensor, nn
+
+from nlscale.config.model import Model
+from nlscale.model.exchange import Exchange
+from nlscale.model.layers import Norm
+from nlscale.model.scene import Scene
+from nlscale.runtime.leaf import Leaf
+
+Heads = dict[str, Tensor]  # (B, H, T, f) by name
+
+
+class HeadMixer(MegatronModule):
+    """Norm, projections by heads and the way back; a rule between them says what the heads do.
+
+    Tensor parallelism splits heads, context parallelism too (model/exchange.py), so no rule needs a collective.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: TransformerConfig,
+        exchange: Exchange,
+        parts: dict[str, int],
+        taps: int = 1,
+        convolved: Sequence[str] = (),
+        local: Sequence[str] = (),
+    ) -> None:
+        """`parts`: projection -> features a head; the first ones may be `convolved`, the last ones (`local`) stay with
+        this rank's tokens.
+        """
+        super().__init__(config)
+        self.exchange, self.width = exchange, model.head_width
+        self.held = model.heads // config.tensor_model_parallel_size  # heads of this tensor-parallel rank
+        self.heads = self.held // exchange.ranks
+        self.parts, self.convolved, self.local = parts, list(convolved), list(local)
+        self.norm = Norm(model.width, config)
+        options = {"config": config, "init_method": config.init_method, "bias": False, "skip_bias_add": False}
+        total = model.heads * sum(parts.values())
+        self.inward = build_module(ColumnParallelLinear, model.width, total, gather_output=False, **options)
+        inner = model.heads * model.head_width
+        self.out = build_module(
+            RowParallelLinear, inner, model.width, input_is_parallel=True, is_expert=False, **options
+        )
+        self.taps = self.made(sum(parts[name] for name in self.convolved) * self.held, taps) if convolved else None
+        self.biases = nn.ParameterDict({name: self.made(self.held) for name, f in parts.items() if f == 1})
+
+    def made(self, *shape: int) -> nn.Parameter:
+        """A parameter that model/init.py fills."""
+        device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
+        return nn.Parameter(torch.empty(*shape, dtype=self.config.params_dtype, device=device))
+
+    def project(self, x_TBD: Tensor, scene: Scene, tail: Tensor | None) -> tuple[Heads, Tensor | None]:
+        """All projections, and what the convolution must be told of the last tokens when the row goes on."""
+        fused, _ = self.inward(self.norm(x_TBD))
+        names = list(self.parts)
+        pieces = dict(zip(names, fused.split([f * self.held for f in self.parts.values()], -1), strict=True))
+        moving = [name for name in names if name not in self.local]
+        pieces |= zip(moving, self.exchange.to_heads([pieces[name] for name in moving]), strict=True)
+        tail_next = None
+        if self.taps is not None:
+            joined, tail_next = self.convolve(torch.cat([pieces[name] for name in self.convolved], -1), scene, tail)
+            sizes = [self.parts[name] * self.heads for name in self.convolved]
+            pieces |= zip(self.convolved, joined.split(sizes, -1), strict=True)
+        return {name: self.by_head(piece, self.parts[name]) for name, piece in pieces.items()}, tail_next
+
+    def by_head(self, piece_TBF: Tensor, features: int) -> Tensor:
+        """(T, B, H f) -> (B, H, T, f), in one piece of memory."""
+        return piece_TBF.unflatten(-1, (-1, features)).permute(1, 2, 0, 3).contiguous()
+
+    def gate(self, heads: Heads, name: str) -> Tensor:
+        """One number a head and token before its squashing, (B, H, T)."""
+        return heads[name].squeeze(-1) + self.exchange.mine(self.biases[name])[:, None]
+
+    def convolve(self, joined_TBF: Tensor, scene: Scene, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The short convolution over this rank's heads, and the last tokens that a row's next part must know."""
+        assert self.taps is not None
+        each = self.taps.split([self.parts[name] * self.held for name in self.convolved])
+        weight = torch.cat([self.exchange.mine(part) for part in each]) if self.exchange.ranks > 1 else self.taps
+        starts_TB = None if scene.starts_BT is None else scene.starts_BT.t()
+        last = tail_of(joined_TBF, tail, starts_TB, weight.shape[1] - 1) if scene.hand_on else None
+        return F.silu(convolve(joined_TBF, weight, tail, starts_TB)), last
+
+    def finish(self, o_BHTK: Tensor, x_TBD: Tensor, heads: Heads) -> Tensor:
+        """x + out(o), o normed a head and, where there is a gate, gated."""
+        o_BHTK = F.rms_norm(o_BHTK, (self.width,), eps=self.config.layernorm_epsilon)
+        o_TBF = self.exchange.to_tokens(o_BHTK.permute(2, 0, 1, 3).flatten(2))
+        if "gate" in heads:
+            o_TBF = o_TBF * F.silu(heads["gate"].permute(2, 0, 1, 3).flatten(2))
+        update, _ = self.out(o_TBF)
+        return x_TBD + update
+
+    def leaves(self) -> Iterator[Leaf]:
+        """norm, projections, biases, taps, out."""
+        yield from self.norm.leaves()
+        start = 0
+        for name, features in self.parts.items():
+            rows = {"start": start, "length": features * self.held}
+            yield Leaf(
+                f"{name}.weight", self.inward.weight, **rows, shard=0, linear=self.inward, scattered=self.norm.partial
+            )
+            start += features * self.held
+        for name, bias in self.biases.items():
+            yield Leaf(f"{name}.bias", bias, shard=0)
+        start = 0
+        for name in self.convolved:
+            length = self.parts[name] * self.held
+            yield Leaf(f"convolution.{name}", self.taps, start=start, length=length, shard=0)  # type: ignore[arg-type]
+            start += length
+        yield Leaf("out.weight", self.out.weight, shard=1, linear=self.out)
+
+
+def tail_of(x_TBF: Tensor, tail: Tensor | None, starts_TB: Tensor | None, count: int) -> Tensor:
+    """The last `count` tokens, zero where a document began after them."""
+    before = x_TBF.new_zeros(count, *x_TBF.shape[1:]) if tail is None else tail
+    last = torch.cat([before, x_TBF])[-count:] if count else x_TBF[:0]
+    if starts_TB is None or not count:
+        return last
+    padded = torch.cat([starts_TB.new_zeros(count, starts_TB.shape[1]), starts_TB])[-count:]
+    later = padded.flip(0).cumsum(0).flip(0) - padded.long()  # documents that begin after each of the tokens
+    return last.masked_fill((later > 0).unsqueeze(-1), 0)
+
+
+def stacked(up: Sequence[Tensor], heads: int) -> Tensor:
+    """Parameters (H M, K) of several memories -> (1, H, S M, K)."""
+    return torch.cat([each.unflatten(0, (heads, -1)) for each in up], 1).unsqueeze(0)

@@ -1,0 +1,86 @@
+"""Linear attention and the gated delta rule as mixers (spec 1, rows 6, 7, 26).
+
+Under context parallelism tokens stay where they are: what a run of tokens does to a matrix memory is an affine map, so each
+rank tells the others its own, and takes up the state that the ranks before it leave (spec 3.9, V21).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nlscale_kernels.linear_memory import Affine, Tokens, affine, compose, linear_memory
+from torch import Tensor
+
+from nlscale.config.model import Model
+from nlscale.model.exchange import Exchange
+from nlscale.model.heads import HeadMixer, tail_of
+from nlscale.model.scene import Scene
+from nlscale.runtime.leaf import Leaf
+
+
+class Matrix(NamedTuple):
+    """What a matrix memory hands on: its state (B, H, V, K) and the convolution's last tokens."""
+
+    state: Tensor
+    tail: Tensor | None
+
+
+class LinearMixer(HeadMixer):
+    """x + out(memory(norm(x))) with a matrix a head."""
+
+    def __init__(self, model: Model, config: TransformerConfig, exchange: Exchange) -> None:
+        parts = {"q": model.head_width, "k": model.head_width, "v": model.head_width}
+        parts |= {"rate": 1, "keep": 1, "gate": model.head_width}
+        convolved = ("q", "k", "v")
+        super().__init__(model, config, Exchange(), parts, model.linear.convolution, convolved, ("gate",))
+        self.row, self.rule, self.chunk = exchange, model.mixer, model.linear.chunk
+        self.start = self.made(self.held * self.width, self.width)
+
+    def forward(self, x_TBD: Tensor, scene: Scene, before: Matrix | None = None) -> tuple[Tensor, Matrix | None]:
+        """(T, B, D) -> (T, B, D), and the memory after the last token."""
+        own = scene
+        if self.row.ranks > 1 and scene.starts_BT is not None:
+            own = scene._replace(starts_BT=self.row.tokens(scene.starts_BT, 1))
+        heads, tail = self.project(x_TBD, own, before and before.tail)
+        tokens = Tokens(
+            heads["q"] * self.width**-0.5,
+            F.normalize(heads["k"], dim=-1),
+            heads["v"],
+            self.gate(heads, "rate").sigmoid(),
+            F.logsigmoid(self.gate(heads, "keep")),
+            own.starts_BT,
+        )
+        initial = self.start.unflatten(0, (self.held, self.width))
+        state = self.incoming(tokens, initial, before and before.state)
+        o, state = linear_memory(self.rule, tokens, self.chunk, initial, state)
+        return self.finish(o, x_TBD, heads), Matrix(state, tail) if scene.hand_on else None
+
+    def convolve(self, joined_TBF: Tensor, scene: Scene, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """With context parallelism the tokens before this rank's come from the rank before."""
+        if self.row.ranks > 1 and self.taps is not None:
+            starts_TB = None if scene.starts_BT is None else scene.starts_BT.t()
+            tails = self.row.everyone(tail_of(joined_TBF, None, starts_TB, self.taps.shape[1] - 1))
+            tail = tails[self.row.rank - 1] * float(self.row.rank > 0)  # rank 0 must be in every rank's backward too
+        return super().convolve(joined_TBF, scene, tail)
+
+    def incoming(self, tokens: Tokens, initial_HVK: Tensor, state: Tensor | None) -> Tensor | None:
+        """The state that the ranks before this one leave."""
+        if self.row.ranks == 1:
+            return state
+        own = affine(self.rule, tokens, self.chunk, initial_HVK)
+        kept, added = (self.row.everyone(part) for part in own)
+        state = initial_HVK.unsqueeze(0).expand(added.shape[1:]) if state is None else state
+        if not self.row.rank:  # hears of the others all the same: what it hears must reach every rank's backward
+            return state + 0 * (kept.sum() + added.sum())
+        runs = [Affine(kept[i], added[i]) for i in range(self.row.ranks)]
+        total = runs[0]
+        for each in runs[1 : self.row.rank]:
+            total = compose(total, each)
+        rest = sum(part.sum() for each in runs[self.row.rank :] for part in each)
+        return state @ total.kept + total.added + 0 * rest
+
+    def leaves(self) -> Iterator[Leaf]:
+        """The base's, and the initial state."""
+        yield from super().leaves()
+        yield Leaf("memory.start", self.start, shard=0)

@@ -1,0 +1,42 @@
+"""What a block may know of the row that it works on, beside its activations."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class Scene(NamedTuple):
+    """Facts of the whole row, T tokens, whatever part of it a rank holds."""
+
+    rotary: Rotary  # cosines and sines of the queries' positions, (T, 1, 1, K) each
+    mask: Tensor | None  # (B, 1, queries, keys), true where attention is allowed; None: causal
+    starts_BT: Tensor | None  # true at a document's first token; None: no document is apart
+    hand_on: bool = False  # whether anybody wants the states that the mixers leave
+
+    def starts(self, first: int, count: int) -> Tensor | None:
+        """`starts` of some tokens."""
+        return None if self.starts_BT is None else self.starts_BT[:, first : first + count]
+
+
+def scene(rotary: Rotary, starts_BT: Tensor | None, window: int | None, past: int = 0, hand_on: bool = False) -> Scene:
+    """The scene of the tokens after the first `past` of `starts`' row (None: rows are one document each).
+
+    A token attends to itself and earlier tokens of its document, `window` of them at most (None: all).
+    """
+    tokens = rotary[0].shape[0] - past
+    mask = None
+    if starts_BT is not None or window is not None or past:
+        device = rotary[0].device
+        place = torch.arange(past + tokens, device=device)
+        distance = place[past:, None] - place
+        allowed = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        mask = allowed[None]
+        if starts_BT is not None:
+            document_BT = starts_BT.cumsum(1)
+            mask = mask & (document_BT[:, past:, None] == document_BT[:, None, :])
+        mask = mask[:, None]
+    here = None if starts_BT is None else starts_BT[:, past:]
+    return Scene((rotary[0][past:], rotary[1][past:]), mask, here, hand_on)

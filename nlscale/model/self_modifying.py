@@ -1,0 +1,78 @@
+"""Self-modifying Titans as a mixer: with a continuum behind it a block of HOPE (spec 2.6, 2.7; eqs. 83-97)."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nlscale_kernels.mlp_memory import Bank
+from nlscale_kernels.self_modifying import Gates, Memories, State, Tokens, self_modifying
+from torch import Tensor, nn, stack
+
+from nlscale.config.model import Model
+from nlscale.model.exchange import Exchange
+from nlscale.model.heads import HeadMixer, stacked
+from nlscale.model.scene import Scene
+from nlscale.runtime.leaf import Leaf
+
+MAKERS = ("key", "value", "rate", "keep")
+
+
+class Left(NamedTuple):
+    """What self-modifying Titans hand on."""
+
+    state: State
+    tail: Tensor | None
+
+
+class SelfModifyingMixer(HeadMixer):
+    """x + out(SMT(norm(x))): five memories a head, whose initial states are parameters."""
+
+    def __init__(self, model: Model, config: TransformerConfig, exchange: Exchange) -> None:
+        settings, width = model.self_modifying, model.head_width
+        parts = {"input": width, "q": width}
+        parts |= ({"momentum": 1} if settings.momentum else {}) | ({"gate": width} if settings.gate else {})
+        local = ("gate",) if settings.gate else ()
+        super().__init__(model, config, exchange, parts, settings.convolution, ("input",), local)
+        self.settings, hidden = settings, settings.hidden or width
+        self.up = nn.ParameterDict({name: self.made(self.held * hidden, width) for name in (*MAKERS, "main")})
+        shapes = {name: (self.held * width, hidden) for name in ("key", "value", "main")}
+        shapes |= {name: (self.held, hidden) for name in ("rate", "keep")}
+        self.down = nn.ParameterDict({name: self.made(*shape) for name, shape in shapes.items()})
+        self.squash = nn.ParameterDict({name: self.made(self.held) for name in ("rate", "keep")})
+
+    def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
+        """(T, B, D) -> (T, B, D), and the memories after the last token."""
+        heads, tail = self.project(x_TBD, scene, before and before.tail)
+        momentum = F.logsigmoid(self.gate(heads, "momentum")) if self.settings.momentum else None
+        tokens = Tokens(heads["input"], F.normalize(heads["q"], dim=-1), momentum, scene.starts_BT)
+        rate, keep = (self.exchange.mine(self.squash[name]) for name in ("rate", "keep"))
+        o, state = self_modifying(
+            tokens,
+            (self.settings.makers, self.settings.chunk),
+            self.start(),
+            Gates(rate, keep, self.settings.rate),
+            before and before.state,
+            scene.hand_on,
+            self.settings.recompute,
+        )
+        return self.finish(o, x_TBD, heads), Left(state, tail) if state is not None else None
+
+    def start(self) -> Memories:
+        """The memories' initial states, of this rank's heads."""
+        mine, heads = self.exchange.mine, self.heads
+        down = {name: stacked([mine(weight)], heads)[0] for name, weight in self.down.items()}
+        vectors = stack([down["key"], down["value"]], 1).unsqueeze(0)
+        gates = stack([down["rate"][:, 0], down["keep"][:, 0]], 1).unsqueeze(0)
+        makers = Bank(stacked([mine(self.up[name]) for name in MAKERS], heads), vectors, gates)
+        main = down["main"][None, :, None]
+        return Memories(makers, Bank(stacked([mine(self.up["main"])], heads), main, gates[:, :, :0]))
+
+    def leaves(self) -> Iterator[Leaf]:
+        """The base's, the memories' initial states, the gates' biases."""
+        yield from super().leaves()
+        for name in (*MAKERS, "main"):
+            yield Leaf(f"memory.{name}.up", self.up[name], shard=0)
+            yield Leaf(f"memory.{name}.down", self.down[name], shard=0)
+        for name, bias in self.squash.items():
+            yield Leaf(f"{name}.bias", bias, shard=0)

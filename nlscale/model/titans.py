@@ -1,0 +1,243 @@
+"""Titans as mixers: the memory alone, as context, as gate and as layer beside attention (2501.00663; spec 2.9).
+
+Memory and attention work head by head, so tensor and context parallelism need no collective inside. Two places differ from
+the paper's text so that no token hears of a later one: a segment's tokens attend to what the memory recalled for themselves
+and tokens before, and the memory's answer to a segment comes from before the segment was written.
+
+B rows, H heads of this rank, T tokens, C tokens of a segment, K head width.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nlscale_kernels.mlp_memory import Bank
+from nlscale_kernels.rotary import rotate
+from nlscale_kernels.span import span_of
+from nlscale_kernels.titans import Memory, Tokens, begin, look, step, titans
+from torch import Tensor, nn
+
+from nlscale.config.model import Model
+from nlscale.model.attention import Attention, Context, Persistent, attend
+from nlscale.model.exchange import Exchange
+from nlscale.model.heads import HeadMixer, Heads, stacked
+from nlscale.model.layers import Norm
+from nlscale.model.scene import Scene
+from nlscale.runtime.leaf import Leaf, prefixed
+
+
+class Left(NamedTuple):
+    """What a Titans mixer hands on."""
+
+    memory: Memory
+    tail: Tensor | None = None  # of the convolution
+    context: Context | None = None  # of attention
+
+
+class TitansMixer(HeadMixer):
+    """LMM: x + out(M(q)) with a small network a head that is written as it is read."""
+
+    attention: tuple[str, ...] = ()  # further projections
+    gated = True
+
+    def __init__(self, model: Model, config: TransformerConfig, exchange: Exchange) -> None:
+        parts = dict.fromkeys(("q", "k", "v", *self.attention), model.head_width)
+        parts |= {"rate": 1, "momentum": 1, "keep": 1} | ({"gate": model.head_width} if self.gated else {})
+        local = ("gate",) if self.gated else ()
+        super().__init__(model, config, exchange, parts, model.titans.convolution, ("q", "k", "v"), local)
+        self.settings = model.titans
+        self.up, self.down = initial(self, model.titans.hidden or model.head_width)
+
+    @property
+    def start(self) -> Bank:
+        """The memory's initial state, of this rank's heads."""
+        return bank_of(self.exchange, self.up, self.down, self.held)
+
+    def tokens(self, heads: Heads, scene: Scene) -> Tokens:
+        """What the memory is written with."""
+        rate, momentum, keep = gates_of(self, heads)
+        q, k = F.normalize(heads["q"], dim=-1), F.normalize(heads["k"], dim=-1)
+        return Tokens(q, k, heads["v"], rate, momentum, keep, scene.starts_BT)
+
+    def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
+        """(T, B, D) -> (T, B, D), and the memory after the last token."""
+        heads, tail = self.project(x_TBD, scene, before and before.tail)
+        o, memory = titans(self.tokens(heads, scene), self.settings.chunk, self.start, before and before.memory)
+        return self.finish(o, x_TBD, heads), Left(memory, tail) if scene.hand_on else None
+
+    def leaves(self) -> Iterator[Leaf]:
+        """The base's, and the memory's initial state."""
+        yield from super().leaves()
+        yield Leaf("memory.main.up", self.up, shard=0)
+        yield Leaf("memory.main.down", self.down, shard=0)
+
+
+def initial(mixer: HeadMixer, hidden: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """The parameters of one memory a head: (H M, K) and (H K, M)."""
+    return mixer.made(mixer.held * hidden, mixer.width), mixer.made(mixer.held * mixer.width, hidden)
+
+
+def bank_of(exchange: Exchange, up: Tensor, down: Tensor, held: int) -> Bank:
+    """One memory a head of this rank, for all rows."""
+    first = stacked([exchange.mine(up)], held // exchange.ranks)
+    last = stacked([exchange.mine(down)], held // exchange.ranks).unsqueeze(2)
+    return Bank(first, last, up.new_zeros(1, last.shape[1], 0, last.shape[-1]))
+
+
+def gates_of(mixer: HeadMixer, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """Inner rate, log of momentum and log of the share kept, (B, H, T) each."""
+    rate = mixer.settings.rate * mixer.gate(heads, "rate").sigmoid()  # type: ignore[union-attr,operator]
+    return rate, F.logsigmoid(mixer.gate(heads, "momentum")), F.logsigmoid(mixer.gate(heads, "keep"))
+
+
+class Gains(nn.Module):
+    """Two streams of heads, each normed with a learned gain, one gating the other (Titans 4.2: o = y x M(y))."""
+
+    def __init__(self, mixer: HeadMixer) -> None:
+        super().__init__()
+        self.attention, self.memory = (mixer.made(mixer.held, mixer.width) for _ in range(2))
+        self.eps = mixer.config.layernorm_epsilon
+
+    def forward(self, attended_BHTK: Tensor, recalled_BHTK: Tensor, exchange: Exchange) -> Tensor:
+        """(B, H, T, K)."""
+        normed = [
+            F.rms_norm(stream, stream.shape[-1:], eps=self.eps) * exchange.mine(gain)[:, None]
+            for stream, gain in ((attended_BHTK, self.attention), (recalled_BHTK, self.memory))
+        ]
+        return normed[0] * F.silu(normed[1])
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Both gains."""
+        yield Leaf("gain.attention", self.attention, shard=0)
+        yield Leaf("gain.memory", self.memory, shard=0)
+
+
+class TitansGate(TitansMixer):
+    """MAG: attention (over a window, `model.window`) and the memory read the same tokens; one gates the other."""
+
+    attention = ("attention_q", "attention_k", "attention_v")
+    gated = False
+
+    def __init__(self, model: Model, config: TransformerConfig, exchange: Exchange) -> None:
+        super().__init__(model, config, exchange)
+        count = model.titans.persistent
+        self.persistent = Persistent(self.held, count, self.width, config) if count else None
+        self.gains = Gains(self)
+
+    def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
+        """(T, B, D) -> (T, B, D), and what attention and memory hand on."""
+        heads, tail = self.project(x_TBD, scene, before and before.tail)
+        recalled, memory = titans(self.tokens(heads, scene), self.settings.chunk, self.start, before and before.memory)
+        q, k, v = (heads[name] for name in self.attention)
+        q, k = (turned(part, scene) for part in (q, k))
+        if before is not None and before.context is not None:
+            k, v = torch.cat([before.context.k, k], 2), torch.cat([before.context.v, v], 2)
+        attended = attend(q, k, v, scene.mask, self.persistent, self.exchange)
+        o = self.gains(attended, recalled, self.exchange)
+        left = Left(memory, tail, Context(k, v)) if scene.hand_on else None
+        return self.finish(o, x_TBD, {}), left
+
+    def leaves(self) -> Iterator[Leaf]:
+        """The memory's, attention's learned tokens, gains."""
+        yield from super().leaves()
+        if self.persistent is not None:
+            yield from self.persistent.leaves()
+        yield from self.gains.leaves()
+
+
+def turned(part_BHTK: Tensor, scene: Scene) -> Tensor:
+    """Rotary positions on (B, H, T, K)."""
+    cosine, sine = (table[:, 0, 0] for table in scene.rotary)
+    return rotate(part_BHTK, cosine, sine)
+
+
+class TitansLayer(MegatronModule):
+    """MAL: the memory, then attention (over a window) on what it gives, each with its own norm and residual."""
+
+    def __init__(self, model: Model, config: TransformerConfig, exchange: Exchange) -> None:
+        super().__init__(config)
+        self.recall = TitansMixer(model, config, exchange)
+        self.attend = Attention(model, config, exchange, model.heads, model.titans.persistent)
+
+    def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
+        """(T, B, D) -> (T, B, D), and what both hand on."""
+        x_TBD, left = self.recall(x_TBD, scene, before)
+        x_TBD, context = self.attend(x_TBD, scene, before and before.context)
+        return x_TBD, left and left._replace(context=context)
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Both halves."""
+        yield from prefixed("recall", self.recall.leaves())
+        yield from prefixed("attend", self.attend.leaves())
+
+
+INSIDE = ("context_k", "context_v", "write_k", "write_v", "read_q")  # matrices of a head, K x K
+
+
+class TitansContext(HeadMixer):
+    """MAC: tokens of a segment attend to learned tokens, to what the memory recalls for them, and to their segment.
+
+    What attention gives is written into the memory, and the memory's answer to it gates it.
+    """
+
+    def __init__(self, model: Model, config: TransformerConfig, exchange: Exchange) -> None:
+        parts = dict.fromkeys(("q", "k", "v", "recall"), model.head_width) | {"rate": 1, "momentum": 1, "keep": 1}
+        super().__init__(model, config, exchange, parts)
+        self.settings = model.titans
+        self.up, self.down = initial(self, model.titans.hidden or model.head_width)
+        self.inside = nn.ParameterDict({name: self.made(self.held * self.width, self.width) for name in INSIDE})
+        count = model.titans.persistent
+        self.persistent = Persistent(self.held, count, self.width, config) if count else None
+        self.gains = Gains(self)
+
+    def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
+        """(T, B, D) -> (T, B, D), and the memory after the last segment."""
+        heads, _ = self.project(x_TBD, scene, None)
+        rate, momentum, keep = gates_of(self, heads)
+        heads |= {"rate": rate, "momentum": momentum, "keep": keep, "recall": F.normalize(heads["recall"], dim=-1)}
+        heads |= {name: turned(heads[name], scene) for name in ("q", "k")}
+        start = bank_of(self.exchange, self.up, self.down, self.held)
+        inside = {name: self.exchange.mine(w).unflatten(0, (self.heads, -1)) for name, w in self.inside.items()}
+        memory, outputs = before.memory if before else begin(start), []
+        chunk = self.settings.chunk
+        for first in range(0, rate.shape[2], chunk):
+            part = {name: each[:, :, first : first + chunk] for name, each in heads.items()}
+            o, memory = self.segment(part, scene.starts(first, chunk), memory, start, inside)
+            outputs.append(o)
+        left = Left(memory) if scene.hand_on else None
+        return self.finish(torch.cat(outputs, 2), x_TBD, {}), left
+
+    def segment(
+        self, part: Heads, starts_BC: Tensor | None, memory: Memory, start: Bank, inside: dict[str, Tensor]
+    ) -> tuple[Tensor, Memory]:
+        """One segment: recall, attend, ask, write."""
+        span = span_of(part["keep"], starts_BC)
+        recalled = look(span, start, memory.bank, part["recall"])
+        k = torch.cat([recalled @ inside["context_k"].mT, part["k"]], 2)
+        v = torch.cat([recalled @ inside["context_v"].mT, part["v"]], 2)
+        own = span.between_BHCC.new_ones(span.between_BHCC.shape[-2:]).tril().bool()
+        if starts_BC is not None:
+            document_BC = starts_BC.cumsum(1)
+            own = own & (document_BC[:, :, None] == document_BC[:, None])[:, None]
+        y = attend(part["q"], k, v, torch.cat([own, own], -1), self.persistent, self.exchange)
+        asked = F.normalize(y @ inside["read_q"].mT, dim=-1)
+        answer = look(span, start, memory.bank, asked)
+        keys = F.normalize(y @ inside["write_k"].mT, dim=-1)
+        written = Tokens(
+            asked, keys, y @ inside["write_v"].mT, part["rate"], part["momentum"], part["keep"], starts_BC
+        )
+        return self.gains(y, answer, self.exchange), step(memory, start, written, span)
+
+    def leaves(self) -> Iterator[Leaf]:
+        """Projections, the memory's initial state, the matrices inside, attention's learned tokens, gains."""
+        yield from super().leaves()
+        yield Leaf("memory.main.up", self.up, shard=0)
+        yield Leaf("memory.main.down", self.down, shard=0)
+        for name, weight in self.inside.items():
+            yield Leaf(f"memory.{name}", weight, shard=0)
+        if self.persistent is not None:
+            yield from self.persistent.leaves()
+        yield from self.gains.leaves()
