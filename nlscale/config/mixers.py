@@ -16,7 +16,9 @@ def positive(section: str, **values: int | float) -> None:
     """Raises UserError unless all are at least 1 (whole numbers) or above 0."""
     for name, value in values.items():
         least = 1 if isinstance(value, int) else 0
-        require(value >= least and value > 0, f"{section}.{name}={value} must be {'at least 1' if least else 'above 0'}")
+        require(
+            value >= least and value > 0, f"{section}.{name}={value} must be {'at least 1' if least else 'above 0'}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,9 @@ class SelfModifying:
             makers is None or (makers >= 1 and makers % self.chunk == 0),
             f"model.self_modifying.maker_chunk={makers} must be a multiple of model.self_modifying.chunk={self.chunk}",
         )
-        require(self.hidden is None or self.hidden >= 1, f"model.self_modifying.hidden={self.hidden} must be at least 1")
+        require(
+            self.hidden is None or self.hidden >= 1, f"model.self_modifying.hidden={self.hidden} must be at least 1"
+        )
         require(self.recompute >= 0, f"model.self_modifying.recompute={self.recompute} must not be negative")
 
     @property

@@ -29,7 +29,9 @@ class Model:
     variant: Literal["independent", "sequential", "nested"] = "independent"
     gains: bool = False  # independent variant: a learned weight a level, 1 at the start
     tied: bool = False  # the head is the embedding
-    attention: Literal["document", "causal"] = "document"  # document: no token looks or remembers across a document's start
+    attention: Literal["document", "causal"] = (
+        "document"  # document: no token looks or remembers across a document's start
+    )
     vocabulary: int | None = None  # unset: the dataset's, rounded up to a multiple of 128
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5

@@ -12,13 +12,12 @@ class Parallel:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int = 1  # chunks of layers a stage (interleaved 1F1B)
-    context: int = 1
+    context: int = 1  # ranks that share the tokens of each row
     sequence: bool = False  # activations between tensor-parallel layers are split along the sequence
 
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "virtual_pipeline", "context"):
             require(getattr(self, name) >= 1, f"parallel.{name}={getattr(self, name)} must be at least 1")
-        require(self.context == 1, "parallel.context: context parallelism is not available yet; 1 works")
         require(
             self.virtual_pipeline == 1 or self.pipeline > 1,
             f"parallel.virtual_pipeline={self.virtual_pipeline} needs parallel.pipeline of 2 or more",

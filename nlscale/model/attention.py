@@ -34,7 +34,12 @@ class Attention(MegatronModule):
     """x + out(softmax attention(norm(x))): one fused projection for q, k and v, split over ranks by heads."""
 
     def __init__(
-        self, model: Model, config: TransformerConfig, exchange: Exchange, groups: int | None = None, persistent: int = 0
+        self,
+        model: Model,
+        config: TransformerConfig,
+        exchange: Exchange,
+        groups: int | None = None,
+        persistent: int = 0,
     ) -> None:
         """`groups`: key and value heads, None: the model's; `persistent`: learned tokens that every token sees."""
         super().__init__(config)
@@ -57,9 +62,7 @@ class Attention(MegatronModule):
         pieces = self.exchange.to_heads(fused.split([n * self.width for n in self.held.values()], -1))
         q, k, v = (piece.unflatten(-1, (-1, self.width)) for piece in pieces)
         qk = rotate(torch.cat([q, k], 2), *scene.rotary)
-        q_BHTK, k_BGTK, v_BGTK = (
-            part.permute(1, 2, 0, 3) for part in (*qk.split([q.shape[2], k.shape[2]], dim=2), v)
-        )
+        q_BHTK, k_BGTK, v_BGTK = (part.permute(1, 2, 0, 3) for part in (*qk.split([q.shape[2], k.shape[2]], dim=2), v))
         if context is not None:
             k_BGTK, v_BGTK = torch.cat([context.k, k_BGTK], 2), torch.cat([context.v, v_BGTK], 2)
         left = Context(k_BGTK, v_BGTK) if scene.hand_on else None

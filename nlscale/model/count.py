@@ -93,6 +93,8 @@ def flops_a_token(model: Model, tokens: int) -> float:
     """Forward and backward of one token in a row of `tokens`; the embedding's look-up costs nothing."""
     assert model.vocabulary is not None
     matrices = 3 if model.activation == "swiglu" else 2
-    weights = sum(prod(shape) for name, shape in mixer_shapes(model).items() if name.endswith(".weight") and len(shape) == 2)
+    weights = sum(
+        prod(shape) for name, shape in mixer_shapes(model).items() if name.endswith(".weight") and len(shape) == 2
+    )
     layer = 2.0 * (weights + matrices * model.width * model.feed_forward) + FLOPS[model.mixer](model, tokens)
     return 3.0 * (model.layers * model.loops * layer + 2.0 * model.vocabulary * model.width)

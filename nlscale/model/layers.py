@@ -26,6 +26,7 @@ def transformer_config(model: Model, parallel: Parallel, dtype: torch.dtype, dev
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
         sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

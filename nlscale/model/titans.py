@@ -226,9 +226,7 @@ class TitansContext(HeadMixer):
         asked = F.normalize(y @ inside["read_q"].mT, dim=-1)
         answer = look(span, start, memory.bank, asked)
         keys = F.normalize(y @ inside["write_k"].mT, dim=-1)
-        written = Tokens(
-            asked, keys, y @ inside["write_v"].mT, part["rate"], part["momentum"], part["keep"], starts_BC
-        )
+        written = Tokens(asked, keys, y @ inside["write_v"].mT, part["rate"], part["momentum"], part["keep"], starts_BC)
         return self.gains(y, answer, self.exchange), step(memory, start, written, span)
 
     def leaves(self) -> Iterator[Leaf]:

@@ -91,7 +91,7 @@ class BufferShard(FlatShard):
         grads = []
         for group, sums in zip(self.buckets, self.sums, strict=True):
             group.finish_grad_sync()
-            grads.append(sums.chunk(self.world.replicas)[self.world.replica].clone())
+            grads.append(sums.chunk(self.world.copies)[self.world.copy].clone())
             sums.zero_()
         self.restart()
         return grads

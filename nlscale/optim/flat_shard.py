@@ -37,7 +37,7 @@ class FlatShard:
         self.level, self.flats, self.windows, self.world = level, list(given), windows, world
         self.leaves = [leaf for flat in self.flats for leaf, _ in flat.places]
         self.weights = [tensor[: flat.elements] for tensor, flat in zip(memory, self.flats, strict=True)]
-        self.parts = [weights.chunk(world.replicas)[world.replica] for weights in self.weights]
+        self.parts = [weights.chunk(world.copies)[world.copy] for weights in self.weights]
         self._attach()
         host = bool(optim.offload) and level.period >= optim.offload
         self.rules = []
@@ -45,7 +45,7 @@ class FlatShard:
             master = own.detach().to(window_dtype(own.dtype), copy=True)
             matrices = [
                 Part(span.start, (leaf.value.shape[0], leaf.value.shape[1]), leaf.shard, leaf)
-                for leaf, _, span in parts(flat, world.replica, world.replicas)
+                for leaf, _, span in parts(flat, world.copy, world.copies)
                 if leaf.value.ndim == 2
             ]
             master = on_host(master) if host else master
@@ -64,7 +64,7 @@ class FlatShard:
 
     def ring_bytes(self, element: int) -> int:
         """What one reduce-scatter or all-gather of all flats sends from this rank on a ring."""
-        elements, replicas = sum(flat.elements for flat in self.flats), self.world.replicas
+        elements, replicas = sum(flat.elements for flat in self.flats), self.world.copies
         return elements * element * (replicas - 1) // replicas
 
     @torch.no_grad()
@@ -82,7 +82,7 @@ class FlatShard:
 def flats_of(level: Level, leaves: Sequence[Leaf], run: Run, world: World, align: int) -> list[Flat]:
     """The flats of a group under its level's rule."""
     nested = run.model.variant == "nested" and level.name != run.levels[-1].name
-    return flats(leaves, level.optimizer or run.optim.name, nested, world.replicas, align)
+    return flats(leaves, level.optimizer or run.optim.name, nested, world.copies, align)
 
 
 def on_host(master: Tensor) -> Tensor:

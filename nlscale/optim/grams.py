@@ -25,7 +25,7 @@ class Grams:
     def __init__(self, leaves: Sequence[Leaf], windows: Windows, world: World) -> None:
         """`leaves`: those of one group that follow the rule."""
         self.windows, self.world = windows, world
-        self.part, self.parts = world.replica, world.replicas
+        self.part, self.parts = world.copy, world.copies
         self.sums: dict[str, Leaf] = {}  # name of a product -> a leaf that stands for it
         self.of: dict[str, str] = {}  # leaf -> the product of its inputs
         by_linear: dict[nn.Module, list[tuple[str, Leaf]]] = {}
@@ -41,7 +41,7 @@ class Grams:
                 self.sums[name] = self.product(name, leaf)
             self.of[leaf.name] = name
         replicas, sizes = (
-            world.replicas,
+            world.copies,
             [leaf.value.numel() * leaf.value.element_size() for leaf in self.sums.values()],
         )
         self.bytes_a_close = 2 * (replicas - 1) * sum(sizes) // replicas  # an all-reduce on a ring

@@ -9,7 +9,15 @@ from nlscale.config.levels import Level, level_of
 from nlscale.config.run import Run
 from nlscale.runtime.leaf import Leaf
 
-NO_DECAY = ("*norm.weight", "embed.weight", "*.gains", "*.bias", "*.gain.*", "*.convolution.*", "*.persistent.*")  # leaves that weight decay spares
+NO_DECAY = (
+    "*norm.weight",
+    "embed.weight",
+    "*.gains",
+    "*.bias",
+    "*.gain.*",
+    "*.convolution.*",
+    "*.persistent.*",
+)  # leaves that weight decay spares
 
 
 @dataclass(frozen=True)

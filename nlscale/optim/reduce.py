@@ -51,7 +51,7 @@ class Defer:
     partial = True
 
     def __init__(self, shard: Sharder, windows: Windows, world: World) -> None:
-        self.shard, self.windows, self.part, self.parts = shard, windows, world.replica, world.replicas
+        self.shard, self.windows, self.part, self.parts = shard, windows, world.copy, world.copies
         self.close = shard.total
         self.bytes_a_step, self.bytes_a_close = 0, shard.bytes_a_reduce
 
@@ -91,7 +91,7 @@ class Eager:
     def open(self) -> Iterator[Fragment]:
         """This rank's part."""
         for flat, sums in zip(self.shard.flats, self.sums, strict=True):
-            for leaf, start, span in parts(flat, self.world.replica, self.world.replicas):
+            for leaf, start, span in parts(flat, self.world.copy, self.world.copies):
                 yield Fragment(leaf, start, {"window": sums[span]})
 
 
@@ -107,9 +107,9 @@ class Hierarchical:
     def __init__(self, shard: Sharder, windows: Windows, world: World) -> None:
         self.shard, self.windows, self.world = shard, windows, world
         self.near, self.far = world.near, world.far
-        self.part, self.parts = world.replica // self.near.size(), self.far.size()
+        self.part, self.parts = world.copy // self.near.size(), self.far.size()
         self.sums = [
-            torch.zeros(self.parts, flat.elements // world.replicas, dtype=windows_like(shard), device=world.device)
+            torch.zeros(self.parts, flat.elements // world.copies, dtype=windows_like(shard), device=world.device)
             for flat in shard.flats
         ]
         near, size = self.near.size(), shard.leaves[0].value.element_size()
@@ -148,8 +148,8 @@ class Hierarchical:
         """The node's sums that this rank keeps."""
         for flat, sums in zip(self.shard.flats, self.sums, strict=True):
             for node in range(self.parts):
-                owner = node * self.near.size() + self.world.replica % self.near.size()
-                for leaf, start, span in parts(flat, owner, self.world.replicas):
+                owner = node * self.near.size() + self.world.copy % self.near.size()
+                for leaf, start, span in parts(flat, owner, self.world.copies):
                     yield Fragment(leaf, start, {"window": sums[node][span]})
 
 

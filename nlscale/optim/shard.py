@@ -65,7 +65,7 @@ def fragments(shard: Sharder, world: World) -> Iterator[Fragment]:
     """What this rank owns of each leaf: master weight and the rule's state."""
     for flat, rule in zip(shard.flats, shard.rules, strict=True):
         tensors = {"weight": rule.master.data, **rule.state}
-        for leaf, start, span in parts(flat, world.replica, world.replicas):
+        for leaf, start, span in parts(flat, world.copy, world.copies):
             yield Fragment(leaf, start, {name: tensor[span] for name, tensor in tensors.items()})
 
 
@@ -75,7 +75,7 @@ def counted(flat: Flat, world: World) -> list[slice]:
     Leaves that all tensor-parallel ranks hold count on the first, tied ones on the first pipeline stage.
     """
     spans: list[slice] = []
-    for leaf, _, span in parts(flat, world.replica, world.replicas):
+    for leaf, _, span in parts(flat, world.copy, world.copies):
         if leaf.twin or (leaf.shard is None and world.tensor_rank):
             continue
         if spans and spans[-1].stop == span.start:

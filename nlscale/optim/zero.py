@@ -32,6 +32,18 @@ class Megatron:
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)
 
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        """All copies of this rank's shard: replicas x context."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def get_data_parallel_rank(self) -> int:
+        """Rank among them."""
+        return dist.get_rank(self.get_data_parallel_group())
+
+    def get_data_parallel_world_size(self) -> int:
+        """How many there are."""
+        return self.get_data_parallel_group().size()
+
     def get_model_parallel_rank(self) -> int:
         """Rank in tensor x pipeline."""
         return dist.get_rank(parallel_state.get_model_parallel_group())

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nlscale.config.levels import Levels
 from nlscale.config.run import Run
+from nlscale.model.exchange import Exchange
 from nlscale.model.hope import Hope, Stage
 from nlscale.model.init import initialize
 from nlscale.model.layers import transformer_config
@@ -54,7 +55,10 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
     dtype = dtype or PRECISIONS[run.train.precision]
     config = transformer_config(run.model, run.parallel, dtype, world.device)
     units = Levels(levels=run.levels).units(run.model.feed_forward)
-    chunks = [Hope(run.model, units, run.data.sequence, config, stage) for stage in stages(run, world.pipeline_rank)]
+    exchange = Exchange(world.context, world.context_rank)
+    chunks = [
+        Hope(run.model, units, run.data.sequence, config, stage, exchange) for stage in stages(run, world.pipeline_rank)
+    ]
     leaves = [leaf for chunk in chunks for leaf in chunk.leaves()]
     initialize(leaves, run.model, run.train.seed, world.tensor_rank)
     for chunk in chunks if run.optim.second_order else ():
@@ -63,7 +67,9 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
         for chunk in chunks:
             for block in chunk.blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    gates = {id(chunk): Gate(chunk.parameters(), world.tensor if run.parallel.sequence else None) for chunk in chunks}
+    shared = [world.tensor] if run.parallel.sequence else []
+    shared += [world.context] if run.parallel.context > 1 else []
+    gates = {id(chunk): Gate(chunk.parameters(), shared) for chunk in chunks}
     return Parallelized(chunks, leaves, scheduled(chunks, run, gates))
 
 
@@ -74,9 +80,9 @@ def scheduled(chunks: list[Hope], run: Run, gates: dict[int, Gate]) -> Callable[
 
     def step(batches: Iterator[MicroBatch], model: Hope) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(batches)
-        output = model(*batch)
-        gates[id(model)].guard(output, (batch[1] >= 0).sum())
-        return output, partial(summed, targets=batch[1])
+        output, own = model(*batch), model.exchange.tokens(batch[1], 1)
+        gates[id(model)].guard(output, (own >= 0).sum())
+        return output, partial(summed, targets=own)
 
     def forward_backward(batches: Sequence[MicroBatch], learn: bool = True) -> Tensor:
         """Runs all micro-batches; gives a float64 vector: sum of losses and targets counted, zeros off the last stage;

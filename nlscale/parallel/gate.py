@@ -7,7 +7,7 @@ On a GPU decisions are made on the device and the host reads nothing; on a CPU t
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 class Gate:
     """What one chunk of a rank does with the gradients of each micro-batch."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], sequence: dist.ProcessGroup | None) -> None:
-        """`sequence`: ranks that share a micro-batch along its sequence; each sees a part of what is sent back."""
+    def __init__(self, parameters: Iterable[nn.Parameter], sequence: Sequence[dist.ProcessGroup]) -> None:
+        """`sequence`: groups of ranks that share a micro-batch along its sequence; each sees a part of what is sent back."""
         held, self.sequence = list(parameters), sequence
         for parameter in held:
             parameter.register_hook(self.masked if parameter.is_cuda else self.branched)
@@ -50,9 +50,9 @@ class Gate:
 
     def decide(self, finite: Tensor) -> None:
         """Takes the decision on the micro-batch whose backward pass begins."""
-        if self.sequence is not None:
+        for group in self.sequence:
             finite = finite.int()
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self.sequence)
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=group)
             finite = finite.bool()
         self.accept = finite
         self.accepted = finite.is_cuda or bool(finite)

@@ -26,16 +26,19 @@ class World:
     size: int
     local_rank: int
     device: torch.device
-    replica: int
-    replicas: int
+    replica: int  # which rows this rank reads ...
+    replicas: int  # ... of so many shares
+    copy: int  # which copy of its shard of the model this rank holds ...
+    copies: int  # ... of so many: one a replica and context-parallel rank
     tensor_rank: int
     pipeline_rank: int
+    context_rank: int  # which part of each row's tokens
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
-    data: dist.ProcessGroup  # the same shard on every replica
-    model: dist.ProcessGroup  # all shards of one replica
-    near: dist.ProcessGroup  # the same shard on the replicas of this node
-    far: dist.ProcessGroup  # the same shard on one replica a node, those at this one's place in their nodes
+    context: dist.ProcessGroup  # the ranks that share a row's tokens
+    data: dist.ProcessGroup  # all copies of this rank's shard
+    near: dist.ProcessGroup  # the copies on this node
+    far: dist.ProcessGroup  # one copy a node, those at this one's place in their nodes
     # (both are `data` where nothing asks for nodes)
     ends: dist.ProcessGroup | None  # first and last pipeline stage of a replica; None between them
 
@@ -48,6 +51,11 @@ class World:
     def last_stage(self) -> bool:
         """Whether this rank computes the loss."""
         return self.pipeline_rank == self.pipeline.size() - 1
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank speaks for its replica's rows."""
+        return self.tensor_rank == self.pipeline_rank == self.context_rank == 0
 
 
 def ranks_from_environment() -> tuple[int, int, int, int] | None:
@@ -100,6 +108,8 @@ def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = Non
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_tensor_parallel_size=parallel.tensor * parallel.context,  # no experts; it wants their sizes to fit ORDER
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         order=ORDER,
         create_gloo_process_groups=False,
@@ -108,9 +118,9 @@ def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = Non
     random.seed(seed)
     torch.manual_seed(seed)
     seconds = timedelta(seconds=cluster.timeout)
-    near = far = parallel_state.get_data_parallel_group()
+    near = far = data = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if node != 0:
-        near, far = nodes(size // parallel.ranks, parallel.ranks, node or max(1, local_size // parallel.ranks), seconds)
+        near, far = nodes(size // parallel.ranks, parallel, node or max(1, local_size // parallel.ranks), seconds)
     return World(
         rank=rank,
         size=size,
@@ -118,35 +128,44 @@ def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = Non
         device=device,
         replica=parallel_state.get_data_parallel_rank(),
         replicas=parallel_state.get_data_parallel_world_size(),
+        copy=dist.get_rank(data),
+        copies=data.size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
-        data=parallel_state.get_data_parallel_group(),
-        model=parallel_state.get_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
+        data=data,
         near=near,
         far=far,
         ends=parallel_state.get_embedding_group(check_initialized=False),
     )
 
 
-def nodes(replicas: int, ranks: int, node: int, timeout: timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """This rank's groups inside and across nodes of `node` replicas; replica i holds ranks i x `ranks` ... of the world."""
+def nodes(
+    replicas: int, parallel: Parallel, node: int, timeout: timedelta
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This rank's groups inside and across nodes of `node` replicas (ORDER says which rank holds what)."""
     if replicas % node:
         raise UserError(
             f"optim.node={node} replicas a node do not divide {replicas} replicas; "
             f"optim.node in {divisors(replicas)} would work"
         )
     mine: dict[str, dist.ProcessGroup] = {}
-    for shard in range(ranks):
-        for first in range(0, replicas, node):
-            members = [shard + ranks * replica for replica in range(first, first + node)]
-            group = dist.new_group(members, timeout=timeout)
-            mine |= {"near": group} if dist.get_rank() in members else {}
-        for place in range(node):
-            members = [shard + ranks * replica for replica in range(place, replicas, node)]
-            group = dist.new_group(members, timeout=timeout)
-            mine |= {"far": group} if dist.get_rank() in members else {}
+
+    def make(name: str, members: list[int]) -> None:
+        group = dist.new_group(members, timeout=timeout)
+        mine.update({name: group} if dist.get_rank() in members else {})
+
+    inside, size = parallel.tensor * parallel.context, node * parallel.context
+    for shard in (t + inside * p for p in range(parallel.pipeline) for t in range(parallel.tensor)):
+        first = [shard + parallel.ranks * replica for replica in range(replicas)]
+        copies = [rank + parallel.tensor * c for rank in first for c in range(parallel.context)]
+        for start in range(0, len(copies), size):
+            make("near", copies[start : start + size])
+        for place in range(size):
+            make("far", copies[place::size])
     return mine["near"], mine["far"]
 
 

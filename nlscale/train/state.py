@@ -76,7 +76,12 @@ class TrainState:
             "loader": self.loader.state_dict(),
             "updates": merged(self.optimizer.updates(), self.world.pipeline),
             "windows": window_facts(self),
-            "layout": {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "replicas": self.world.replicas},
+            "layout": {
+                "tensor": parallel.tensor,
+                "pipeline": parallel.pipeline,
+                "context": parallel.context,
+                "replicas": self.world.replicas,
+            },
             "identity": self.identity(),
             "data": self.fingerprints,
             "wandb_id": self.wandb_id,
@@ -88,7 +93,7 @@ class TrainState:
         self.loader.load_state_dict(facts["loader"])
         windows, table = self.optimizer.windows, facts["windows"]["tokens"]
         windows.open = {name: int(facts["windows"]["open"].get(name, 0)) for name in windows.groups}
-        mine = dealt(len(table), self.world.replica, self.world.replicas)
+        mine = dealt(len(table), self.world.copy, self.world.copies)
         windows.tokens.copy_(torch.tensor([sum(table[r].get(name, 0) for r in mine) for name in windows.groups]))
         self.optimizer.set_updates(facts["updates"])
 

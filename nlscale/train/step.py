@@ -92,7 +92,7 @@ def reduced(
     """
     world = state.world
     first = world.tensor_rank == 0
-    counts = first and world.pipeline_rank == 0
+    counts = world.counts
     zero = torch.zeros((), dtype=torch.float64, device=world.device)
     local = [
         *(total[:2] if first and world.last_stage else (zero, zero)),

@@ -54,7 +54,7 @@ def windows_to_save(state: "TrainState") -> dict[str, Pieces]:
             owner = state.owns(leaf) or shares > 1
             if state.run.checkpoint.windows == "total" and policy.partial:
                 values, part, share = totalled(leaf, values, state), 0, 0
-                owner = state.owns(leaf) and state.world.replica == 0
+                owner = state.owns(leaf) and state.world.copy == 0
             parts = found.setdefault(window_name(leaf.name, part, share), (leaf, [], owner))[1]
             parts += rectangles(values, fragment.start, leaf.value.shape, state.base(leaf))
     ranks = state.world.tensor.size()
@@ -75,7 +75,7 @@ def totalled(leaf: Leaf, window: Tensor, state: "TrainState") -> Tensor:
 def window_facts(state: "TrainState") -> dict[str, Any]:
     """How many parts and shares are saved, and the tokens of each replica. A collective over replicas."""
     windows, world, parallel = state.optimizer.windows, state.world, state.run.parallel
-    counts = [torch.zeros_like(windows.tokens) for _ in range(world.replicas)]
+    counts = [torch.zeros_like(windows.tokens) for _ in range(world.copies)]
     dist.all_gather(counts, windows.tokens, group=world.data)
     policy = next(p for mover in state.optimizer.movers.values() for p in mover.policies)
     apart = policy.partial and state.run.checkpoint.windows == "each"
@@ -84,7 +84,7 @@ def window_facts(state: "TrainState") -> dict[str, Any]:
     ends = 2 if apart and state.run.model.tied and parallel.pipeline > 1 else 1
     return {
         "parts": policy.parts if apart or not policy.partial else 1,
-        "gram_parts": world.replicas if each else 1,
+        "gram_parts": world.copies if each else 1,
         "gram_shares": world.tensor.size() if each and parallel.sequence else 1,
         "shares": dict(zip(PARTIAL, (ranks if parallel.sequence else 1, ranks, ends), strict=True)),
         "tokens": [dict(zip(windows.groups, count.tolist(), strict=True)) for count in counts],

@@ -125,7 +125,7 @@ def ragged(run: Run, step: int, world: World) -> list:
 
 def one_by_one(run: Run, step: int, world: World) -> list:
     """The same rows on one replica."""
-    replicas = [World(**{**world.__dict__, "replica": r, "replicas": 2}) for r in range(2)]
+    replicas = [World(**{**world.__dict__, "replica": r, "replicas": 2, "copy": r, "copies": 2}) for r in range(2)]
     return [batch for replica in replicas for batch in ragged(run, step, replica)]
 
 

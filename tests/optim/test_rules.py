@@ -199,7 +199,7 @@ def ownership(overrides: list[str]) -> list[tuple[str, str, bool]]:
         for mover in optimizer.movers.values()
         for shard in mover.shards
         for flat in shard.flats
-        for leaf, _, span in parts(flat, world.replica, world.replicas)
+        for leaf, _, span in parts(flat, world.copy, world.copies)
     ]
 
 

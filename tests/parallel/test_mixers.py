@@ -1,0 +1,64 @@
+"""Every mixer on every layout, context parallelism included: loss and gradients equal those of one process."""
+
+import pytest
+import torch
+
+from nlscale.testing import ranks
+from tests.parallel.test_equal import gradients
+from tests.tiny import tiny
+from tests.whole import assemble
+
+SMALL = [
+    "model.linear.chunk=4",
+    "model.titans.chunk=4",
+    "model.self_modifying.chunk=4",
+    "model.self_modifying.maker_chunk=8",
+    "model.self_modifying.gate=true",
+    "model.layers=2",
+]
+MIXERS = {
+    "attention": ["model.kv_heads=4"],
+    "attention-window": ["model.kv_heads=4", "model.window=6"],
+    "linear": ["model.mixer=linear"],
+    "delta": ["model.mixer=delta"],
+    "titans": ["model.mixer=titans"],
+    "titans_mac": ["model.mixer=titans_mac"],
+    "titans_mag": ["model.mixer=titans_mag", "model.window=6"],
+    "titans_mal": ["model.mixer=titans_mal", "model.window=6"],
+    "self_modifying": ["model.mixer=self_modifying"],
+    "self_modifying-causal": ["model.mixer=self_modifying", "model.attention=causal"],
+}
+LAYOUTS = {
+    "tensor": (2, ["parallel.tensor=2"]),
+    "pipeline": (2, ["parallel.pipeline=2"]),
+    "context": (2, ["parallel.context=2"]),
+    "data": (2, []),
+    "tensor-sequence-context": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"]),
+    "pipeline-context": (4, ["parallel.pipeline=2", "parallel.context=2"]),
+    "context4": (4, ["parallel.context=4"]),
+}
+CASES = [
+    (mixer, layout)
+    for mixer in MIXERS
+    for layout in LAYOUTS
+    if "-" not in layout or mixer in ("attention", "delta", "self_modifying")
+]
+
+
+@pytest.fixture(scope="module")
+def one() -> dict:
+    return {mixer: ranks(1, gradients, tiny(*SMALL, *said), torch.float64)[0] for mixer, said in MIXERS.items()}
+
+
+@pytest.mark.parametrize(("mixer", "layout"), CASES)
+def test_layout_equals_one_process(one: dict, mixer: str, layout: str) -> None:
+    count, overrides = LAYOUTS[layout]
+    tolerance = 1e-7 if "tensor" in layout else 1e-11  # megatron-core's vocabulary-parallel loss computes in float32
+    results = ranks(count, gradients, tiny(*SMALL, *MIXERS[mixer], *overrides), torch.float64)
+    loss, expected = one[mixer][0], assemble([one[mixer][1]])
+    assert all(abs(result[0] - loss) < tolerance * loss for result in results)
+    actual = assemble([result[1] for result in results])
+    assert actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert grad.norm() > 0, name
+        assert (actual[name] - grad).norm() <= tolerance * grad.norm(), name
