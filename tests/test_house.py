@@ -41,5 +41,5 @@ def test_every_test_asserts() -> None:
 
 def checks(node: ast.AST) -> bool:
     called = node.func if isinstance(node, ast.Call) else None
-    name = called.attr if isinstance(called, ast.Attribute) else ""
+    name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
     return isinstance(node, ast.Assert) or name in {"raises", "assert_close"}

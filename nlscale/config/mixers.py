@@ -41,10 +41,12 @@ class Titans:
     convolution: int = 4
     rate: float = 0.1  # largest inner rate
     persistent: int = 4  # learned tokens that attention always sees
+    recompute: int = 1  # chunks that backward computes again as one piece (MAC: each, if not 0); 0: everything is kept
 
     def __post_init__(self) -> None:
         positive("model.titans", chunk=self.chunk, convolution=self.convolution, rate=self.rate)
-        require(self.persistent >= 0, f"model.titans.persistent={self.persistent} must not be negative")
+        for name in ("persistent", "recompute"):
+            require(getattr(self, name) >= 0, f"model.titans.{name}={getattr(self, name)} must not be negative")
         require(self.hidden is None or self.hidden >= 1, f"model.titans.hidden={self.hidden} must be at least 1")
 
 
@@ -106,7 +108,8 @@ def check_chunks(model: "Model", tokens: int, ranks: int) -> None:
 def projections(model: "Model", *parts: str) -> Shapes:
     """Column-parallel weights of a head's width, and the output's."""
     inner = model.heads * model.head_width
-    return {f"{part}.weight": (inner, model.width) for part in parts} | {"out.weight": (model.width, inner)}
+    shapes: Shapes = {f"{part}.weight": (inner, model.width) for part in parts}
+    return shapes | {"out.weight": (model.width, inner)}
 
 
 def gates(model: "Model", *parts: str) -> Shapes:
@@ -173,8 +176,8 @@ def titans(model: "Model") -> Shapes:
 
 def persistent(model: "Model") -> Shapes:
     """Keys and values that attention always sees."""
-    shape = (model.heads * model.titans.persistent, model.head_width)
-    return {"persistent.k": shape, "persistent.v": shape} if model.titans.persistent else {}
+    shape: tuple[int, ...] = (model.heads * model.titans.persistent, model.head_width)
+    return dict.fromkeys(("persistent.k", "persistent.v"), shape) if model.titans.persistent else {}
 
 
 def titans_mag(model: "Model") -> Shapes:
@@ -237,5 +240,5 @@ MIXERS: dict[str, Callable[["Model"], Shapes]] = {
 
 
 def mixer_shapes(model: "Model") -> Shapes:
-    """Global shapes of a block's mixer's parameters, by their names below `blocks.N.mix` (a test compares with the model)."""
+    """Global shapes of a block's mixer's parameters, by their names below `blocks.N.mix`."""
     return MIXERS[model.mixer](model)

@@ -7,17 +7,24 @@ T tokens of a row, R ranks, B rows, F features of all heads that this tensor-par
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+
+class Group(Protocol):
+    """A process group, of which this room needs to know the size alone."""
+
+    def size(self) -> int:
+        """Ranks."""
 
 
 class Exchange:
     """The ranks that share a row."""
 
-    def __init__(self, group: ProcessGroup | None = None, rank: int = 0) -> None:
+    def __init__(self, group: Group | None = None, rank: int = 0) -> None:
         self.group, self.rank = group, rank
         self.ranks = 1 if group is None else group.size()
 

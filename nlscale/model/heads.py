@@ -135,5 +135,5 @@ def tail_of(x_TBF: Tensor, tail: Tensor | None, starts_TB: Tensor | None, count:
 
 
 def stacked(up: Sequence[Tensor], heads: int) -> Tensor:
-    """Parameters (H M, K) of several memories -> (1, H, S M, K)."""
-    return torch.cat([each.unflatten(0, (heads, -1)) for each in up], 1).unsqueeze(0)
+    """Parameters (H M, K) of N memories -> (1, H, N, M, K)."""
+    return torch.stack([each.unflatten(0, (heads, -1)) for each in up], 1).unsqueeze(0)

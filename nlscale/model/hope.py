@@ -1,4 +1,4 @@
-"""HOPE: embed; each block mixes tokens (attention or a sequence memory), then passes its continuum; norm; head (spec 2.7, 2.8).
+"""HOPE: embed; each block mixes tokens (attention or a memory), then passes its continuum; norm; head (spec 2.7, 2.8).
 
 A model is one pipeline stage's share of the network; on one stage it is the whole.
 """

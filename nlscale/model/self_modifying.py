@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
-from nlscale_kernels.mlp_memory import Bank
+from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import Gates, Memories, State, Tokens, self_modifying
-from torch import Tensor, nn, stack
+from torch import Tensor, nn
 
 from nlscale.config.model import Model
 from nlscale.model.exchange import Exchange
@@ -36,8 +36,8 @@ class SelfModifyingMixer(HeadMixer):
         super().__init__(model, config, exchange, parts, settings.convolution, ("input",), local)
         self.settings, hidden = settings, settings.hidden or width
         self.up = nn.ParameterDict({name: self.made(self.held * hidden, width) for name in (*MAKERS, "main")})
-        shapes = {name: (self.held * width, hidden) for name in ("key", "value", "main")}
-        shapes |= {name: (self.held, hidden) for name in ("rate", "keep")}
+        shapes = dict.fromkeys(("key", "value", "main"), (self.held * width, hidden))
+        shapes |= dict.fromkeys(("rate", "keep"), (self.held, hidden))
         self.down = nn.ParameterDict({name: self.made(*shape) for name, shape in shapes.items()})
         self.squash = nn.ParameterDict({name: self.made(self.held) for name in ("rate", "keep")})
 
@@ -60,13 +60,12 @@ class SelfModifyingMixer(HeadMixer):
 
     def start(self) -> Memories:
         """The memories' initial states, of this rank's heads."""
-        mine, heads = self.exchange.mine, self.heads
-        down = {name: stacked([mine(weight)], heads)[0] for name, weight in self.down.items()}
-        vectors = stack([down["key"], down["value"]], 1).unsqueeze(0)
-        gates = stack([down["rate"][:, 0], down["keep"][:, 0]], 1).unsqueeze(0)
-        makers = Bank(stacked([mine(self.up[name]) for name in MAKERS], heads), vectors, gates)
-        main = down["main"][None, :, None]
-        return Memories(makers, Bank(stacked([mine(self.up["main"])], heads), main, gates[:, :, :0]))
+
+        def net(*names: str) -> Net:
+            parts = ([self.exchange.mine(weights[name]) for name in names] for weights in (self.up, self.down))
+            return Net(*(stacked(part, self.heads) for part in parts))
+
+        return Memories(net("key", "value"), net("rate", "keep"), net("main"))
 
     def leaves(self) -> Iterator[Leaf]:
         """The base's, the memories' initial states, the gates' biases."""

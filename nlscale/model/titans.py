@@ -8,23 +8,23 @@ B rows, H heads of this rank, T tokens, C tokens of a segment, K head width.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from nlscale_kernels.mlp_memory import Bank
+from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.rotary import rotate
 from nlscale_kernels.span import span_of
 from nlscale_kernels.titans import Memory, Tokens, begin, look, step, titans
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nlscale.config.model import Model
 from nlscale.model.attention import Attention, Context, Persistent, attend
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, Heads, stacked
-from nlscale.model.layers import Norm
 from nlscale.model.scene import Scene
 from nlscale.runtime.leaf import Leaf, prefixed
 
@@ -52,9 +52,9 @@ class TitansMixer(HeadMixer):
         self.up, self.down = initial(self, model.titans.hidden or model.head_width)
 
     @property
-    def start(self) -> Bank:
+    def start(self) -> Net:
         """The memory's initial state, of this rank's heads."""
-        return bank_of(self.exchange, self.up, self.down, self.held)
+        return net_of(self.exchange, self.up, self.down, self.held)
 
     def tokens(self, heads: Heads, scene: Scene) -> Tokens:
         """What the memory is written with."""
@@ -65,7 +65,13 @@ class TitansMixer(HeadMixer):
     def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
         """(T, B, D) -> (T, B, D), and the memory after the last token."""
         heads, tail = self.project(x_TBD, scene, before and before.tail)
-        o, memory = titans(self.tokens(heads, scene), self.settings.chunk, self.start, before and before.memory)
+        o, memory = titans(
+            self.tokens(heads, scene),
+            self.settings.chunk,
+            self.start,
+            before and before.memory,
+            self.settings.recompute,
+        )
         return self.finish(o, x_TBD, heads), Left(memory, tail) if scene.hand_on else None
 
     def leaves(self) -> Iterator[Leaf]:
@@ -80,11 +86,10 @@ def initial(mixer: HeadMixer, hidden: int) -> tuple[nn.Parameter, nn.Parameter]:
     return mixer.made(mixer.held * hidden, mixer.width), mixer.made(mixer.held * mixer.width, hidden)
 
 
-def bank_of(exchange: Exchange, up: Tensor, down: Tensor, held: int) -> Bank:
+def net_of(exchange: Exchange, up: Tensor, down: Tensor, held: int) -> Net:
     """One memory a head of this rank, for all rows."""
-    first = stacked([exchange.mine(up)], held // exchange.ranks)
-    last = stacked([exchange.mine(down)], held // exchange.ranks).unsqueeze(2)
-    return Bank(first, last, up.new_zeros(1, last.shape[1], 0, last.shape[-1]))
+    heads = held // exchange.ranks
+    return Net(stacked([exchange.mine(up)], heads), stacked([exchange.mine(down)], heads))
 
 
 def gates_of(mixer: HeadMixer, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +135,10 @@ class TitansGate(TitansMixer):
     def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
         """(T, B, D) -> (T, B, D), and what attention and memory hand on."""
         heads, tail = self.project(x_TBD, scene, before and before.tail)
-        recalled, memory = titans(self.tokens(heads, scene), self.settings.chunk, self.start, before and before.memory)
+        memory = before and before.memory
+        recalled, memory = titans(
+            self.tokens(heads, scene), self.settings.chunk, self.start, memory, self.settings.recompute
+        )
         q, k, v = (heads[name] for name in self.attention)
         q, k = (turned(part, scene) for part in (q, k))
         if before is not None and before.context is not None:
@@ -199,23 +207,25 @@ class TitansContext(HeadMixer):
         rate, momentum, keep = gates_of(self, heads)
         heads |= {"rate": rate, "momentum": momentum, "keep": keep, "recall": F.normalize(heads["recall"], dim=-1)}
         heads |= {name: turned(heads[name], scene) for name in ("q", "k")}
-        start = bank_of(self.exchange, self.up, self.down, self.held)
+        start = net_of(self.exchange, self.up, self.down, self.held)
         inside = {name: self.exchange.mine(w).unflatten(0, (self.heads, -1)) for name, w in self.inside.items()}
         memory, outputs = before.memory if before else begin(start), []
         chunk = self.settings.chunk
         for first in range(0, rate.shape[2], chunk):
             part = {name: each[:, :, first : first + chunk] for name, each in heads.items()}
-            o, memory = self.segment(part, scene.starts(first, chunk), memory, start, inside)
+            again = self.settings.recompute and torch.is_grad_enabled()
+            given = part, scene.starts(first, chunk), memory, start, inside
+            o, memory = checkpoint(self.segment, *given, use_reentrant=False) if again else self.segment(*given)
             outputs.append(o)
         left = Left(memory) if scene.hand_on else None
         return self.finish(torch.cat(outputs, 2), x_TBD, {}), left
 
     def segment(
-        self, part: Heads, starts_BC: Tensor | None, memory: Memory, start: Bank, inside: dict[str, Tensor]
+        self, part: Heads, starts_BC: Tensor | None, memory: Memory, start: Net, inside: dict[str, Tensor]
     ) -> tuple[Tensor, Memory]:
         """One segment: recall, attend, ask, write."""
         span = span_of(part["keep"], starts_BC)
-        recalled = look(span, start, memory.bank, part["recall"])
+        recalled = look(span, start, memory.net, part["recall"])
         k = torch.cat([recalled @ inside["context_k"].mT, part["k"]], 2)
         v = torch.cat([recalled @ inside["context_v"].mT, part["v"]], 2)
         own = span.between_BHCC.new_ones(span.between_BHCC.shape[-2:]).tril().bool()
@@ -224,7 +234,7 @@ class TitansContext(HeadMixer):
             own = own & (document_BC[:, :, None] == document_BC[:, None])[:, None]
         y = attend(part["q"], k, v, torch.cat([own, own], -1), self.persistent, self.exchange)
         asked = F.normalize(y @ inside["read_q"].mT, dim=-1)
-        answer = look(span, start, memory.bank, asked)
+        answer = look(span, start, memory.net, asked)
         keys = F.normalize(y @ inside["write_k"].mT, dim=-1)
         written = Tokens(asked, keys, y @ inside["write_v"].mT, part["rate"], part["momentum"], part["keep"], starts_BC)
         return self.gains(y, answer, self.exchange), step(memory, start, written, span)

@@ -3,17 +3,18 @@
 import torch
 import torch.nn.functional as F
 from nlscale_kernels.associative import MOMENTUM, Associative, Gates, State, mlp, square
-from nlscale_kernels.mlp_memory import Bank
+from nlscale_kernels.mlp_memory import Net
+from nlscale_kernels.self_modifying import Memories
 from torch import Tensor
 
 TITANS = Associative(mlp, square, MOMENTUM)
 
 
 def titans_row(
-    bank: Bank, head: int, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, starts: Tensor, chunk: int
+    net: Net, head: int, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, starts: Tensor, chunk: int
 ) -> Tensor:
     """Readings (T, K) of one head over one row; gates (3, T): rate, momentum, keep. Gradients and readings at anchors."""
-    initial = TITANS.begin({"up": bank.up[0, head], "down": bank.down[0, head, 0]})
+    initial = TITANS.begin({"up": net.up[0, head, 0], "down": net.down[0, head, 0]})
     state = anchor = initial
     outputs = []
     for t in range(len(q)):
@@ -29,14 +30,13 @@ def titans_row(
 class Five:
     """Self-modifying Titans of one head, exactly as eqs. 83-93 (corrected) say, momentum by the house's rule for W2."""
 
-    def __init__(self, makers: Bank, main: Bank, head: int, biases: tuple[float, float, float]) -> None:
-        self.width = main.down.shape[-1]
-        self.initial = {}
-        for place, name in enumerate(("key", "value", "rate", "keep")):
-            up = makers.up[0, head].unflatten(0, (4, -1))[place]
-            last = makers.down[0, head, place] if place < 2 else makers.gate[0, head, place - 2][None]
-            self.initial[name] = {"up": up, "down": last}
-        self.initial["main"] = {"up": main.up[0, head], "down": main.down[0, head, 0]}
+    def __init__(self, memories: Memories, head: int, biases: tuple[float, float, float]) -> None:
+        names = (("key", "value"), ("rate", "keep"), ("main",))
+        self.initial = {
+            name: {"up": net.up[0, head, place], "down": net.down[0, head, place]}
+            for net, group in zip(memories, names, strict=True)
+            for place, name in enumerate(group)
+        }
         self.biases = biases
 
     @staticmethod

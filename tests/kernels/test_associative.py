@@ -33,7 +33,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def near(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
+def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -61,9 +61,9 @@ def test_row_2_sgd_is_the_memory_of_its_surprise() -> None:
             (functional(x[None]) - target).square().sum().backward()
         assert layer.weight.grad is not None
         u = seen[""].u[0]  # type: ignore[index]
-        near(seen[""].gradient(), layer.weight.grad)
+        assert_close(seen[""].gradient(), layer.weight.grad)
         now = layer.weight.detach().clone()
-        near(
+        assert_close(
             slope(lambda w: w @ x @ u + (w - now).square().sum() / (2 * rate), proximal(now, x, u, rate)),
             torch.zeros(O, I).double(),
         )
@@ -71,8 +71,8 @@ def test_row_2_sgd_is_the_memory_of_its_surprise() -> None:
         layer.weight.grad = None
         pairs.append((x, u))
         state = memory.write(state, x, -u, Gates(rate))
-        near(state.weights["up"], layer.weight.detach())
-    near(follow_leader(weight, pairs, rate), layer.weight.detach())
+        assert_close(state.weights["up"], layer.weight.detach())
+    assert_close(follow_leader(weight, pairs, rate), layer.weight.detach())
 
 
 def test_row_2_the_surprise_of_a_layer_by_finite_differences() -> None:
@@ -107,10 +107,10 @@ def test_row_3_backpropagation_is_self_referential() -> None:
         (0.5 * (network(x) - target).square().sum()).backward()
     hidden = torch.tanh(x @ start["0.weight"].T)
     last = hidden @ start["2.weight"].T - target
-    near(seen["2"].u, last)  # type: ignore[arg-type]
-    near(seen["0"].u, (last @ start["2.weight"]) * (1 - hidden.square()))  # type: ignore[arg-type]
+    assert_close(seen["2"].u, last)  # type: ignore[arg-type]
+    assert_close(seen["0"].u, (last @ start["2.weight"]) * (1 - hidden.square()))  # type: ignore[arg-type]
     once, frozen = step(start), start["0.weight"] - rate * seen["0"].gradient()
-    near(once["0.weight"], frozen)
+    assert_close(once["0.weight"], frozen)
     replayed, again = frozen - rate * seen["0"].gradient(), step(once)["0.weight"]
     assert (again - replayed).norm() > 1e-2 * (again - start["0.weight"]).norm()
 
@@ -126,13 +126,13 @@ def test_row_4_momentum_is_two_memories() -> None:
         weight.grad = rate * gradient
         theirs.step()
         before, inner = inner, momentum_memory(inner, gradient, share, rate)
-        near(
+        assert_close(
             slope(lambda m: (m * gradient).sum() + (m - share * before).square().sum() / (2 * rate), inner.clone()),
             torch.zeros(O, I).double(),
         )
         state = memory.write(state, x, -u, Gates(rate, 1.0, share))
-        near(state.extra["up"], inner)
-        near(state.weights["up"], weight.detach())
+        assert_close(state.extra["up"], inner)
+        assert_close(state.weights["up"], weight.detach())
 
 
 def test_row_5_adam_is_the_best_elementwise_memory_where_its_betas_are_equal() -> None:
@@ -140,7 +140,7 @@ def test_row_5_adam_is_the_best_elementwise_memory_where_its_betas_are_equal() -
     w = (1 - beta) * beta ** torch.arange(29, -1, -1).double()[:, None]
     size = (w * gradients.square()).sum(0).sqrt()
     best = adam_memory(gradients, beta)
-    near(slope(lambda m: (w * (m * gradients - size).square()).sum(), best.clone()), torch.zeros(7).double())
+    assert_close(slope(lambda m: (w * (m * gradients - size).square()).sum(), best.clone()), torch.zeros(7).double())
 
     def adam(beta1: float, beta2: float) -> Tensor:
         weight = nn.Parameter(torch.zeros(7).double())
@@ -151,7 +151,7 @@ def test_row_5_adam_is_the_best_elementwise_memory_where_its_betas_are_equal() -
         # torch's step undoes the EMAs' zero start; the objective knows no such start
         return (before - weight.detach()) * (1 - beta1**30) / (1 - beta2**30) ** 0.5
 
-    near(best, adam(beta, beta))
+    assert_close(best, adam(beta, beta))
     assert (best - adam(beta, 0.99)).norm() > 1e-2 * best.norm()
 
 
@@ -165,7 +165,7 @@ def test_row_6_linear_attention_is_one_step_on_the_dot_objective() -> None:
     state = remember(Associative(linear, dot, SGD), k, v, [Gates()] * T, torch.zeros(O, I).double())
     o, last = serial("linear", as_tokens(q, k, v, one, one), torch.zeros(1, O, I).double())
     assert torch.equal(last[0, 0], state.weights["up"])
-    near(o[0, 0], (q @ k.T).tril() @ v, 1e-13)
+    assert_close(o[0, 0], (q @ k.T).tril() @ v, 1e-13)
 
 
 def test_row_7_the_delta_rule_is_one_step_on_the_square_objective() -> None:
@@ -173,17 +173,17 @@ def test_row_7_the_delta_rule_is_one_step_on_the_square_objective() -> None:
     rate, keep, start = torch.rand(T).double(), torch.ones(T).double(), numbers(O, I, seed=4)
     state = remember(Associative(linear, square, SGD), k, v, [Gates(r) for r in rate], start)
     _, last = linear_memory("delta", as_tokens(q, k, v, rate, keep), 3, start[None])
-    near(last[0, 0], state.weights["up"])
+    assert_close(last[0, 0], state.weights["up"])
 
 
 def test_row_8_softmax_attention_is_the_non_parametric_memory() -> None:
     query, keys, values = numbers(I), numbers(T, I, seed=1), numbers(T, O, seed=2)
     said = nearest(query, keys, values, I**-0.5)
     s = torch.exp(keys @ query * I**-0.5)
-    near(slope(lambda m: (s * (values - m).square().sum(-1)).sum(), said.clone()), torch.zeros(O).double())
-    near(said, F.scaled_dot_product_attention(query[None], keys, values)[0])
+    assert_close(slope(lambda m: (s * (values - m).square().sum(-1)).sum(), said.clone()), torch.zeros(O).double())
+    assert_close(said, F.scaled_dot_product_attention(query[None], keys, values)[0])
     window = F.scaled_dot_product_attention(query[None], keys[-4:], values[-4:])[0]
-    near(nearest(query, keys[-4:], values[-4:], I**-0.5), window)
+    assert_close(nearest(query, keys[-4:], values[-4:], I**-0.5), window)
 
 
 def test_row_9_a_weight_may_be_written_in_context() -> None:
@@ -193,7 +193,7 @@ def test_row_9_a_weight_may_be_written_in_context() -> None:
     off, _ = linear_memory("linear", as_tokens(y, k, v, 0 * one, one), T, slow)
     assert torch.equal(off[0, 0], y @ slow[0].T)
     on, _ = linear_memory("linear", as_tokens(y, k, v, one, one), 3, nothing)
-    near(on[0, 0], (y @ k.T).tril() @ v)
+    assert_close(on[0, 0], (y @ k.T).tril() @ v)
 
 
 def test_row_14_a_memorys_initial_state_is_learnt_through_its_writes() -> None:
@@ -271,7 +271,7 @@ def test_rows_25_and_26_a_generated_weight_of_rank_one_is_a_fast_weight_programm
         one = torch.ones(T).double()
         return linear_memory("linear", as_tokens(q, k, v, one, one), 3, torch.zeros(1, O, I).double())[0][0, 0]
 
-    near(generated(generator), programmed(generator))
+    assert_close(generated(generator), programmed(generator))
     assert torch.autograd.gradcheck(generated, (generator,))
 
 
@@ -282,7 +282,7 @@ def test_row_27_a_loop_of_linear_attention_is_gradient_descent_in_context() -> N
     for _ in range(4):
         weight = weight + rate * (values - keys @ weight.T).T @ keys
         residual = residual - rate * keys @ (residual.T @ keys).T
-        near(residual, values - keys @ weight.T)
+        assert_close(residual, values - keys @ weight.T)
 
 
 def test_row_28_titans_without_momentum_is_the_gated_delta_rule() -> None:
@@ -292,14 +292,14 @@ def test_row_28_titans_without_momentum_is_the_gated_delta_rule() -> None:
     gates = [Gates(r, a, 0.0) for r, a in zip(rate, keep, strict=True)]
     # keep W - rate (W k - v) k^T: the rate of the delta rule is that of Titans
     titans = remember(Associative(linear, square, MOMENTUM), k, v, gates, start)
-    near(linear_memory("delta", as_tokens(q, k, v, rate, keep), 3, start[None])[1][0, 0], titans.weights["up"])
+    assert_close(linear_memory("delta", as_tokens(q, k, v, rate, keep), 3, start[None])[1][0, 0], titans.weights["up"])
 
 
 def test_row_35_delta_gradient_descent_solves_its_proximal_problem_for_every_length() -> None:
     for length in (0.1, 1.0, 30.0):
         weight, x, u, rate = numbers(O, I), length * numbers(I, seed=1), numbers(O, seed=2), 0.7
         new = delta_step(weight, x, u, rate)
-        near(
+        assert_close(
             slope(lambda w: 0.5 * (w @ x + u).square().sum() + (w - weight).square().sum() / (2 * rate), new.clone()),
             torch.zeros(O, I).double(),
             1e-9,
@@ -311,10 +311,10 @@ def test_delta_gradient_descent_on_a_matrix_memory_is_the_delta_rule_at_twice_th
     k, v = F.normalize(numbers(1, I, seed=1), dim=-1), numbers(1, O, seed=2)
     memory = Associative(linear, square, DELTA)
     state = remember(memory, k.expand(200, I), v.expand(200, O), [Gates(0.2)] * 200, numbers(O, I, seed=3))
-    near(memory.read(state, k[0]), v[0] / 2, 1e-9)
+    assert_close(memory.read(state, k[0]), v[0] / 2, 1e-9)
     hebbian = Associative(linear, dot, DELTA)
     state = remember(hebbian, k.expand(200, I), v.expand(200, O), [Gates(0.2)] * 200, numbers(O, I, seed=3))
-    near(hebbian.read(state, k[0]), v[0], 1e-9)
+    assert_close(hebbian.read(state, k[0]), v[0], 1e-9)
     once = remember(memory, k, v, [Gates(0.2, 0.9)], numbers(O, I, seed=3))
     rule = as_tokens(k, k, v / 2, *torch.tensor([[0.4], [0.9]], dtype=torch.float64))
-    near(once.weights["up"], serial("delta", rule, numbers(1, O, I, seed=3))[1][0, 0])
+    assert_close(once.weights["up"], serial("delta", rule, numbers(1, O, I, seed=3))[1][0, 0])

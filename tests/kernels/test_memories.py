@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from nlscale_kernels.linear_memory import Affine, affine, compose, linear_memory, serial
 from nlscale_kernels.linear_memory import Tokens as Pairs
-from nlscale_kernels.mlp_memory import Bank
+from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import Gates, Memories, State, self_modifying
 from nlscale_kernels.self_modifying import Tokens as Inputs
 from nlscale_kernels.titans import Memory, titans
@@ -33,12 +33,8 @@ def pairs(starts: Tensor | None = STARTS, tokens: int = T) -> Pairs:
     return Pairs(q, F.normalize(k, dim=-1), v, rate, keep, starts)
 
 
-def bank(vectors: int, gates: int, seed: int = 0) -> Bank:
-    up, down, gate = (
-        0.3 * numbers(1, H, *shape, seed=seed + i)
-        for i, shape in enumerate([((vectors + gates) * M, K), (vectors, K, M), (gates, M)])
-    )
-    return Bank(up, down, gate)
+def net(count: int, out: int = K, seed: int = 0) -> Net:
+    return Net(0.3 * numbers(1, H, count, M, K, seed=seed), 0.3 * numbers(1, H, count, out, M, seed=seed + 1))
 
 
 def surprises(starts: Tensor | None = STARTS) -> Surprises:
@@ -52,7 +48,7 @@ def inputs(starts: Tensor | None = STARTS, momentum: bool = False) -> Inputs:
     return Inputs(x, q, F.logsigmoid(numbers(B, H, T, seed=9)) if momentum else None, starts)
 
 
-FIVE = Memories(bank(2, 2, 20), bank(1, 0, 30))
+FIVE = Memories(net(2, seed=20), net(2, 1, 30), net(1, seed=40))
 GATES = Gates(torch.full((H,), BIASES[0]).double(), torch.full((H,), BIASES[1]).double(), BIASES[2])
 
 
@@ -85,7 +81,7 @@ def test_runs_of_tokens_compose_as_affine_maps(rule: str, starts: Tensor | None)
 @pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
 @pytest.mark.parametrize("chunk", [1, 4, 24])
 def test_i15_titans_by_chunks_is_the_recurrence_with_stale_anchors(chunk: int, starts: Tensor | None) -> None:
-    tokens, initial = surprises(starts), bank(1, 0)
+    tokens, initial = surprises(starts), net(1)
     o, _ = titans(tokens, chunk, initial)
     marks = torch.zeros_like(STARTS) if starts is None else starts
     gates = torch.stack([tokens.rate, tokens.log_momentum.exp(), tokens.log_keep.exp()])
@@ -105,13 +101,13 @@ def test_i13_self_modifying_by_chunks_is_the_recurrence(chunk: int, starts: Tens
     marks = torch.zeros_like(STARTS) if starts is None else starts
     for b in range(B):
         for h in range(H):
-            row = Five(*FIVE, h, BIASES).row(tokens.x[b, h], tokens.q[b, h], marks[b], chunk)
+            row = Five(FIVE, h, BIASES).row(tokens.x[b, h], tokens.q[b, h], marks[b], chunk)
             torch.testing.assert_close(o[b, h], row, rtol=1e-9, atol=1e-11)
 
 
 def test_i13_in_single_precision() -> None:
     tokens = Inputs(*(None if t is None else t.float() for t in inputs(None)))
-    single = Memories(*(Bank(*(part.float() for part in each)) for each in FIVE))
+    single = Memories(*(Net(*(part.float() for part in each)) for each in FIVE))
     o, _ = self_modifying(tokens, (4, 4), single, Gates(GATES[0].float(), GATES[1].float(), GATES[2]))
     exact, _ = self_modifying(inputs(None), (4, 4), FIVE, GATES)
     assert (o - exact).norm() < 1e-5 * exact.norm()
@@ -132,7 +128,7 @@ def run_linear(rule: str) -> Form:
 def run_titans(starts: Tensor | None, first: int, last: int, state: object) -> tuple[Tensor, object]:
     tokens = surprises(starts)
     part = Surprises(*(x[:, :, first:last] for x in tokens[:6]), None if starts is None else starts[:, first:last])
-    return titans(part, 4, bank(1, 0), state)  # type: ignore[arg-type]
+    return titans(part, 4, net(1), state)  # type: ignore[arg-type]
 
 
 def run_self_modifying(momentum: bool, chunks: tuple[int, int], recompute: int = 0) -> Form:
@@ -214,7 +210,7 @@ def test_i16_no_token_hears_of_a_later_one(form: str, starts: Tensor | None, mon
 def test_recomputed_chunks_give_the_same_gradients(starts: Tensor | None) -> None:
     def gradient(recompute: int) -> list[Tensor]:
         tokens = inputs(starts, True)
-        leaves = [t.requires_grad_() for t in (tokens.x, tokens.q, *FIVE.makers, *FIVE.main)]
+        leaves = [t.requires_grad_() for t in (tokens.x, tokens.q, *FIVE.vectors, *FIVE.gates, *FIVE.main)]
         o, _ = self_modifying(tokens, (4, 2), FIVE, GATES, hand_on=False, recompute=recompute)
         grads = torch.autograd.grad((o * numbers(*o.shape, seed=50)).sum(), leaves)
         for leaf in leaves:
@@ -229,25 +225,25 @@ def test_gradients_agree_with_finite_differences() -> None:
     tokens = inputs(STARTS, True).part(0, 8)
 
     def smt(x: Tensor, q: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        memories = FIVE._replace(makers=FIVE.makers._replace(up=up, down=down))
+        memories = FIVE._replace(vectors=FIVE.vectors._replace(up=up), gates=FIVE.gates._replace(down=down))
         return self_modifying(tokens._replace(x=x, q=q), (4, 2), memories, GATES)[0]
 
-    leaves = [t.detach().clone().requires_grad_() for t in (tokens.x, tokens.q, FIVE.makers.up, FIVE.makers.down)]
+    leaves = [t.detach().clone().requires_grad_() for t in (tokens.x, tokens.q, FIVE.vectors.up, FIVE.gates.down)]
     assert torch.autograd.gradcheck(smt, leaves, fast_mode=True)
 
     def lmm(k: Tensor, v: Tensor, up: Tensor) -> Tensor:
         each = surprises()
         part = Surprises(*(x[:, :, :8] for x in each[:6]), STARTS[:, :8])._replace(k=k, v=v)
-        return titans(part, 4, bank(1, 0)._replace(up=up))[0]
+        return titans(part, 4, net(1)._replace(up=up))[0]
 
     each = surprises()
-    leaves = [t.clone().requires_grad_() for t in (each.k[:, :, :8], each.v[:, :, :8], bank(1, 0).up)]
+    leaves = [t.clone().requires_grad_() for t in (each.k[:, :, :8], each.v[:, :, :8], net(1).up)]
     assert torch.autograd.gradcheck(lmm, leaves, fast_mode=True)
 
 
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="24 tokens are no multiple of the chunk of 5"):
-        titans(surprises(), 5, bank(1, 0))
+        titans(surprises(), 5, net(1))
     with pytest.raises(ValueError, match="24 tokens in chunks of 12, and those in chunks of 5"):
         self_modifying(inputs(), (12, 5), FIVE, GATES)
     with pytest.raises(ValueError, match="no multiple"):
@@ -274,4 +270,4 @@ def test_the_last_chunk_writes_only_where_the_state_is_wanted() -> None:
     o, state = self_modifying(inputs(), (4, 2), FIVE, GATES, hand_on=False)
     assert state is None and torch.equal(o, self_modifying(inputs(), (4, 2), FIVE, GATES)[0])
     assert isinstance(self_modifying(inputs(), (4, 2), FIVE, GATES)[1], State)
-    assert isinstance(titans(surprises(), 4, bank(1, 0))[1], Memory)
+    assert isinstance(titans(surprises(), 4, net(1))[1], Memory)

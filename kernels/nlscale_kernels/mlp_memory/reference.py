@@ -1,15 +1,16 @@
-"""Memories that are two-layer networks, several of one head side by side (spec 2.6, 2.9).
+"""Memories that are two-layer networks, several of one kind and head side by side (spec 2.6, 2.9).
 
-    vector memory   z -> z + W1 s(W2 z)         W2 (M, K), W1 (K, M)
-    gate memory     z ->     w1 . s(W2 z)       W2 (M, K), w1 (M)
+    vector memory   z -> z + W1 s(W2 z)       W2 (M, K), W1 (K, M)
+    gate memory     z ->     W1 s(W2 z)       W2 (M, K), W1 (1, M)
 
-s is SiLU. They all read the same z, so their first layers are one product. The gradient of |M(k) - target|^2 / 2 is never
-a matrix a token: it is kept as its two factors, and a chunk's writes are one product.
+s is SiLU. The gradient of |M(k) - target|^2 / 2 is never a matrix a token: with e = M(k) - target and b = (e W1) s'(W2 k) it
+is e s(W2 k)^T for W1 and b k^T for W2, and the writes of a chunk are one product. `lean.py` has the same functions with
+gradients written out, which keep less and pass over memory less often.
 
-B rows (or 1: all rows share the memory), H heads, C tokens, K head width, M hidden units of a memory, V vector memories,
-G gate memories, S = V + G.
+B rows (or 1: all rows share the memory), H heads, N memories, C tokens, K head width, M units of a memory, O = K or 1.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,87 +18,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Bank(NamedTuple):
-    """Weights of V vector memories and G gate memories, in this order."""
+class Net(NamedTuple):
+    """Weights of N memories a head."""
 
-    up: Tensor  # (B, H, S M, K)
-    down: Tensor  # (B, H, V, K, M)
-    gate: Tensor  # (B, H, G, M)
-
-    @property
-    def vectors(self) -> int:
-        """V."""
-        return self.down.shape[2]
+    up: Tensor  # (B, H, N, M, K)
+    down: Tensor  # (B, H, N, O, M)
 
     @property
-    def memories(self) -> int:
-        """S."""
-        return self.down.shape[2] + self.gate.shape[2]
+    def adds(self) -> bool:
+        """Whether memories add their input: vector memories do."""
+        return self.down.shape[-2] == self.up.shape[-1]
 
 
-class Reading(NamedTuple):
-    """What the memories say."""
-
-    vectors: Tensor  # (B, H, V, C, K)
-    gates: Tensor  # (B, H, G, C)
-
-
-class Slope(NamedTuple):
-    """The factors of every token's gradient."""
-
-    key: Tensor  # (B, H, C, K): the memories' input
-    before: Tensor  # (B, H, C, S M): W2 k
-    active: Tensor  # (B, H, S, C, M): s(W2 k)
-    vectors: Tensor  # (B, H, V, C, K): errors of the vector memories
-    gates: Tensor  # (B, H, G, C): of the gate memories
-    back: Tensor  # (B, H, C, S M): errors at W2's output
+def read(net: Net, z: Tensor) -> Tensor:
+    """What the memories say to z (B, H, C, K): (B, H, N, C, O)."""
+    said = F.silu(z.unsqueeze(2) @ net.up.mT) @ net.down.mT
+    return said + z.unsqueeze(2) if net.adds else said
 
 
-def split(hidden: Tensor, memories: int) -> Tensor:
-    """(B, H, C, S M) -> (B, H, S, C, M): a view."""
-    return hidden.unflatten(-1, (memories, -1)).transpose(2, 3)
+def gathered(
+    net: Net, key: Tensor, target: Tensor, arrives: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Sums over the tokens of a chunk: of b arrives^T (B, H, N, M, A), and of w e s^T (B, H, N, O, M) for each weight w.
 
-
-def join(hidden: Tensor) -> Tensor:
-    """The way back."""
-    return hidden.transpose(2, 3).flatten(-2)
-
-
-def out(bank: Bank, active: Tensor, z: Tensor) -> Reading:
-    """Second layers; vector memories add their input."""
-    count = bank.vectors
-    vectors = z.unsqueeze(2) + active[:, :, :count] @ bank.down.mT
-    return Reading(vectors, (active[:, :, count:] * bank.gate.unsqueeze(-2)).sum(-1))
-
-
-def read(bank: Bank, z: Tensor) -> Reading:
-    """What the memories say to z (B, H, C, K)."""
-    return out(bank, split(F.silu(z @ bank.up.mT), bank.memories), z)
-
-
-def slope(bank: Bank, key: Tensor, target: Reading) -> Slope:
-    """Gradients of half the squared errors at every token, as factors."""
-    before = key @ bank.up.mT
-    active = split(F.silu(before), bank.memories)
-    said = out(bank, active, key)
-    vectors, gates = said.vectors - target.vectors, said.gates - target.gates
-    inward = torch.cat([vectors @ bank.down, gates.unsqueeze(-1) * bank.gate.unsqueeze(-2)], 2)
+    Keys (B, H, C, K), targets (B, H, N or 1, C, O), what each token's write on W2 is multiplied by (B, H, C, A), weights
+    (B, H, C).
+    """
+    before = key.unsqueeze(2) @ net.up.mT
     sigmoid = torch.sigmoid(before)
-    back = join(inward) * (sigmoid * (1 + before * (1 - sigmoid)))
-    return Slope(key, before, active, vectors, gates, back)
-
-
-def first_layer(at: Slope, weight_BHC: Tensor) -> Tensor:
-    """The sum of all tokens' gradients of W2, each times its weight."""
-    return (at.back * weight_BHC.unsqueeze(-1)).mT @ at.key
-
-
-def second_layer(at: Slope, weight_BHC: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of W1 and w1."""
-    count, weight = at.vectors.shape[2], weight_BHC.unsqueeze(2).unsqueeze(-1)
-    down = (at.vectors * weight).mT @ at.active[:, :, :count]
-    gate = ((at.gates.unsqueeze(-1) * weight) * at.active[:, :, count:]).sum(-2)
-    return down, gate
+    active = before * sigmoid
+    error = active @ net.down.mT - target
+    error = error + key.unsqueeze(2) if net.adds else error
+    back = (error @ net.down) * (sigmoid + active * (1 - sigmoid))
+    first = back.mT @ arrives.unsqueeze(2)
+    return first, [(error * weight.unsqueeze(2).unsqueeze(-1)).mT @ active for weight in weights]
 
 
 def mix(*terms: tuple[Tensor | float, Tensor]) -> Tensor:

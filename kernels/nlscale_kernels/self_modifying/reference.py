@@ -6,9 +6,9 @@ Five memories a head: key, value, rate, keep and main. With x_t the token's inpu
     o = M_main(q)         target of memory M: M(v), taken as given;  gradient g of |M(k) - M(v)|^2 / 2
     W2 <- W2 (a I - e k k^T) - e g,   W1 <- a W1 - e g      Delta Gradient Descent on the layer that k enters
 
-The anchor is the state before the chunk, or the initial state where the document began inside the chunk. The erasures of
-a chunk act on one another through one triangular matrix, which all memories share. The main memory may have shorter
-chunks than the four that make its keys, values and gates. Momentum (Titans): on W1 token by token, on W2 chunk by chunk.
+The anchor is the state before the chunk, or the initial state where the document began inside the chunk. The main memory
+may have shorter chunks than the four that make its keys, values and gates. Momentum (Titans): on W1 token by token, on W2
+chunk by chunk. What a chunk does to any W2 is W2 turn + (its writes) reach (writes.py), the same for all five memories.
 
 B rows, H heads, T tokens, C tokens of a chunk, K head width.
 """
@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nlscale_kernels.linear_memory import erasures
-from nlscale_kernels.mlp_memory import Bank, Reading, Slope, mix, read, second_layer, slope
-from nlscale_kernels.span import Filter, Span, anchored, filtered, span_of
+from nlscale_kernels.mlp_memory import Net, gathered, mix, read
+from nlscale_kernels.self_modifying.writes import Writes, joined, writes_of
+from nlscale_kernels.span import anchored
 
 
 class Tokens(NamedTuple):
@@ -39,12 +39,18 @@ class Tokens(NamedTuple):
         starts = None if self.starts is None else self.starts[:, first : first + count]
         return Tokens(x, q, momentum, starts)  # type: ignore[arg-type]
 
+    @property
+    def fresh(self) -> Tensor | None:
+        """True where a token's document began among these tokens (B, T)."""
+        return None if self.starts is None else self.starts.cumsum(-1) > 0
+
 
 class Memories(NamedTuple):
-    """The five memories: `makers` are key, value, rate and keep."""
+    """The five memories of every head."""
 
-    makers: Bank
-    main: Bank
+    vectors: Net  # key, value
+    gates: Net  # rate, keep
+    main: Net
 
 
 class State(NamedTuple):
@@ -75,131 +81,85 @@ class Made(NamedTuple):
         return Made(*(each[:, :, first : first + count] for each in self))
 
 
-class Writes(NamedTuple):
-    """What the tokens of a chunk write with, for every memory."""
-
-    k: Tensor
-    v: Tensor
-    rate: Tensor  # (B, H, C)
-    span: Span
-    reach: Tensor  # (B, H, C, K): how each token's write on W2 arrives at the chunk's end, through later erasures
-    scalars: Filter | None  # with momentum
-    momentum: Tensor | None  # (B, H): mean momentum of the last document's tokens, 0 where one began
-
-
 def begin(initial: Memories, momentum: bool) -> State:
     """The state before any token; `initial` has a row dimension of 1."""
-    zero = Memories(*(Bank(*(torch.zeros_like(part) for part in bank)) for bank in initial))
+    zero = Memories(*(Net(*(torch.zeros_like(part) for part in net)) for net in initial))
     return State(initial, zero if momentum else None)
 
 
-def chosen(fresh: Tensor | None, initial: Reading, here: Reading) -> Reading:
-    """Readings at each token's anchor."""
-    if fresh is None:
-        return here
-    vectors = torch.where(fresh[:, None, None, :, None], initial.vectors, here.vectors)
-    return Reading(vectors, torch.where(fresh[:, None, None, :], initial.gates, here.gates))
+def look(fresh: Tensor | None, initial: Net, net: Net, z: Tensor) -> Tensor:
+    """What the memories at each token's anchor say to z (B, H, N, C, O)."""
+    said = read(net, z)
+    return said if fresh is None else torch.where(fresh[:, None, None, :, None], read(initial, z), said)
 
 
-def look(fresh: Tensor | None, initial: Bank, bank: Bank, z: Tensor) -> Reading:
-    """What the memories at each token's anchor say to z."""
-    return chosen(fresh, read(initial, z) if fresh is not None else None, read(bank, z))  # type: ignore[arg-type]
-
-
-def made(tokens: Tokens, initial: Bank, makers: Bank, gates: Gates) -> "Made":
-    """Keys, values, rates and log a of a chunk, as its makers say."""
-    fresh = None if tokens.starts is None else tokens.starts.cumsum(-1) > 0
-    said = look(fresh, initial, makers, tokens.x)
-    k, v = said.vectors.unbind(2)
-    rate, keep = said.gates.unbind(2)
+def made(tokens: Tokens, initial: Memories, now: Memories, gates: Gates) -> Made:
+    """What the makers say."""
+    k, v = look(tokens.fresh, initial.vectors, now.vectors, tokens.x).unbind(2)
+    rate, keep = look(tokens.fresh, initial.gates, now.gates, tokens.x).squeeze(-1).unbind(2)
     rate = gates.rate_max * torch.sigmoid(rate + gates.rate_bias[:, None])
     return Made(F.normalize(k, dim=-1), v, rate, F.logsigmoid(keep + gates.keep_bias[:, None]))
 
 
-def writes_of(said: Made, tokens: Tokens) -> Writes:
-    """What is the same for all memories."""
-    k, v, rate, log_keep = said
-    span = span_of(log_keep, tokens.starts)
-    scalars, mean = None, None
-    if tokens.log_momentum is not None:
-        scalars = filtered(span, tokens.log_momentum)
-        share = tokens.log_momentum.exp()
-        if span.last_BC is None or span.fresh_BC is None:
-            mean = share.mean(-1)
-        else:  # a document that began in the chunk has no momentum from before
-            last = span.last_BC.to(share.dtype).unsqueeze(1)
-            mean = (share * last).sum(-1) / last.sum(-1) * (~span.fresh_BC[:, -1:]).to(share.dtype)
-    after = span.after_BHC.unsqueeze(-1) * k
-    reach = torch.linalg.solve_triangular(erasures(span, rate, k).mT, after, upper=True, unitriangular=True)
-    return Writes(k, v, rate, span, reach, scalars, mean)
+def gradients(net: Net, said: Made, writes: Writes, mark: Tensor | float, piece: int) -> list[Tensor]:
+    """What tokens write on W2 and, once for each kind of weight, on W1, where `mark` (B, 1, T) is not zero.
+
+    `piece` tokens are worked on at a time.
+    """
+    rate = said.rate * mark
+    shares = [rate * writes.scalars.write_BHC]
+    shares += [] if writes.momentum is None else [rate * writes.scalars.hold_BHC]
+    reach = -rate.unsqueeze(-1) * writes.reach
+    total: list[Tensor] = []
+    for k, v, arrives, *weights in zip(*(x.split(piece, 2) for x in (said.k, said.v, reach, *shares)), strict=True):
+        first, second = gathered(net, k, read(net, v), arrives, weights)
+        each = [first, *second]
+        total = [a + b for a, b in zip(total, each, strict=True)] if total else each
+    return total
 
 
-def slope_at(writes: Writes, initial: Bank, bank: Bank) -> Slope:
-    """Each token's gradient at its anchor, with the target that the memory itself gives to the token's value."""
-    here = slope(bank, writes.k, read(bank, writes.v))
-    fresh = writes.span.fresh_BC
-    if fresh is None:
-        return here
-    there = slope(initial, writes.k, read(initial, writes.v))
-    tokens = fresh[:, None, None, :]
-    return Slope(
-        writes.k,
-        anchored(fresh, there.before, here.before),
-        torch.where(tokens.unsqueeze(-1), there.active, here.active),
-        torch.where(tokens.unsqueeze(-1), there.vectors, here.vectors),
-        torch.where(tokens, there.gates, here.gates),
-        anchored(fresh, there.back, here.back),
-    )
-
-
-def write(bank: Bank, old: Bank | None, initial: Bank, writes: Writes) -> tuple[Bank, Bank | None]:
+def write(net: Net, speed: Net | None, initial: Net, said: Made, writes: Writes, piece: int) -> tuple[Net, Net | None]:
     """Memories and momentum after a chunk."""
-    span, rate, at = writes.span, writes.rate, slope_at(writes, initial, bank)
-    renewed = None if span.fresh_BC is None else span.fresh_BC[:, -1]
-    left = Bank(*(anchored(renewed, first, part) for first, part in zip(initial, bank, strict=True)))
-    erased = -(rate * span.before_BHC).unsqueeze(-1) * at.before
-    learnt = -rate.unsqueeze(-1) * at.back
-    if old is None or writes.scalars is None:
-        down, gate = (
-            mix((span.whole_BH, was), (-1.0, new))
-            for was, new in zip(left[1:], second_layer(at, rate * span.after_BHC), strict=True)
-        )
-        return Bank(mix((span.whole_BH, left.up), (1.0, (erased + learnt).mT @ writes.reach)), down, gate), None
-    assert writes.momentum is not None
-    speed = mix((writes.momentum, old.up), (1.0, learnt.mT @ writes.reach))
-    up = mix((span.whole_BH, left.up), (1.0, erased.mT @ writes.reach)) + speed
-    scalars = writes.scalars
-    written, held = (second_layer(at, rate * weight) for weight in (scalars.write_BHC, scalars.hold_BHC))
-    moved = [
-        mix((span.whole_BH, was), (scalars.carry_BH, fast), (-1.0, new))
-        for was, fast, new in zip(left[1:], old[1:], written, strict=True)
-    ]
-    speeds = [mix((scalars.left_BH, fast), (-1.0, new)) for fast, new in zip(old[1:], held, strict=True)]
-    return Bank(up, *moved), Bank(speed, *speeds)
+    if writes.fresh_BC is None:
+        learnt, written, *rest = gradients(net, said, writes, 1.0, piece)
+    else:  # a gradient is taken at the token's anchor
+        fresh = writes.fresh_BC.to(said.rate.dtype).unsqueeze(1)
+        apart = (gradients(initial, said, writes, fresh, piece), gradients(net, said, writes, 1 - fresh, piece))
+        learnt, written, *rest = (a + b for a, b in zip(*apart, strict=True))
+    left = Net(*(anchored(writes.renewed_B, first, part) for first, part in zip(initial, net, strict=True)))
+    turned = (left.up.flatten(2, 3) @ writes.turn).unflatten(2, left.up.shape[2:4])
+    scalars, carried = writes.scalars, writes.carried
+    if speed is None or carried is None:
+        return Net(turned + learnt, mix((scalars.whole_BH, left.down), (-1.0, written))), None
+    fast = mix((carried, speed.up), (1.0, learnt))
+    down = mix((scalars.whole_BH, left.down), (scalars.carry_BH, speed.down), (-1.0, written))
+    return Net(turned + fast, down), Net(fast, mix((scalars.left_BH, speed.down), (-1.0, rest[0])))
 
 
 def block(
     tokens: Tokens, state: State, initial: Memories, gates: Gates, chunk: int, last: bool
 ) -> tuple[Tensor, State]:
     """One chunk of the makers, and in it the chunks of the main memory; the `last` chunk writes nothing."""
-    (makers, main), count = state.memories, tokens.x.shape[2]
-    said = made(tokens, initial.makers, makers, gates)
-    shared = None if last else writes_of(said, tokens)
-    maker_speed, main_speed = state.momentum or (None, None)
-    outputs = []
+    now, speeds = state.memories, state.momentum or (None, None, None)
+    said, count = made(tokens, initial, now, gates), tokens.x.shape[2]
+    main, main_speed = now.main, speeds[2]
+    outputs, all_writes = [], []
     for first in range(0, count, chunk):
-        part = tokens.part(first, chunk)
-        fresh = None if part.starts is None else part.starts.cumsum(-1) > 0
-        outputs.append(look(fresh, initial.main, main, part.q).vectors[:, :, 0])
+        part, own = tokens.part(first, chunk), said.part(first, chunk)
+        outputs.append(look(part.fresh, initial.main, main, part.q)[:, :, 0])
         if not last or first + chunk < count:
-            own = shared if count == chunk else writes_of(said.part(first, chunk), part)
-            assert own is not None
-            main, main_speed = write(main, main_speed, initial.main, own)
+            writes = writes_of(own.k, own.rate, own.log_keep, part.log_momentum, part.starts)
+            main, main_speed = write(main, main_speed, initial.main, own, writes, chunk)
+            all_writes.append(writes)
+    vectors, vector_speed, gate, gate_speed = now.vectors, speeds[0], now.gates, speeds[1]
     if not last:
-        assert shared is not None
-        makers, maker_speed = write(makers, maker_speed, initial.makers, shared)
-    momentum = Memories(maker_speed, main_speed) if maker_speed is not None and main_speed is not None else None
-    return torch.cat(outputs, 2), State(Memories(makers, main), momentum)
+        whole = joined(all_writes)
+        vectors, vector_speed = write(vectors, vector_speed, initial.vectors, said, whole, chunk)
+        gate, gate_speed = write(gate, gate_speed, initial.gates, said, whole, chunk)
+    momentum = None
+    if vector_speed is not None and gate_speed is not None and main_speed is not None:
+        momentum = Memories(vector_speed, gate_speed, main_speed)
+    return torch.cat(outputs, 2), State(Memories(vectors, gate, main), momentum)
 
 
 def self_modifying(

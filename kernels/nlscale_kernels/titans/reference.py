@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from nlscale_kernels.mlp_memory import Bank, Reading, Slope, first_layer, mix, read, second_layer, slope
+from nlscale_kernels.mlp_memory import Net, gathered, mix, read
 from nlscale_kernels.span import Span, anchored, filtered, span_of
 
 
@@ -30,72 +31,82 @@ class Tokens(NamedTuple):
     log_keep: Tensor
     starts: Tensor | None = None
 
+    def part(self, first: int, count: int) -> "Tokens":
+        """Tokens first ... first + count."""
+        q, k, v, rate, momentum, keep = (part[:, :, first : first + count] for part in self[:6])
+        return Tokens(
+            q, k, v, rate, momentum, keep, None if self.starts is None else self.starts[:, first : first + count]
+        )
+
 
 class Memory(NamedTuple):
     """Weights and momentum."""
 
-    bank: Bank
-    momentum: Bank
+    net: Net
+    momentum: Net
 
 
-def begin(initial: Bank) -> Memory:
+def begin(initial: Net) -> Memory:
     """The memory before any token; `initial` has a row dimension of 1."""
-    return Memory(initial, Bank(*(torch.zeros_like(part) for part in initial)))
+    return Memory(initial, Net(*(torch.zeros_like(part) for part in initial)))
 
 
-def renew(fresh: Tensor | None, initial: Bank, bank: Bank) -> Bank:
-    """The initial weights in rows where a document began."""
-    return Bank(*(anchored(fresh, first, part) for first, part in zip(initial, bank, strict=True)))
-
-
-def slope_at(span: Span, initial: Bank, bank: Bank, key: Tensor, target: Tensor) -> Slope:
-    """Each token's gradient at its anchor."""
-    wanted = Reading(target.unsqueeze(2), target.new_zeros(*target.shape[:2], 0, target.shape[2]))
-    here = slope(bank, key, wanted)
-    if span.fresh_BC is None:
-        return here
-    there, tokens = slope(initial, key, wanted), span.fresh_BC
-    vectors = torch.where(tokens[:, None, None, :, None], there.vectors, here.vectors)
-    active = torch.where(tokens[:, None, None, :, None], there.active, here.active)
-    rest = [anchored(tokens, a, b) for a, b in ((there.before, here.before), (there.back, here.back))]
-    return Slope(key, rest[0], active, vectors, here.gates, rest[1])
-
-
-def look(span: Span, initial: Bank, bank: Bank, q: Tensor) -> Tensor:
+def look(span: Span, initial: Net, net: Net, q: Tensor) -> Tensor:
     """What each token's anchor says to its query (B, H, C, K)."""
-    said = read(bank, q).vectors[:, :, 0]
-    return said if span.fresh_BC is None else anchored(span.fresh_BC, read(initial, q).vectors[:, :, 0], said)
+    said = read(net, q)[:, :, 0]
+    return said if span.fresh_BC is None else anchored(span.fresh_BC, read(initial, q)[:, :, 0], said)
 
 
-def step(memory: Memory, initial: Bank, tokens: Tokens, span: Span) -> Memory:
+def step(memory: Memory, initial: Net, tokens: Tokens, span: Span) -> Memory:
     """The memory after a chunk's writes."""
-    scalars = filtered(span, tokens.log_momentum)
-    at = slope_at(span, initial, memory.bank, tokens.k, tokens.v)
-    renewed = None if span.fresh_BC is None else span.fresh_BC[:, -1]
-    kept, old = renew(renewed, initial, memory.bank), memory.momentum
-    written, held = (
-        Bank(first_layer(at, tokens.rate * weight), *second_layer(at, tokens.rate * weight))
-        for weight in (scalars.write_BHC, scalars.hold_BHC)
-    )
-    bank = [
+    scalars, renewed = filtered(span, tokens.log_momentum), None
+    if span.fresh_BC is not None:
+        renewed = span.fresh_BC[:, -1]
+    shares = [tokens.rate * each for each in (scalars.write_BHC, scalars.hold_BHC)]
+    written, held = gradients(initial, memory.net, tokens, shares, span.fresh_BC)
+    kept = [anchored(renewed, first, part) for first, part in zip(initial, memory.net, strict=True)]
+    net = [
         mix((span.whole_BH, was), (scalars.carry_BH, speed), (-1.0, new))
-        for was, speed, new in zip(kept, old, written, strict=True)
+        for was, speed, new in zip(kept, memory.momentum, written, strict=True)
     ]
-    momentum = [mix((scalars.left_BH, speed), (-1.0, new)) for speed, new in zip(old, held, strict=True)]
-    return Memory(Bank(*bank), Bank(*momentum))
+    momentum = [mix((scalars.left_BH, speed), (-1.0, new)) for speed, new in zip(memory.momentum, held, strict=True)]
+    return Memory(Net(*net), Net(*momentum))
 
 
-def titans(tokens: Tokens, chunk: int, initial: Bank, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-    """Readings (B, H, T, K) and the memory after the last token; raises ValueError where `chunk` does not divide T."""
+def gradients(initial: Net, net: Net, tokens: Tokens, shares: list[Tensor], fresh_BC: Tensor | None) -> list[Net]:
+    """All tokens' gradients at their anchors, summed with each of the weights (B, H, C)."""
+    if fresh_BC is not None:
+        apart = [(fresh_BC, initial), (~fresh_BC, net)]
+        parts = [gradients(anchor, anchor, tokens, [w * mark[:, None] for w in shares], None) for mark, anchor in apart]
+        return [Net(*(a + b for a, b in zip(*pair, strict=True))) for pair in zip(*parts, strict=True)]
+    arrives = torch.cat([tokens.k * share.unsqueeze(-1) for share in shares], -1)
+    first, second = gathered(net, tokens.k, tokens.v.unsqueeze(2), arrives, shares)
+    return [Net(up, down) for up, down in zip(first.chunk(len(shares), -1), second, strict=True)]
+
+
+def titans(
+    tokens: Tokens, chunk: int, initial: Net, memory: Memory | None = None, recompute: int = 0
+) -> tuple[Tensor, Memory]:
+    """Readings (B, H, T, K) and the memory after the last token; raises ValueError where `chunk` does not divide T.
+
+    `recompute`: so many chunks are computed again in backward as one piece; 0: none.
+    """
     count = tokens.k.shape[2]
     if count % chunk:
         raise ValueError(f"{count} tokens are no multiple of the chunk of {chunk}")
-    memory, outputs = memory or begin(initial), []
-    for first in range(0, count, chunk):
-        starts = None if tokens.starts is None else tokens.starts[:, first : first + chunk]
-        q, k, v, rate, momentum, keep = (part[:, :, first : first + chunk] for part in tokens[:6])
-        each = Tokens(q, k, v, rate, momentum, keep, starts)
-        span = span_of(each.log_keep, each.starts)
-        outputs.append(look(span, initial, memory.bank, each.q))
-        memory = step(memory, initial, each, span)
+
+    def run(piece: Tokens, memory: Memory) -> tuple[Tensor, Memory]:
+        outputs = []
+        for first in range(0, piece.k.shape[2], chunk):
+            each = piece.part(first, chunk)
+            span = span_of(each.log_keep, each.starts)
+            outputs.append(look(span, initial, memory.net, each.q))
+            memory = step(memory, initial, each, span)
+        return torch.cat(outputs, 2), memory
+
+    memory, outputs, size = memory or begin(initial), [], recompute * chunk or count
+    for first in range(0, count, size):
+        again, piece = recompute and torch.is_grad_enabled(), tokens.part(first, size)
+        o, memory = checkpoint(run, piece, memory, use_reentrant=False) if again else run(piece, memory)
+        outputs.append(o)
     return torch.cat(outputs, 2), memory

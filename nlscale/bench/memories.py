@@ -1,0 +1,74 @@
+"""What memories cost: HOPE and its kin against a plain torch Transformer of the same shape, in one process, one thread."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nlscale.bench.plain import PlainTrainer
+from nlscale.bench.step import REST, SHAPE, Contestant, data
+from nlscale.bench.table import Row, alternating, at_most, show
+from nlscale.config.read import read
+from nlscale.config.run import Run
+from nlscale.runtime.world import World, join
+from nlscale.testing import ranks
+
+ROWS, SEQUENCE, ROUNDS = 4, 512, 7
+MODELS: dict[str, tuple[list[str], float]] = {  # what differs from the plain Transformer, and the target
+    "HOPE": (["use.levels=four", "model.mixer=self_modifying"], 1.40),
+    "Titans MAC": (["use.levels=plain", "model.mixer=titans_mac"], 2.5),
+}
+
+
+def configure(overrides: list[str], rows: int, sequence: int) -> Run:
+    """A model of the bench's shape."""
+    size = [f"data.sequence={sequence}", f"train.micro_batch={rows}", f"train.global_batch={rows}", "cluster.threads=1"]
+    return read("demo", [*SHAPE, *REST, *size, *overrides])
+
+
+def stepper(overrides: list[str], rows: int, sequence: int, world: World | None = None) -> Callable[[], Any]:
+    """One step of ours on random rows; without a world it joins one of its own."""
+    run = configure(overrides, rows, sequence)
+    contestant, batch = Contestant(run, world or join(run.parallel, run.cluster, 0)), data(rows, sequence)
+    return lambda: contestant.step(*batch)
+
+
+def plain_stepper(rows: int, sequence: int) -> Callable[[], Any]:
+    """The same of the plain torch Transformer."""
+    run, batch = configure(["use.levels=plain"], rows, sequence), data(rows, sequence)
+    trainer = PlainTrainer(run.model, sequence, run.optim.lr)
+    return lambda: trainer.step(*batch)
+
+
+def peak(make: Callable[..., Callable[[], Any]], *args: Any) -> float:
+    """Bytes that a model and two of its steps hold at most: growth of the resident set's high-water mark."""
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the mark begins anew
+    step = make(*args)
+    step()
+    step()
+    return float(resident("VmHWM") - before)
+
+
+def resident(field: str) -> int:
+    """A figure of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def main(target: str | None) -> int:
+    """Prints the table; 0 if every target is kept."""
+    torch.set_num_threads(1)
+    plain_peak = ranks(1, peak, plain_stepper, ROWS, SEQUENCE)[0]  # in processes of their own, forked before any thread
+    peaks = {name: ranks(1, peak, stepper, said, ROWS, SEQUENCE)[0] for name, (said, _) in MODELS.items()}
+    first = configure([], ROWS, SEQUENCE)
+    world = join(first.parallel, first.cluster, 0)
+    steps = [stepper(said, ROWS, SEQUENCE, world) for said, _ in MODELS.values()]
+    plain, *seconds = alternating([plain_stepper(ROWS, SEQUENCE), *steps], ROUNDS)
+    table: list[Row] = []
+    for (name, (_, limit)), value in zip(MODELS.items(), seconds, strict=True):
+        table.append(at_most(f"{name}, step / plain", value, "s", plain, limit))
+        table.append(at_most(f"{name}, peak memory / plain", peaks[name] / 2**20, "MB", plain_peak / 2**20, 1.5))
+    title = f"width 256, 4 layers, {SEQUENCE} tokens, batch {ROWS}, one thread, CPU, median of {ROUNDS}"
+    return show(title, table, target)

@@ -1,0 +1,36 @@
+"""The memories' written-out gradients against autograd's of the reference, in float64."""
+
+import pytest
+import torch
+from nlscale_kernels.mlp_memory import Net, gathered, lean, read, reference
+from torch import Tensor
+
+B, H, C, K, M = 2, 3, 6, 4, 5
+
+
+def numbers(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("rows", [1, B])
+@pytest.mark.parametrize(("count", "out"), [(2, K), (2, 1), (1, K)])
+def test_gradients_are_the_references(rows: int, count: int, out: int) -> None:
+    net = Net(numbers(rows, H, count, M, K), numbers(rows, H, count, out, M))
+    key, arrives = numbers(B, H, C, K), numbers(B, H, C, 3)
+    weights = [numbers(B, H, C), numbers(B, H, C) + 1]
+    for target in (numbers(B, H, count, C, out), numbers(B, H, 1, C, out)):
+        given = [*net, key, target, arrives, *weights]
+        results = []
+        for form in (lean, reference):
+            first, second = form.gathered(net, key, target, arrives, weights)
+            said = form.read(net, key)
+            outputs = [first, *second, said]
+            total = sum((each * numbers(*each.shape).detach()).sum() for each in outputs)
+            results.append(outputs + list(torch.autograd.grad(total, given)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_what_the_package_offers_are_the_lean_forms() -> None:
+    assert read is lean.read and gathered is lean.gathered
