@@ -39,7 +39,7 @@ class Titans:
     chunk: int = 64  # tokens between two moves of the memory; MAC: of a segment
     hidden: int | None = None  # units of a head's memory; unset: the head's width
     convolution: int = 4
-    rate: float = 0.1  # largest inner rate
+    rate: float = 0.02  # largest inner rate; the tokens of a chunk add up, so keep rate x chunk below 2
     persistent: int = 4  # learned tokens that attention always sees
     recompute: int = 1  # chunks that backward computes again as one piece (MAC: each, if not 0); 0: everything is kept
 
@@ -58,7 +58,7 @@ class SelfModifying:
     maker_chunk: int | None = None  # of the memories that make keys, values and gates; unset: chunk
     hidden: int | None = None  # units of a memory; unset: the head's width
     convolution: int = 4
-    rate: float = 0.1  # largest inner rate
+    rate: float = 0.02  # largest inner rate; the tokens of a chunk add up, so keep rate x chunk below 2
     momentum: bool = True
     gate: bool = False  # an output gate, silu(W x)
     recompute: int = 1  # maker chunks that backward computes again as one piece; 0: everything is kept

@@ -5,11 +5,12 @@ that are updated equally often and need nothing of each other share a level of t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from nlscale.config.levels import Level, level_of
+from nlscale.config.mixers import chunk_of
 from nlscale.config.optim import STATES
 from nlscale.config.run import Run
 
@@ -24,8 +25,8 @@ class Learner:
 
 
 def learners(run: Run) -> list[Learner]:
-    """Attention, and each level's windows, rule and weights."""
-    found = [Learner("attention", math.inf)]
+    """The blocks' mixer of tokens, and each level's windows, rule and weights."""
+    found = list(mixers(run))
     for level in run.levels:
         beat = Fraction(0) if level.frozen else Fraction(1, level.period)
         states = [f"{level.name}.{state}" for state in STATES[level.optimizer or run.optim.name]]
@@ -34,6 +35,21 @@ def learners(run: Run) -> list[Learner]:
         found += [Learner(state, beat, frozenset({window})) for state in states]
         found.append(Learner(f"{level.name}.weight", beat, frozenset(states)))
     return found
+
+
+def mixers(run: Run) -> Iterator[Learner]:
+    """Attention sees every token at once; a memory moves once a chunk of each row."""
+    model, tokens = run.model, run.train.global_batch * run.data.sequence
+    chunk = Fraction(tokens, chunk_of(model)[1])
+    if model.mixer in ("attention", "titans_mag", "titans_mal", "titans_mac"):
+        yield Learner("attention", math.inf)
+    if model.mixer in ("linear", "delta"):
+        yield Learner("memory", math.inf)
+    elif model.mixer == "self_modifying":
+        yield Learner("memory.makers", chunk)
+        yield Learner("memory.main", Fraction(tokens, model.self_modifying.chunk), frozenset({"memory.makers"}))
+    elif model.mixer != "attention":
+        yield Learner("memory", chunk)
 
 
 def nesting(given: Sequence[Learner]) -> list[set[str]]:

@@ -1,0 +1,153 @@
+"""Every mixer: its parameters by name, causality, documents apart, a row in two parts, what is refused."""
+
+from fnmatch import fnmatchcase
+
+import pytest
+import torch
+from torch import Tensor
+
+from nlscale.config.errors import UserError
+from nlscale.config.levels import parameter_names
+from nlscale.config.mixers import MIXERS, mixer_shapes
+from nlscale.config.run import Run
+from nlscale.model.count import FLOPS, flops_a_token, parameters
+from nlscale.model.hope import Hope
+from nlscale.model.init import TABLE
+from nlscale.model.mixers import MIXERS as BUILT
+from nlscale.optim.layout import is_matrix
+from nlscale.parallel.apply import parallelize
+from nlscale.runtime.world import join
+from nlscale.testing import ranks
+from tests.tiny import tiny
+
+CHUNKS = ["model.linear.chunk=4", "model.titans.chunk=4", "model.self_modifying.chunk=2"]
+CHUNKS += ["model.self_modifying.maker_chunk=4", "model.layers=2"]
+CASES = {name: [f"model.mixer={name}"] for name in MIXERS}
+CASES["attention-window"] = ["model.window=5"]
+CASES["titans_mag-window"] = ["model.mixer=titans_mag", "model.window=5"]
+CASES["self_modifying-gate"] = ["model.mixer=self_modifying", "model.self_modifying.gate=true"]
+CASES["self_modifying-plain"] = ["model.mixer=self_modifying", "model.self_modifying.momentum=false"]
+
+
+def built(run: Run) -> tuple[Hope, list]:
+    world = join(run.parallel, run.cluster, 0)
+    model = parallelize(run, world, torch.float64)
+    with torch.no_grad():  # initial values are small: what a test looks for must be seen
+        for leaf in model.leaves:
+            if ".memory." in leaf.name or "out.weight" in leaf.name:
+                leaf.value.mul_(8)
+    return model.chunks[0], model.leaves
+
+
+def names(run: Run) -> tuple[list[str], dict[str, tuple], dict[str, int], int, list[str]]:
+    _, leaves = built(run)
+    shapes = {leaf.name.split(".", 3)[3]: leaf.shape(1) for leaf in leaves if leaf.name.startswith("blocks.0.mix.")}
+    matrices = [leaf.name for leaf in leaves if is_matrix(leaf)]
+    total = sum(leaf.value.numel() for leaf in leaves)
+    return [leaf.name for leaf in leaves], shapes, parameters(run.model, run.levels), total, matrices
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_are_those_that_the_config_names(case: str) -> None:
+    run = tiny(*CHUNKS, *CASES[case])
+    ((found, shapes, counted, total, matrices),) = ranks(1, names, run)
+    assert sorted(found) == sorted(parameter_names(run.model, run.levels))
+    assert shapes == mixer_shapes(run.model)
+    assert sum(counted.values()) == total
+    for name in found:
+        assert sum(fnmatchcase(name, pattern) for pattern, _ in TABLE) == 1, name
+    assert not [
+        name for name in matrices if any(part in name for part in (".memory.", "persistent", "convolution", "gain"))
+    ]
+    assert flops_a_token(run.model, 16) > 6 * sum(n for n in counted.values()) * 0.5
+
+
+def test_the_tables_name_the_same_mixers() -> None:
+    assert set(MIXERS) == set(BUILT) == set(FLOPS)
+
+
+def states(model: Hope, tokens: Tensor, starts: Tensor, cut: int | None = None) -> Tensor:
+    """Activations (T, B, D) after the last block; with `cut`, in two calls with what mixers hand on."""
+    with torch.no_grad():
+        x = model.enter(tokens)
+        if cut is None:
+            return model.walk(x, model.scene(starts))[0]
+        first, left = model.walk(x[:cut], model.scene(starts[:, :cut], hand_on=True))
+        second, _ = model.walk(x[cut:], model.scene(starts, past=cut), left)
+        return torch.cat([first, second])
+
+
+def heard(run: Run) -> dict[str, float]:
+    """Largest changes: of tokens before and after a disturbed one, and of its document and the next."""
+    model, _ = built(run)
+    tokens = torch.randint(1, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+    starts = torch.zeros(2, 16, dtype=torch.bool)
+    starts[0, [0, 7]] = starts[1, 10] = True
+    base, nowhere = states(model, tokens, starts), torch.zeros_like(starts)
+    later, other = tokens.clone(), tokens.clone()
+    later[:, 9] = 1 + later[:, 9] % 126
+    other[:, 3] = 1 + other[:, 3] % 126
+    moved, apart = (states(model, changed, starts) - base for changed in (later, other))
+    flowing = states(model, other, nowhere) - states(model, tokens, nowhere)
+    return {
+        "before": float(moved[:9].abs().max()),
+        "after": float(moved[12:].abs().max()),
+        "document": float(apart[4:7].abs().max()),
+        "next document": float(torch.cat([apart[7:, 0], apart[10:, 1]]).abs().max()),
+        "no documents": float(flowing[8:].abs().max()),
+        "halves": max(
+            float((states(model, tokens, s, 8) - states(model, tokens, s)).abs().max()) for s in (starts, nowhere)
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_i16_tokens_hear_of_the_past_of_their_document_alone(case: str) -> None:
+    """And a row is its two halves with the state handed on: for attention that is decoding with its keys and values."""
+    (seen,) = ranks(1, heard, tiny(*CHUNKS, *CASES[case]))
+    assert seen["before"] == 0
+    assert seen["next document"] < 1e-14
+    assert seen["after"] > 1e-6 and seen["document"] > 1e-6
+    assert seen["no documents"] > 1e-9
+    assert seen["halves"] < 1e-12
+
+
+REFUSED = {
+    "model.mixer=attentoin": "model.mixer=attentoin is no mixer; choose one of attention, linear",
+    "model.mixer=delta model.linear.chunk=5": "model.linear.chunk=5 does not divide the 16 tokens of a row; 1, 2, 4, 8, 16",
+    "model.mixer=titans model.titans.chunk=32": "model.titans.chunk=32 does not divide the 16 tokens",
+    "model.mixer=delta model.linear.chunk=16 parallel.context=2": "the 8 tokens of a row on each of parallel.context=2",
+    "model.mixer=self_modifying model.self_modifying.chunk=4 model.self_modifying.maker_chunk=6": "must be a multiple of",
+    "model.mixer=self_modifying parallel.tensor=8": "model.heads=4 cannot be split over",
+    "parallel.context=4": "model.kv_heads=2 cannot be split over parallel.tensor x parallel.context=4",
+    "parallel.context=3": "model.heads=4 cannot be split",
+    "model.loops=2 parallel.pipeline=2": "model.loops=2 passes the same blocks again",
+    "model.titans.rate=0.0": "model.titans.rate=0.0 must be above 0",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_what_does_not_fit_is_refused_on_the_login_node(overrides: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        tiny(*[*CHUNKS, *overrides.split()])
+    assert REFUSED[overrides] in str(refusal.value)
+
+
+def looped(loops: int) -> tuple[Tensor, Tensor]:
+    """A model's states, and those of its blocks applied by hand so many times."""
+    model, _ = built(tiny(*CHUNKS, f"model.loops={loops}"))
+    tokens = torch.randint(1, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+    starts = torch.zeros(2, 16, dtype=torch.bool)
+    with torch.no_grad():
+        x, place = model.enter(tokens), model.scene(starts)
+        for _ in range(loops):
+            for block in model.blocks:
+                x, _ = block(x, place)
+    return states(model, tokens, starts), x
+
+
+def test_row_27_a_loop_passes_the_same_blocks_again() -> None:
+    once, by_hand = ranks(1, looped, 1)[0]
+    thrice, thrice_by_hand = ranks(1, looped, 3)[0]
+    assert torch.equal(once, by_hand) and torch.equal(thrice, thrice_by_hand)
+    assert not torch.allclose(once, thrice)
