@@ -15,6 +15,9 @@ from nlscale.config.optim import RULES
 class Level:
     """One learner of the continuum: a share of the feed-forward width that moves every `period`.
 
+    A level with `unit: token` moves inside each row, in the last layers; where a row begins, it begins at weights that are
+    learned like those of a level that moves every step. Such levels come first.
+
     Levels are listed fast to slow. Parameters outside the continuum (attention, embedding, norms, head) belong to the
     first level, unless another one's `match` names them.
     """
@@ -24,6 +27,7 @@ class Level:
     unit: Literal["step", "token"] = "step"
     width: float = 1.0  # share of model.hidden; the shares sum to 1, and 0 is a level without feed-forward units
     lr: float = 1.0  # factor on optim.lr
+    inner: float = 1.0  # unit token: factor on model.inner.lr
     optimizer: str | None = None  # its rule; unset: optim.name
     match: list[str] = field(default_factory=list)  # further parameters of this level: patterns over their names
     frozen: bool = False  # never moves
@@ -31,9 +35,10 @@ class Level:
     def __post_init__(self) -> None:
         require(self.name.isidentifier(), f"levels: name '{self.name}' must be a word of letters, digits and _")
         require(self.period >= 1, f"levels.{self.name}.period={self.period} must be at least 1")
+        require(self.inner >= 0, f"levels.{self.name}.inner={self.inner} must not be negative")
         require(
-            self.unit == "step",
-            f"levels.{self.name}.unit=token: no level moves inside a sequence yet; unit: step works",
+            self.unit == "step" or self.width > 0,
+            f"levels.{self.name}.unit=token moves feed-forward units inside a sequence; width 0 has none",
         )
         require(0 <= self.width <= 1, f"levels.{self.name}.width={self.width} is a share of the width, from 0 to 1")
         require(self.lr > 0, f"levels.{self.name}.lr={self.lr} must be above 0")
@@ -41,6 +46,11 @@ class Level:
             self.optimizer is None or self.optimizer in RULES,
             f"levels.{self.name}.optimizer={self.optimizer} is no rule; choose one of {', '.join(RULES)}",
         )
+
+    @property
+    def steps(self) -> int:
+        """Steps between two moves of the weights that outlive a row."""
+        return self.period if self.unit == "step" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +64,12 @@ class Levels:
         require(len(names) > 0, "levels: at least one level is needed; a plain Transformer has one with period 1")
         require(len(set(names)) == len(names), f"levels: names must differ, got {names}")
         for fast, slow in zip(self.levels, self.levels[1:], strict=False):
+            require(
+                fast.unit == "token" or slow.unit == "step",
+                f"levels: {slow.name} (unit token) moves inside a row, so it comes before {fast.name} (unit step)",
+            )
+            if fast.unit != slow.unit:
+                continue
             require(
                 slow.period % fast.period == 0,
                 f"levels: periods form a divisibility chain, fast to slow: {slow.name}.period={slow.period} is no "
@@ -101,12 +117,18 @@ def claimants(name: str, levels: Sequence[Level]) -> list[Level]:
 
 
 def level_of(name: str, levels: Sequence[Level]) -> Level:
-    """The level of a parameter: by `match`, by its continuum's slice, the first one for everything else.
+    """The level of a parameter: by `match`, by its continuum's slice, the first that moves in steps for everything else.
 
     The gains that weigh levels against each other move with the slowest (spec 2.4).
     """
-    slowest = levels[-1] if fnmatchcase(name, "blocks.*.continuum.gains") else levels[0]
+    first = next((level for level in levels if level.unit == "step"), levels[0])
+    slowest = levels[-1] if fnmatchcase(name, "blocks.*.continuum.gains") else first
     return next(iter(claimants(name, levels)), slowest)
+
+
+def token_levels(levels: Sequence[Level]) -> list[Level]:
+    """Those that move inside a row, fast to slow."""
+    return [level for level in levels if level.unit == "token"]
 
 
 def parameter_names(model: Model, levels: Sequence[Level]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nlscale.config.errors import divisors, nearest, require
+from nlscale.config.inner import Inner
 from nlscale.config.mixers import MIXERS, Linear, SelfModifying, Titans
 
 
@@ -21,6 +22,7 @@ class Model:
     linear: Linear = field(default_factory=Linear)
     titans: Titans = field(default_factory=Titans)
     self_modifying: SelfModifying = field(default_factory=SelfModifying)
+    inner: Inner = field(default_factory=Inner)  # for levels whose unit is token
     window: int | None = None  # tokens that attention sees; unset: the row
     loops: int = 1  # times that a row passes the same blocks (loop Transformer)
     kv_heads: int | None = None  # grouped-query attention; unset: as many as heads

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from nlscale.config.levels import Level, level_of
+from nlscale.config.levels import Level, level_of, token_levels
 from nlscale.config.mixers import chunk_of
 from nlscale.config.optim import STATES
 from nlscale.config.run import Run
@@ -28,7 +28,7 @@ def learners(run: Run) -> list[Learner]:
     """The blocks' mixer of tokens, and each level's windows, rule and weights."""
     found = list(mixers(run))
     for level in run.levels:
-        beat = Fraction(0) if level.frozen else Fraction(1, level.period)
+        beat = Fraction(0) if level.frozen else Fraction(1, level.steps)
         states = [f"{level.name}.{state}" for state in STATES[level.optimizer or run.optim.name]]
         window = f"{level.name}.window"
         found.append(Learner(window, Fraction(1)))
@@ -50,6 +50,8 @@ def mixers(run: Run) -> Iterator[Learner]:
         yield Learner("memory.main", Fraction(tokens, model.self_modifying.chunk), frozenset({"memory.makers"}))
     elif model.mixer != "attention":
         yield Learner("memory", chunk)
+    for level in token_levels(run.levels):
+        yield Learner(f"{level.name}.copy", Fraction(tokens, level.period))
 
 
 def nesting(given: Sequence[Learner]) -> list[set[str]]:

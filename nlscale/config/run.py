@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from nlscale.config.data import Data
 from nlscale.config.errors import divisors, nearest, require
-from nlscale.config.levels import Level, Levels, parameter_names
-from nlscale.config.mixers import check_chunks
+from nlscale.config.levels import Level, Levels, parameter_names, token_levels
+from nlscale.config.mixers import check_chunks, chunk_of
 from nlscale.config.model import Model
 from nlscale.config.optim import MATRIX_RULES, Optim
 from nlscale.config.parallel import Parallel
@@ -48,6 +48,7 @@ class Run:
                 f"level {name} has {units} feed-forward units, which parallel.tensor={tensor} does not divide; "
                 f"choose model.hidden so that every level's share is a multiple of {tensor}",
             )
+        self.check_inner()
         self.check_optim()
         Levels(levels=self.levels).check_match(list(parameter_names(model, self.levels)))
         parts = (tensor if parallel.sequence else 1) * parallel.context
@@ -64,11 +65,45 @@ class Run:
                 f"{nearest(model.vocabulary, tensor)} would work",
             )
 
+    def check_inner(self) -> None:
+        """What levels that move inside a row ask of everything else."""
+        levels, model, parallel = token_levels(self.levels), self.model, self.parallel
+        if not levels:
+            return
+        chunk, slow = levels[0].period, levels[-1].period
+        require(
+            self.data.sequence % chunk == 0,
+            f"levels.{levels[0].name}.period={chunk} tokens does not divide data.sequence={self.data.sequence}; "
+            f"{', '.join(str(d) for d in divisors(self.data.sequence)[-6:])} would work",
+        )
+        name, mixing = chunk_of(model)
+        require(chunk % mixing == 0, f"levels.{levels[0].name}.period={chunk} must be a multiple of {name}={mixing}")
+        require(slow <= self.data.sequence, f"levels.{levels[-1].name}.period={slow} is longer than a row")
+        count, held = model.inner.adaptive(model.layers), model.layers // parallel.stages
+        require(
+            count <= held,
+            f"model.inner.layers={count} must lie on the last pipeline stage, which holds {held} layers",
+        )
+        for said, works in (
+            (model.variant == "nested", "model.variant=independent or sequential"),
+            (parallel.context > 1, "parallel.context=1: a chunk waits for the one before"),
+            (parallel.sequence, "parallel.sequence=false"),
+            (model.loops > 1, "model.loops=1"),
+            (self.optim.second_order, "optim.second_order=false"),
+            (model.inner.meta == "full" and parallel.tensor > 1, "parallel.tensor=1 with model.inner.meta=full"),
+            (model.inner.shared and parallel.pipeline > 1, "parallel.pipeline=1 with model.inner.shared"),
+            (
+                model.inner.meta == "full" and count > 1 and model.mixer not in ("attention", "linear", "delta"),
+                f"model.inner.layers=1 or model.inner.meta=first_order with model.mixer={model.mixer}",
+            ),
+        ):
+            require(not said, f"levels with unit: token need {works}")
+
     def check_optim(self) -> None:
         """What levels and their optimizer must agree on."""
         optim, first, nested = self.optim, self.levels[0], self.model.variant == "nested"
         require(
-            not optim.overlap or (optim.reduce == "defer" and first.period == 1 and not first.frozen),
+            not optim.overlap or (optim.reduce == "defer" and first.steps == 1 and not first.frozen),
             "optim.overlap=true reduces the first level behind every backward pass: it needs optim.reduce=defer and a "
             f"first level of period 1 that is not frozen, not optim.reduce={optim.reduce} and period {first.period}",
         )
@@ -85,7 +120,7 @@ class Run:
         for level in self.levels:
             rule = level.optimizer or optim.name
             require(
-                not optim.offload or level.period < optim.offload or rule not in MATRIX_RULES,
+                not optim.offload or level.steps < optim.offload or rule not in MATRIX_RULES,
                 f"optim.offload={optim.offload} updates level {level.name} in host memory, where {rule} has no fast "
                 "matrix products; give the level optimizer: adamw, or a larger optim.offload",
             )

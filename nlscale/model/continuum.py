@@ -11,18 +11,24 @@ backward stay one pair of matrix products and tensor parallelism keeps one colle
 T tokens, B rows, D width, U hidden units of this rank.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.swiglu import swiglu
 from torch import Tensor, nn
 
+from nlscale.model.fast import Fast
 from nlscale.model.layers import Down, Norm
 from nlscale.runtime.leaf import Leaf, prefixed
 
@@ -36,6 +42,16 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
     "gelu": (gelu, ("up",)),
     "swiglu": (swiglu, ("gate", "up")),
 }
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a level saw in a chunk; its gradient is that at `hidden` x `normed`, and `active` x that at `update`."""
+
+    normed: Tensor  # (T, B, D)
+    hidden: dict[str, Tensor]  # inward part -> (T, B, U) before the activation
+    active: Tensor  # (T, B, U)
+    update: Tensor  # (T, B, D)
 
 
 @dataclass
@@ -95,6 +111,38 @@ class FeedForward(MegatronModule):
         update, _ = self.down(self.weigh(self.activation(hidden)))
         return x_TBD + update
 
+    def adaptive(self, x_TBD: Tensor, copies: Mapping[str, Mapping[str, Fast]]) -> tuple[Tensor, dict[str, Trace]]:
+        """The same with what levels have learned inside the rows (level -> part -> change), and what they saw."""
+        normed = self.norm(x_TBD)
+        fused, _ = self.up(normed)
+        counts, names = list(self.units.values()), list(self.units)
+        pieces = dict(
+            zip(itertools.product(self.inward, names), fused.split(counts * len(self.inward), -1), strict=True)
+        )
+        copied = copy_to_tensor_model_parallel_region(normed)
+        for name, parts in copies.items():
+            for part in self.inward if name in self.units else ():
+                added = parts[part].inward(copied.transpose(0, 1))
+                whole = pieces[part, name] + (added.transpose(0, 1) if isinstance(added, Tensor) else added)
+                pieces[part, name] = whole
+        hidden = self.weigh(self.activation(torch.cat(list(pieces.values()), -1)))
+        update, _ = self.down(hidden)
+        active = dict(zip(names, hidden.split(counts, -1), strict=True))
+        learned = [
+            parts["down"].outward(active[name].transpose(0, 1)) for name, parts in copies.items() if name in active
+        ]
+        said = [each for each in learned if isinstance(each, Tensor)]
+        if said:
+            update = update + reduce_from_tensor_model_parallel_region(
+                sum(said[1:], said[0]).transpose(0, 1).contiguous()
+            )
+        traces = {
+            name: Trace(copied, {part: pieces[part, name] for part in self.inward}, active[name], update)
+            for name in copies
+            if name in active
+        }
+        return x_TBD + update, traces
+
     def leaves(self) -> Iterator[Leaf]:
         """norm, then up (gate) and down of each level."""
         yield from self.norm.leaves()
@@ -138,6 +186,20 @@ class Sequential(MegatronModule):
         for level in self.chain.values():
             x_TBD = level(x_TBD)
         return x_TBD
+
+    @property
+    def inward(self) -> tuple[str, ...]:
+        """Names of the parts that read the input."""
+        return next(iter(self.chain.values())).inward  # type: ignore[return-value]
+
+    def adaptive(self, x_TBD: Tensor, copies: Mapping[str, Mapping[str, Fast]]) -> tuple[Tensor, dict[str, Trace]]:
+        """The same with what levels have learned inside the rows, and what they saw."""
+        traces: dict[str, Trace] = {}
+        for name, level in self.chain.items():
+            own = {name: copies[name]} if name in copies else {}
+            x_TBD, seen = level.adaptive(x_TBD, own)  # type: ignore[operator]
+            traces |= seen
+        return x_TBD, traces
 
     def leaves(self) -> Iterator[Leaf]:
         """Each level's own norm, up (gate) and down."""

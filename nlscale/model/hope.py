@@ -84,7 +84,8 @@ class Hope(MegatronModule):
                 reduce_scatter_embeddings=config.sequence_parallel,
                 config=config,
             )
-        self.blocks = nn.ModuleList([Block(model, units, config, self.exchange) for _ in stage.layers])
+        blocks = [self.kind_of(layer, model)(model, units, config, self.exchange) for layer in stage.layers]
+        self.blocks = nn.ModuleList(blocks)
         if stage.last:
             own = self.embed.weight if model.tied and stage.first else None
             self.head = Head(model.vocabulary, config, own)
@@ -93,6 +94,10 @@ class Hope(MegatronModule):
             ("cosine", "sine"), rotary_table(tokens, model.head_width, model.rope_base, device), strict=True
         ):
             self.register_buffer(name, table.to(config.params_dtype), persistent=False)
+
+    def kind_of(self, layer: int, model: Model) -> type[Block]:
+        """The class of a layer."""
+        return Block
 
     @property
     def entrance(self) -> list[nn.Module]:

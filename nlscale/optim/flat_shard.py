@@ -39,7 +39,7 @@ class FlatShard:
         self.weights = [tensor[: flat.elements] for tensor, flat in zip(memory, self.flats, strict=True)]
         self.parts = [weights.chunk(world.copies)[world.copy] for weights in self.weights]
         self._attach()
-        host = bool(optim.offload) and level.period >= optim.offload
+        host = bool(optim.offload) and level.steps >= optim.offload
         self.rules = []
         for flat, own in zip(self.flats, self.parts, strict=True):
             master = own.detach().to(window_dtype(own.dtype), copy=True)

@@ -35,13 +35,13 @@ class Group:
 
 def due(level: Level, step: int, phase: int = 0) -> bool:
     """Whether `level` moves at the end of `step`, counted from 1. A pure function of the step: no rank keeps a clock."""
-    return not level.frozen and (step + phase) % level.period == 0
+    return not level.frozen and (step + phase) % level.steps == 0
 
 
 def phase_of(name: str, level: Level, layers: int) -> int:
     """Steps by which a leaf of block j moves early: floor(j period / layers); other leaves keep the level's beat."""
     block = re.match(r"blocks\.(\d+)\.", name)
-    return int(block[1]) * level.period // layers if block else 0
+    return int(block[1]) * level.steps // layers if block else 0
 
 
 def groups(levels: Sequence[Level], layers: int, staggered: bool) -> list[Group]:
@@ -74,7 +74,7 @@ def identity(shapes: Mapping[str, Sequence[int]], run: Run) -> dict[str, str]:
     for name, shape in sorted(shapes.items()):
         level = level_of(name, run.levels)
         phase = phase_of(name, level, run.model.layers) if run.optim.phase == "staggered" else 0
-        clock = "frozen" if level.frozen else f"period={level.period}" + (f"+{phase}" if phase else "")
+        clock = "frozen" if level.frozen else f"period={level.steps}" + (f"+{phase}" if phase else "")
         rule = level.optimizer or run.optim.name
         lines[name] = f"{'x'.join(map(str, shape))} {level.name} {clock} {rule} decay={int(decays(name))}"
     return lines

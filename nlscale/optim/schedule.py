@@ -22,15 +22,15 @@ def rate(optim: Optim, step: int, steps: int) -> float:
 
 def level_rate(optim: Optim, level: Level, step: int, steps: int) -> float:
     """A level's rate: base rate x its own factor x period ** kappa (spec 2.2)."""
-    return rate(optim, step, steps) * level.lr * level.period**optim.kappa
+    return rate(optim, step, steps) * level.lr * level.steps**optim.kappa
 
 
 def level_betas(optim: Optim, level: Level) -> tuple[float, float]:
     """Decay of both moments; time-scaled, they remember the same number of steps at every period (spec 2.2)."""
-    power = level.period if optim.time_scaled_betas else 1
+    power = level.steps if optim.time_scaled_betas else 1
     return optim.beta1**power, optim.beta2**power
 
 
 def level_decay(optim: Optim, level: Level) -> float:
     """Weight decay of one update; time-scaled, a level loses the same share of its weights in the same time."""
-    return optim.weight_decay * (level.period if optim.time_scaled_decay else 1)
+    return optim.weight_decay * (level.steps if optim.time_scaled_decay else 1)

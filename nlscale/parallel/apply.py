@@ -6,15 +6,19 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.summed_loss import whole_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nlscale.config.levels import Levels
+from nlscale.config.levels import Levels, token_levels
 from nlscale.config.run import Run
 from nlscale.model.exchange import Exchange
-from nlscale.model.hope import Hope, Stage
+from nlscale.model.hope import Block, Hope, Stage
+from nlscale.model.in_sequence import HopeInSequence, Rhythm
 from nlscale.model.init import initialize
 from nlscale.model.layers import transformer_config
 from nlscale.parallel.gate import Gate
@@ -56,21 +60,36 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
     config = transformer_config(run.model, run.parallel, dtype, world.device)
     units = Levels(levels=run.levels).units(run.model.feed_forward)
     exchange = Exchange(world.context, world.context_rank)
-    chunks = [
-        Hope(run.model, units, run.data.sequence, config, stage, exchange) for stage in stages(run, world.pipeline_rank)
-    ]
+    chunks = [built(run, units, config, stage, exchange, world) for stage in stages(run, world.pipeline_rank)]
     leaves = [leaf for chunk in chunks for leaf in chunk.leaves()]
     initialize(leaves, run.model, run.train.seed, world.tensor_rank)
     for chunk in chunks if run.optim.second_order else ():
         chunk.head.summed = whole_loss  # one stage: the config allows no other
     if run.train.recompute == "block":
         for chunk in chunks:
-            for block in chunk.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            for block in (each for each in chunk.blocks if type(each) is Block):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
     shared = [world.tensor] if run.parallel.sequence else []
     shared += [world.context] if run.parallel.context > 1 else []
     gates = {id(chunk): Gate(chunk.parameters(), shared) for chunk in chunks}
     return Parallelized(chunks, leaves, scheduled(chunks, run, gates))
+
+
+def built(
+    run: Run, units: dict[str, int], config: TransformerConfig, stage: Stage, exchange: Exchange, world: World
+) -> Hope:
+    """One stage: the last one learns while it reads, where levels move inside a row."""
+    shape = run.model, units, run.data.sequence, config, stage, exchange
+    levels = token_levels(run.levels)
+    if not levels or not stage.last:
+        return Hope(*shape)
+
+    def over_data(part: Tensor) -> Tensor:
+        total = part.detach().clone()
+        dist.all_reduce(total, group=world.data)
+        return total
+
+    return HopeInSequence(*shape, Rhythm(levels, reduce_from_tensor_model_parallel_region, over_data))
 
 
 def scheduled(chunks: list[Hope], run: Run, gates: dict[int, Gate]) -> Callable[[Sequence[MicroBatch], bool], Tensor]:

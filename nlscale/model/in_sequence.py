@@ -1,0 +1,215 @@
+"""The continuum inside a sequence: levels that move every so many tokens of a row (spec 2.3, Modes I and S).
+
+The first layers pass a whole row at once. The last ones, and the head, go through it chunk by chunk: a chunk is predicted
+with what the row's own copies of the levels have learned so far, then its loss moves the copies that are due. The reported
+loss is that of each chunk before it was learned from. Attention and memories of the mixers go on from chunk to chunk.
+
+The gradient that a level learns from is that of the chunk's loss at the level's own place, back through everything after it,
+with what earlier chunks left taken as given. It never leaves the last pipeline stage.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from nlscale_kernels.summed_loss import whole_loss
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nlscale.config.inner import Inner
+from nlscale.config.levels import Level
+from nlscale.config.model import Model
+from nlscale.model.continuum import Trace
+from nlscale.model.exchange import Exchange
+from nlscale.model.fast import Factors, Fast, Pair, Whole, product
+from nlscale.model.hope import Block, Hope, Stage
+from nlscale.model.loss import IGNORE
+from nlscale.model.scene import Scene
+
+Copies = list[dict[str, dict[str, Fast]]]  # adaptive block -> level -> part of the feed-forward -> what it learned
+Sum = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class Window:
+    """What a level has gathered since it last moved: gradients by block and part, and the targets they came from."""
+
+    pairs: dict[tuple[int, str], list[Pair]] = field(default_factory=dict)
+    targets: Tensor | float = 0.0  # (B,)
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """The levels that move inside a row, fast to slow, and what they ask of ranks."""
+
+    levels: Sequence[Level]
+    over_tensor: Sum  # sums over the ranks that share a level's units
+    over_data: Sum  # sums over replicas
+
+    @property
+    def chunk(self) -> int:
+        """Tokens between two moves of the fastest."""
+        return self.levels[0].period
+
+    def due(self, tokens: int) -> list[Level]:
+        """Levels that move when so many tokens of a row were seen: the same clock as between steps, counted in tokens."""
+        return [level for level in self.levels if not level.frozen and tokens % level.period == 0]
+
+
+class ReadingBlock(Block):
+    """A block whose levels have copies that a row has changed."""
+
+    def forward(  # type: ignore[override]
+        self, x_TBD: Tensor, scene: Scene, before: Any, copy: dict[str, dict[str, Fast]]
+    ) -> tuple[Tensor, Any, dict[str, Trace]]:
+        """(T, B, D) -> (T, B, D), what the mixer hands on, and what each level saw."""
+        x_TBD, left = self.mix(x_TBD, scene, before)
+        x_TBD, traces = self.continuum.adaptive(x_TBD, copy)
+        return x_TBD, left, traces
+
+
+class HopeInSequence(Hope):
+    """The last stage of a network whose last layers learn while they read."""
+
+    def __init__(
+        self,
+        model: Model,
+        units: Mapping[str, int],
+        tokens: int,
+        config: TransformerConfig,
+        stage: Stage,
+        exchange: Exchange,
+        rhythm: Rhythm,
+    ) -> None:
+        """As Hope's."""
+        super().__init__(model, units, tokens, config, stage, exchange)
+        self.inner: Inner = model.inner
+        self.rhythm, self.first = rhythm, len(self.blocks) - model.inner.adaptive(model.layers)
+        self.kinds = {level.name: self.kept(model, units[level.name], tokens) for level in rhythm.levels}
+        if model.inner.meta == "full":
+            self.head.summed = whole_loss  # it can be differentiated twice
+
+    def kind_of(self, layer: int, model: Model) -> type[Block]:
+        """The last layers adapt."""
+        return ReadingBlock if layer >= model.layers - model.inner.adaptive(model.layers) else Block
+
+    def kept(self, model: Model, units: int, tokens: int) -> type[Fast]:
+        """How a level's changes are kept: by pairs while a row's writes are fewer than a matrix."""
+        return Factors if model.inner.by_factors(model.width, units, tokens - self.rhythm.chunk) else Whole
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor) -> Tensor:
+        """The summed loss (scalar), each chunk's before it is learned from."""
+        x_TBD: Any = self.enter(tokens_BT) if self.stage.first else self.input
+        place = self.scene(starts_BT)
+        for block in self.blocks[: self.first]:
+            x_TBD, _ = block(x_TBD, place)
+        if not torch.is_grad_enabled():
+            with torch.enable_grad():
+                return self.read(x_TBD.detach(), targets_BT, starts_BT)[0].detach()
+        return self.read(x_TBD, targets_BT, starts_BT)[0]
+
+    def untouched(self) -> Copies:
+        """Copies that have learned nothing."""
+        parts = [*self.blocks[0].continuum.inward, "down"]  # type: ignore[union-attr,misc]
+        return [
+            {level.name: {part: self.kinds[level.name]() for part in parts} for level in self.rhythm.levels}
+            for _ in self.blocks[self.first :]
+        ]
+
+    def read(
+        self,
+        x_TBD: Tensor,
+        targets_BT: Tensor,
+        starts_BT: Tensor,
+        copies: Copies | None = None,
+        hand_on: bool = False,
+    ) -> tuple[Tensor, Copies]:
+        """Summed loss of the row and the copies after it; `copies`: None, or what earlier rows of each sequence left.
+
+        `hand_on`: somebody reads on with the copies, so the last chunk moves them too.
+        """
+        copies, losses, chunk = copies or self.untouched(), [], self.rhythm.chunk
+        states: list[Any] = [None] * (len(self.blocks) - self.first)
+        windows = {level.name: Window() for level in self.rhythm.levels}
+        several = self.inner.meta == "full" and len(states) > 1  # attention lies between a level and its loss
+        for begin in range(0, x_TBD.shape[0], chunk):
+            end = begin + chunk
+            place = self.scene(starts_BT[:, :end], begin, hand_on=True)
+            with sdpa_kernel(SDPBackend.MATH) if several else nullcontext():
+                x, traces, states = self.pass_on(x_TBD[begin:end], place, states, copies)
+                loss = self.head(x, targets_BT[:, begin:end])
+                goes_on = hand_on or end < x_TBD.shape[0]
+                if goes_on:
+                    self.gather(loss, traces, (targets_BT[:, begin:end] != IGNORE).sum(1), windows)
+            losses.append(loss)
+            for level in self.rhythm.due(end) if goes_on else ():
+                copies = self.move(level, copies, windows[level.name])
+                windows[level.name] = Window()
+        return torch.stack(losses).sum(), copies
+
+    def pass_on(
+        self, x_TBD: Tensor, place: Any, states: list[Any], copies: Copies
+    ) -> tuple[Tensor, list[dict[str, Trace]], list[Any]]:
+        """A chunk through the adaptive blocks."""
+        traces: list[dict[str, Trace]] = []
+        left: list[Any] = []
+        for block, state, copy in zip(self.blocks[self.first :], states, copies, strict=True):
+            x_TBD, after, trace = block(x_TBD, place, state, copy)
+            traces.append(trace)
+            left.append(after)
+        return x_TBD, traces, left
+
+    def gather(
+        self, loss: Tensor, traces: Sequence[dict[str, Trace]], targets_B: Tensor, windows: dict[str, Window]
+    ) -> None:
+        """Adds a chunk's gradient, as pairs, to the windows of all levels."""
+        seen = [trace for block in traces for trace in block.values()]
+        wanted = [tensor for trace in seen for tensor in (*trace.hidden.values(), trace.update)]
+        full = self.inner.meta == "full"
+        slopes = iter(torch.autograd.grad(loss, wanted, create_graph=full, retain_graph=True))
+        keep = (lambda t: t) if full else torch.Tensor.detach
+        for j, block in enumerate(traces):
+            for name, trace in block.items():
+                window = windows[name]
+                pairs = {part: Pair(rows(next(slopes)), rows(keep(trace.normed))) for part in trace.hidden}
+                pairs["down"] = Pair(rows(keep(trace.active)), rows(next(slopes)))
+                for part, pair in pairs.items():
+                    window.pairs.setdefault((j, part), []).append(pair)
+        for window in windows.values():
+            window.targets = window.targets + targets_B
+
+    def move(self, level: Level, copies: Copies, window: Window) -> Copies:
+        """One step of SGD of a level's copies on the mean gradient of its window, clipped a sequence."""
+        gathered: dict[tuple[int, str], Any] = dict(window.pairs)
+        targets = torch.as_tensor(window.targets, dtype=torch.float32)
+        if self.inner.shared:
+            targets = self.rhythm.over_data(targets.sum(0, keepdim=True))
+            gathered = {key: self.rhythm.over_data(product(p).sum(0, keepdim=True)) for key, p in gathered.items()}
+        some = next(iter(window.pairs.values()))[0].left
+        mean = 1 / targets.clamp(min=1).to(some.dtype)
+        rate = self.inner.lr * level.inner * mean
+        if self.inner.clip:
+            squares = [square(each) for each in gathered.values()]
+            norm = self.rhythm.over_tensor(torch.stack(squares).sum(0)).clamp(min=1e-24).sqrt() * mean
+            rate = rate * (self.inner.clip / (norm + 1e-6)).clamp(max=1.0)
+        return [
+            copy
+            | {level.name: {part: fast.written(gathered[j, part], rate) for part, fast in copy[level.name].items()}}
+            for j, copy in enumerate(copies)
+        ]
+
+
+def rows(part_TBF: Tensor) -> Tensor:
+    """(T, B, F) -> (B, T, F)."""
+    return part_TBF.transpose(0, 1)
+
+
+def square(gathered: Tensor | list[Pair]) -> Tensor:
+    """Squared norm of a gradient, a row."""
+    if isinstance(gathered, Tensor):
+        return gathered.square().sum((1, 2))
+    joined = Pair(torch.cat([p.left for p in gathered], 1), torch.cat([p.right for p in gathered], 1))
+    return joined.square()

@@ -1,0 +1,282 @@
+"""The continuum inside a sequence against its definition, token by token, and its limits. float64."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nlscale.config.errors import UserError
+from nlscale.config.run import Run
+from nlscale.model.in_sequence import HopeInSequence
+from nlscale.parallel.apply import parallelize
+from nlscale.runtime.world import join
+from nlscale.testing import ranks
+from tests.parallel.test_equal import gradients
+from tests.tiny import micro_batches, tiny
+from tests.whole import assemble
+
+TWO = (
+    "levels=[{name: quick, period: 4, unit: token, width: 0.5}, "
+    "{name: calm, period: 8, unit: token, width: 0.25, inner: 2.0}, {name: slow, period: 2, width: 0.25}]"
+)
+ONE = "levels=[{name: quick, period: 4, unit: token, width: 1.0}]"
+BASE = ["model.layers=2", "model.inner.lr=0.5", "model.inner.clip=0.05"]
+
+
+def model_of(run: Run) -> HopeInSequence:
+    world = join(run.parallel, run.cluster, 0)
+    model = parallelize(run, world, torch.float64).chunks[0]
+    assert isinstance(model, HopeInSequence)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that what is learned inside a row can be seen
+    return model
+
+
+def batch(run: Run) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, targets, starts = (torch.cat(parts) for parts in zip(*micro_batches(run, 0, 0, 1)[:3], strict=True))
+    return tokens, targets, starts
+
+
+def slices(model: HopeInSequence, block: int) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """Level -> rows of a block's weights that are its own: (parameter, indices), up and down."""
+    found: dict = {}
+    for leaf in model.blocks[block].continuum.leaves():
+        level = leaf.name.split(".")[0]
+        if level in ("quick", "calm"):
+            found.setdefault(level, []).append((leaf.parameter, torch.arange(leaf.start, leaf.start + leaf.length)))
+    return found
+
+
+def by_hand(model: HopeInSequence, run: Run, row: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Prequential loss of one row: weights of its own, moved at boundaries by the gradient of the window's loss.
+
+    Every token's loss comes from a forward pass of the whole row so far with the weights that its chunk began with; tokens
+    before the chunk are taken as their own chunks left them, which one adaptive layer does not see.
+    """
+    tokens, targets, starts = row
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    inner, total = run.model.inner, torch.zeros((), dtype=torch.float64)
+    windows: dict[str, list] = {"quick": [], "calm": []}
+    periods = {level.name: (level.period, level.inner) for level in run.levels if level.unit == "token"}
+    block = len(model.blocks) - 1
+    for t in range(tokens.shape[1]):
+        if targets[0, t] >= 0:
+            own = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
+            loss = functional_call(
+                Plain(model), {f"model.{name}": w for name, w in own.items()}, (tokens[:, : t + 1], targets, starts, t)
+            )
+            total = total + loss.detach()
+            slopes = dict(zip(own, torch.autograd.grad(loss, list(own.values()), allow_unused=True), strict=True))
+            for level in periods:
+                windows[level].append([slopes[names[p]][rows] for p, rows in slices(model, block)[level]])
+        for level, (period, factor) in periods.items():
+            if (t + 1) % period == 0 and t + 1 < tokens.shape[1]:
+                mean = [sum(parts) / len(windows[level]) for parts in zip(*windows[level], strict=True)]
+                norm = torch.stack([part.square().sum() for part in mean]).sum().sqrt()
+                step = inner.lr * factor * min(1.0, inner.clip / (float(norm) + 1e-6))
+                for (parameter, rows), part in zip(slices(model, block)[level], mean, strict=True):
+                    weights[names[parameter]][rows] -= step * part
+                windows[level] = []
+    return total
+
+
+class Plain(nn.Module):
+    """A network that learns nothing while it reads: the loss of one token."""
+
+    def __init__(self, model: HopeInSequence) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, targets: Tensor, starts: Tensor, t: int) -> Tensor:
+        model = self.model
+        x, place = model.enter(tokens), model.scene(starts[:, : t + 1])
+        for block in model.blocks:
+            x, _ = block.mix(x, place)
+            x = block.continuum(x)
+        return model.head(x[t : t + 1], targets[:, t : t + 1])
+
+
+def serial(run: Run) -> tuple[Tensor, Tensor]:
+    model, rows = model_of(run), batch(run)
+    with torch.no_grad():
+        chunked = model(*rows)
+    separate = [by_hand(model, run, tuple(part[b : b + 1] for part in rows)) for b in range(rows[0].shape[0])]  # type: ignore[arg-type]
+    return chunked, torch.stack(separate).sum()
+
+
+@pytest.mark.parametrize("form", ["whole", "factors"])
+@pytest.mark.parametrize("levels", [ONE, TWO], ids=["one", "two"])
+def test_i10_by_chunks_is_token_by_token(levels: str, form: str) -> None:
+    """Rows together, chunks at once = each row alone, each token's gradient by itself (prequential losses)."""
+    chunked, separate = ranks(1, serial, tiny(levels, *BASE, f"model.inner.form={form}"))[0]
+    frozen = ranks(1, loss_of, tiny(levels, *BASE, "model.inner.lr=0.0"))[0]
+    torch.testing.assert_close(chunked, separate, rtol=1e-10, atol=1e-10)
+    assert abs(float(chunked - frozen)) > 1e-5 * float(frozen)
+
+
+def loss_of(run: Run) -> Tensor:
+    model = model_of(run)
+    with torch.no_grad():
+        return model(*batch(run))
+
+
+def frozen_and_plain(run: Run) -> tuple[Tensor, Tensor]:
+    model, rows = model_of(run), batch(run)
+    with torch.no_grad():
+        x = model.enter(rows[0])
+        for block in model.blocks:
+            x, _ = block.mix(x, model.scene(rows[2]))
+            x = block.continuum(x)
+        return model(*rows), model.head(x, rows[1])
+
+
+@pytest.mark.parametrize("overrides", [["model.inner.lr=0.0"], ["levels=[{name: quick, period: 16, unit: token}]"]])
+def test_i11_what_does_not_move_is_the_frozen_model(overrides: list[str]) -> None:
+    still, plain = ranks(1, frozen_and_plain, tiny(TWO, *BASE, *overrides))[0]
+    torch.testing.assert_close(still, plain, rtol=1e-13, atol=1e-12)
+
+
+def sgd_on_rows(run: Run) -> list[float]:
+    """Differences between copies handed on from row to row and torch's SGD on the slow weights, after each of three rows."""
+    model, rows = model_of(run), batch(run)
+    (block,), copies, found = [model.blocks[-1]], None, []
+    continuum = block.continuum
+    own = [continuum.up.weight.detach().clone(), continuum.down.weight.detach().clone()]
+    for b in range(rows[0].shape[0]):
+        one = tuple(part[b : b + 1] for part in rows)
+        x = model.enter(one[0])
+        for each in model.blocks[:-1]:
+            x, _ = each(x, model.scene(one[2]))
+        _, copies = model.read(x.detach(), one[1], one[2], copies, hand_on=True)
+        before = [continuum.up.weight.data.clone(), continuum.down.weight.data.clone()]
+        continuum.up.weight.data, continuum.down.weight.data = own[0].clone(), own[1].clone()
+        y, _ = block.mix(x.detach(), model.scene(one[2]))
+        loss = model.head(continuum(y), one[1]) / max(1, int((one[1] >= 0).sum()))
+        slopes = torch.autograd.grad(loss, [continuum.up.weight, continuum.down.weight])
+        own = [w - run.model.inner.lr * g for w, g in zip(own, slopes, strict=True)]
+        continuum.up.weight.data, continuum.down.weight.data = before
+        learned = copies[0]["quick"]
+        up = torch.cat([learned[part].change[0] for part in continuum.inward])
+        found += [
+            float((before[0] + up - own[0]).abs().max()),
+            float((before[1] + learned["down"].change[0] - own[1]).abs().max()),
+        ]
+    return found
+
+
+def test_i12_handed_on_from_row_to_row_it_is_sgd() -> None:
+    run = tiny("levels=[{name: quick, period: 16, unit: token}]", *BASE, "model.inner.clip=0", "model.inner.form=whole")
+    assert max(ranks(1, sgd_on_rows, run)[0]) < 1e-12
+
+
+def meta(run: Run) -> tuple[Tensor, Tensor, Tensor]:
+    """Directional derivatives of the loss, in full and by finite differences, and of the first order."""
+    model, rows = model_of(run), batch(run)
+    weights = list(model.parameters())
+    generator = torch.Generator().manual_seed(1)
+    ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in weights]
+    slopes = torch.autograd.grad(model(*rows), weights)
+    exact = torch.stack([(g * way).sum() for g, way in zip(slopes, ways, strict=True)]).sum()
+    step, losses = 1e-6, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, way in zip(weights, ways, strict=True):
+                p.add_(way, alpha=sign * step)
+            losses.append(model(*rows))
+            for p, way in zip(weights, ways, strict=True):
+                p.add_(way, alpha=-sign * step)
+    return exact, (losses[0] - losses[1]) / (2 * step), torch.stack([g.norm() for g in slopes])
+
+
+@pytest.mark.parametrize("form", ["whole", "factors"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_v19_the_full_meta_gradient_by_finite_differences(layers: int, form: str) -> None:
+    said = [TWO, *BASE, f"model.inner.layers={layers}", f"model.inner.form={form}", "model.attention=causal"]
+    exact, differences, norms = ranks(1, meta, tiny(*said, "model.inner.meta=full"))[0]
+    assert float(exact) == pytest.approx(float(differences), rel=1e-6)
+    first, _, first_norms = ranks(1, meta, tiny(*said))[0]
+    assert abs(float(first - exact)) > 1e-5 * abs(float(exact))
+    assert first_norms.isfinite().all() and norms.isfinite().all()
+
+
+def causal(run: Run) -> tuple[bool, bool]:
+    model, (tokens, targets, starts) = model_of(run), batch(run)
+    later, some = tokens.clone(), targets.clone()
+    later[:, 9:] = 1 + later[:, 9:] % 120
+    some[:, 9:] = -1
+    counted = targets.clone()
+    counted[:, 8:] = -1  # losses of tokens before the disturbed ones and their targets
+    with torch.no_grad():
+        same = torch.equal(model(tokens, counted, starts), model(later, counted, starts))
+        moves = torch.equal(model(tokens, targets, starts), model(later, targets, starts))
+    return same, moves
+
+
+def test_i16_no_token_reads_what_itself_or_a_later_one_wrote() -> None:
+    assert ranks(1, causal, tiny(TWO, *BASE))[0] == (True, False)
+
+
+LAYOUTS = {
+    "tensor": (2, ["parallel.tensor=2"]),
+    "pipeline": (2, ["parallel.pipeline=2"]),
+    "data": (2, []),
+    "tensor-pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+}
+FORMS = {
+    "independent": [],
+    "sequential": ["model.variant=sequential"],
+    "self_modifying": ["model.mixer=self_modifying", "model.self_modifying.chunk=4"],
+    "gains": ["model.gains=true"],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_one_process(layout: str, form: str) -> None:
+    count, overrides = LAYOUTS[layout]
+    said = [TWO, *BASE, *FORMS[form], "model.inner.clip=0.005"]
+    loss, pieces = ranks(1, gradients, tiny(*said), torch.float64)[0]
+    results = ranks(count, gradients, tiny(*said, *overrides), torch.float64)
+    expected, actual = assemble([pieces]), assemble([result[1] for result in results])
+    tolerance = 1e-6 if "tensor" in layout else 1e-11
+    assert all(abs(result[0] - loss) < tolerance * loss for result in results)
+    for name, grad in expected.items():
+        assert (actual[name] - grad).norm() <= tolerance * grad.norm(), name
+
+
+def shared_loss(run: Run) -> Tensor:
+    world = join(run.parallel, run.cluster, 0)
+    model = parallelize(run, world, torch.float64)
+    return model.forward_backward(micro_batches(run, 0, world.replica, world.replicas), True)[:2]
+
+
+def test_mode_s_two_replicas_share_one_memory() -> None:
+    """Two replicas of two rows each = one of four rows: copies move by the mean gradient of all sequences."""
+    said = [TWO, *BASE, "model.inner.shared=true", "model.inner.lr=2.0", "train.global_batch=4"]
+    one = ranks(1, shared_loss, tiny(*said, "train.micro_batch=4"))[0]
+    two = ranks(2, shared_loss, tiny(*said, "train.micro_batch=2"))
+    torch.testing.assert_close(two[0] + two[1], one, rtol=1e-11, atol=1e-11)
+    apart = ranks(1, shared_loss, tiny(*said, "train.micro_batch=4", "model.inner.shared=false"))[0]
+    assert abs(float(apart[0] - one[0])) > 1e-6 * float(one[0])
+
+
+REFUSED = {
+    "levels=[{name: a,period: 5,unit: token}]": "period=5 tokens does not divide data.sequence=16; 1, 2, 4, 8, 16",
+    "levels=[{name: a,period: 2,width: 0.5},{name: b,period: 4,unit: token,width: 0.5}]": "so it comes before a (unit step)",
+    "levels=[{name: a,period: 4,unit: token,width: 0.5},{name: b,period: 6,unit: token,width: 0.5}]": "divisibility chain",
+    "model.variant=nested": "need model.variant=independent or sequential",
+    "parallel.context=2": "need parallel.context=1",
+    "model.inner.layers=2 parallel.pipeline=2": "must lie on the last pipeline stage, which holds 1 layers",
+    "model.mixer=delta model.linear.chunk=8": "period=4 must be a multiple of model.linear.chunk=8",
+    "model.inner.shared=true model.inner.meta=full": "needs model.inner.meta=first_order",
+    "parallel.tensor=2 model.inner.meta=full": "need parallel.tensor=1 with model.inner.meta=full",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_what_does_not_fit_is_refused_on_the_login_node(overrides: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        tiny(TWO, *BASE, *overrides.split(" ") if "levels" not in overrides else [overrides])
+    assert REFUSED[overrides] in str(refusal.value)
