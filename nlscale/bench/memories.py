@@ -15,8 +15,22 @@ from nlscale.runtime.world import World, join
 from nlscale.testing import ranks
 
 ROWS, SEQUENCE, ROUNDS = 4, 512, 7
+LENGTHS = (256, 1024, 4096)  # tokens of a row for the growth of HOPE's cost
+HOPE = ["use.levels=four", "model.mixer=self_modifying"]
+HOPE += ["model.self_modifying.chunk=128", "model.self_modifying.maker_chunk=256"]
+
+
+def inside(*periods: int) -> str:
+    """Levels of equal width that move every so many tokens."""
+    share = 1 / len(periods)
+    said = [f"{{name: l{p}, period: {p}, unit: token, width: {share}}}" for p in periods]
+    return f"levels=[{', '.join(said)}]"
+
+
 MODELS: dict[str, tuple[list[str], float]] = {  # what differs from the plain Transformer, and the target
-    "HOPE": (["use.levels=four", "model.mixer=self_modifying"], 1.40),
+    "HOPE": (HOPE, 1.40),
+    "Mode I, 1 level": ([inside(128)], 2.0),
+    "Mode I, 4 levels": ([inside(64, 128, 256, 512)], 2.5),
     "Titans MAC": (["use.levels=plain", "model.mixer=titans_mac"], 2.5),
 }
 

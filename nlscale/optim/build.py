@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nlscale.config.levels import level_of
 from nlscale.config.optim import Optim
 from nlscale.config.run import Run
+from nlscale.optim.alone import AloneShard
 from nlscale.optim.buffers import BufferShard
 from nlscale.optim.grams import Grams
 from nlscale.optim.layout import buckets
@@ -218,7 +219,8 @@ def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int |
         shards: list[Sharder] = []
         for bucket in buckets(members[group.name], optim.bucket, group.level.optimizer or optim.name):
             behind = optim.overlap and group is every[0]
-            shards.append((BufferShard if behind else ZeroShard)(group.level, bucket, run, windows, world))
+            sharder = BufferShard if behind else ZeroShard if world.copies > 1 else AloneShard
+            shards.append(sharder(group.level, bucket, run, windows, world))
         if shards:
             policies: list[Policy] = [POLICIES[optim.reduce](shard, windows, world) for shard in shards]
             spans = [[counted(flat, world) for flat in shard.flats] for shard in shards]

@@ -5,8 +5,8 @@
     gather  the new weights to every replica                      (a collective, behind the next forward)
     arrive  waits for them, just before they are used
 
-Two sharders serve it: DeepSpeed's ZeRO-1 (optim/zero.py), and megatron-core's buffers (optim/buffers.py), which reduce
-behind backward.
+Three sharders serve it: DeepSpeed's ZeRO-1 (optim/zero.py), megatron-core's buffers (optim/buffers.py), which reduce
+behind backward, and one for a rank that shares its leaves with nobody (optim/alone.py).
 """
 
 from collections.abc import Iterator, Sequence

@@ -133,7 +133,8 @@ def run_titans(starts: Tensor | None, first: int, last: int, state: object) -> t
 
 def run_self_modifying(momentum: bool, chunks: tuple[int, int], recompute: int = 0) -> Form:
     def run(starts: Tensor | None, first: int, last: int, state: object) -> tuple[Tensor, object]:
-        part = inputs(starts, momentum).part(first, last - first)
+        part = Inputs(*(t if t is None else t[:, :, first:last] for t in inputs(None, momentum)))
+        part = part._replace(starts=None if starts is None else starts[:, first:last])
         return self_modifying(part, chunks, FIVE, GATES, state, recompute=recompute)  # type: ignore[arg-type]
 
     return run
@@ -222,7 +223,7 @@ def test_recomputed_chunks_give_the_same_gradients(starts: Tensor | None) -> Non
 
 
 def test_gradients_agree_with_finite_differences() -> None:
-    tokens = inputs(STARTS, True).part(0, 8)
+    tokens = inputs(STARTS, True).runs(8)[0]
 
     def smt(x: Tensor, q: Tensor, up: Tensor, down: Tensor) -> Tensor:
         memories = FIVE._replace(vectors=FIVE.vectors._replace(up=up), gates=FIVE.gates._replace(down=down))

@@ -92,6 +92,8 @@ LAYOUTS = {
     "tensor-data": (4, ["parallel.tensor=2"]),
     "pipeline-data": (4, ["parallel.pipeline=2"]),
     "tensor-pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "context": (2, ["parallel.context=2"]),
+    "context-data": (4, ["parallel.context=2"]),
     "interleaved": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
 }
 

@@ -30,6 +30,17 @@ LAYOUTS = {
     "tensor-pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "tensor-data": (4, ["parallel.tensor=2"]),
     "tied-pipeline": (2, ["parallel.pipeline=2", "model.tied=true"]),
+    "context-data-hope": (
+        4,
+        ["parallel.context=2", "model.mixer=self_modifying", "model.self_modifying.chunk=8"],
+    ),
+    "tensor-in-sequence": (
+        2,
+        [
+            "parallel.tensor=2",
+            "levels=[{name: quick, period: 8, unit: token, width: 0.5}, {name: slow, period: 4, width: 0.5}]",
+        ],
+    ),
     "tied-pipeline-data-eager": (4, ["parallel.pipeline=2", "model.tied=true", "optim.reduce=eager"]),
     "gains-data-hierarchical": (4, ["model.gains=true", "optim.reduce=hierarchical", "optim.node=2"]),
     "muon-data-staggered": (2, ["optim.name=muon", "optim.phase=staggered"]),
@@ -76,6 +87,11 @@ MOVES = {
     "hierarchical4 to eager2": ((4, ["optim.reduce=hierarchical", "optim.node=2"]), (2, ["optim.reduce=eager"])),
     "eager2 to tensor2": ((2, ["optim.reduce=eager"]), (2, ["parallel.tensor=2"])),
     "tensor2-data2 to hierarchical2": ((4, ["parallel.tensor=2"]), (2, ["optim.reduce=hierarchical", "optim.node=1"])),
+    "context2-data2 to tensor2": ((4, ["parallel.context=2"]), (2, ["parallel.tensor=2"])),
+    "hierarchical over contexts to one": (
+        (4, ["parallel.context=2", "optim.reduce=hierarchical", "optim.node=1"]),
+        (1, []),
+    ),
     "total windows": ((4, ["parallel.tensor=2", "checkpoint.windows=total"]), (2, [])),
 }
 BOTH = ("tensor2-pipeline2 to one", "tensor2-sequence to pipeline2", "total windows")  # also with sequential levels

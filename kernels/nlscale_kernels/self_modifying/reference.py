@@ -33,11 +33,12 @@ class Tokens(NamedTuple):
     log_momentum: Tensor | None = None  # (B, H, T)
     starts: Tensor | None = None  # (B, T)
 
-    def part(self, first: int, count: int) -> "Tokens":
-        """Tokens first ... first + count."""
-        x, q, momentum = (None if t is None else t[:, :, first : first + count] for t in self[:3])
-        starts = None if self.starts is None else self.starts[:, first : first + count]
-        return Tokens(x, q, momentum, starts)  # type: ignore[arg-type]
+    def runs(self, size: int) -> list["Tokens"]:
+        """Runs of `size` tokens; one backward of a split is one copy, of a slice a row of zeros."""
+        count = -(-self.x.shape[2] // size)
+        x, q, momentum = ([None] * count if t is None else t.split(size, 2) for t in self[:3])
+        starts = [None] * count if self.starts is None else self.starts.split(size, 1)
+        return [Tokens(*each) for each in zip(x, q, momentum, starts, strict=True)]  # type: ignore[arg-type]
 
     @property
     def fresh(self) -> Tensor | None:
@@ -76,9 +77,9 @@ class Made(NamedTuple):
     rate: Tensor
     log_keep: Tensor
 
-    def part(self, first: int, count: int) -> "Made":
-        """Tokens first ... first + count."""
-        return Made(*(each[:, :, first : first + count] for each in self))
+    def runs(self, size: int) -> list["Made"]:
+        """Runs of `size` tokens."""
+        return [Made(*each) for each in zip(*(part.split(size, 2) for part in self), strict=True)]
 
 
 def begin(initial: Memories, momentum: bool) -> State:
@@ -144,10 +145,9 @@ def block(
     said, count = made(tokens, initial, now, gates), tokens.x.shape[2]
     main, main_speed = now.main, speeds[2]
     outputs, all_writes = [], []
-    for first in range(0, count, chunk):
-        part, own = tokens.part(first, chunk), said.part(first, chunk)
+    for place, (part, own) in enumerate(zip(tokens.runs(chunk), said.runs(chunk), strict=True)):
         outputs.append(look(part.fresh, initial.main, main, part.q)[:, :, 0])
-        if not last or first + chunk < count:
+        if not last or (place + 1) * chunk < count:
             writes = writes_of(own.k, own.rate, own.log_keep, part.log_momentum, part.starts)
             main, main_speed = write(main, main_speed, initial.main, own, writes, chunk)
             all_writes.append(writes)
@@ -185,17 +185,15 @@ def self_modifying(
     state = state or begin(initial, tokens.log_momentum is not None)
 
     def run(piece: Tokens, state: State, last: bool) -> tuple[Tensor, State]:
-        outputs, size = [], piece.x.shape[2]
-        for first in range(0, size, outer):
-            end = last and first + outer == size
-            o, state = block(piece.part(first, outer), state, initial, gates, inner, end)
+        outputs, pieces = [], piece.runs(outer)
+        for place, each in enumerate(pieces, 1):
+            o, state = block(each, state, initial, gates, inner, last and place == len(pieces))
             outputs.append(o)
         return torch.cat(outputs, 2), state
 
-    outputs, size = [], (recompute * outer or count)
-    for first in range(0, count, size):
-        piece, last = tokens.part(first, size), not hand_on and first + size >= count
-        again = recompute and torch.is_grad_enabled()
+    outputs, pieces = [], tokens.runs(min(count, recompute * outer or count))
+    for place, piece in enumerate(pieces, 1):
+        last, again = not hand_on and place == len(pieces), recompute and torch.is_grad_enabled()
         o, state = checkpoint(run, piece, state, last, use_reentrant=False) if again else run(piece, state, last)
         outputs.append(o)
     return torch.cat(outputs, 2), state if hand_on else None
