@@ -26,6 +26,7 @@ bench: $(VENV)/installed
 	$(BIN)/nlscale bench step
 	$(BIN)/nlscale bench loader
 	$(BIN)/nlscale bench levels
+	$(BIN)/nlscale bench memories
 
 gpu: $(VENV)/tested
 	$(BIN)/python -m pytest -m gpu

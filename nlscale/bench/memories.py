@@ -2,22 +2,23 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from nlscale.bench.plain import PlainTrainer
-from nlscale.bench.step import REST, SHAPE, Contestant, data
-from nlscale.bench.table import Row, alternating, at_most, show
+from nlscale.bench.step import REST, SHAPE, Contestant, Operations, data
+from nlscale.bench.table import Row, alternating, at_most, exactly, show
 from nlscale.config.read import read
 from nlscale.config.run import Run
+from nlscale.parallel.apply import parallelize
 from nlscale.runtime.world import World, join
 from nlscale.testing import ranks
 
 ROWS, SEQUENCE, ROUNDS = 4, 512, 7
 LENGTHS = (256, 1024, 4096)  # tokens of a row for the growth of HOPE's cost
-HOPE = ["use.levels=four", "model.mixer=self_modifying"]
-HOPE += ["model.self_modifying.chunk=128", "model.self_modifying.maker_chunk=256"]
+HOPE = ["use.levels=four", "model.mixer=self_modifying", "model.self_modifying.chunk=128"]
 
 
 def inside(*periods: int) -> str:
@@ -28,7 +29,8 @@ def inside(*periods: int) -> str:
 
 
 MODELS: dict[str, tuple[list[str], float]] = {  # what differs from the plain Transformer, and the target
-    "HOPE": (HOPE, 1.40),
+    "HOPE, makers every 512": ([*HOPE, "model.self_modifying.maker_chunk=512"], 1.40),
+    "HOPE, makers every 256": ([*HOPE, "model.self_modifying.maker_chunk=256"], 1.80),
     "Mode I, 1 level": ([inside(128)], 2.0),
     "Mode I, 4 levels": ([inside(64, 128, 256, 512)], 2.5),
     "Titans MAC": (["use.levels=plain", "model.mixer=titans_mac"], 2.5),
@@ -65,17 +67,46 @@ def peak(make: Callable[..., Callable[[], Any]], *args: Any) -> float:
     return float(resident("VmHWM") - before)
 
 
+def peaks_of(*made: Any) -> float:
+    """The median of three processes' peaks."""
+    return median(ranks(1, peak, *made)[0] for _ in range(3))
+
+
 def resident(field: str) -> int:
     """A figure of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
+def growth(world: World) -> list[Row]:
+    """Seconds a token of longer rows, one at a time, over those of the shortest."""
+    chunks = [*HOPE, "model.self_modifying.chunk=64"]
+    seconds = alternating([stepper(chunks, 1, length, world) for length in LENGTHS], 3)
+    first, *longer = [1e6 * value / length for value, length in zip(seconds, LENGTHS, strict=True)]
+    return [
+        at_most(f"HOPE, a token of a row of {length} / of {LENGTHS[0]}", value, "us", first, 1.2)
+        for length, value in zip(LENGTHS[1:], longer, strict=True)
+    ]
+
+
+def reads(world: World) -> Row:
+    """Values that the host reads in forward and backward of HOPE, beyond those of attention in its place."""
+    counts, (tokens, targets) = [], data(2, SEQUENCE)
+    nowhere = torch.zeros_like(tokens, dtype=torch.bool)
+    nowhere[:, 100] = True
+    for said in ([*MODELS["HOPE, makers every 256"][0], "model.attention=document"], ["use.levels=four"]):
+        model = parallelize(configure(said, 2, SEQUENCE), world)
+        with Operations() as counted:
+            model.forward_backward([(tokens, targets, nowhere)], True)
+        counts.append(counted.seen["aten::_local_scalar_dense"])
+    return exactly("HOPE, host reads of memory updates", counts[0] - counts[1], "a step", 0)
+
+
 def main(target: str | None) -> int:
     """Prints the table; 0 if every target is kept."""
     torch.set_num_threads(1)
-    plain_peak = ranks(1, peak, plain_stepper, ROWS, SEQUENCE)[0]  # in processes of their own, forked before any thread
-    peaks = {name: ranks(1, peak, stepper, said, ROWS, SEQUENCE)[0] for name, (said, _) in MODELS.items()}
+    plain_peak = peaks_of(plain_stepper, ROWS, SEQUENCE)  # in processes of their own, forked before any thread
+    peaks = {name: peaks_of(stepper, said, ROWS, SEQUENCE) for name, (said, _) in MODELS.items()}
     first = configure([], ROWS, SEQUENCE)
     world = join(first.parallel, first.cluster, 0)
     steps = [stepper(said, ROWS, SEQUENCE, world) for said, _ in MODELS.values()]
@@ -84,5 +115,6 @@ def main(target: str | None) -> int:
     for (name, (_, limit)), value in zip(MODELS.items(), seconds, strict=True):
         table.append(at_most(f"{name}, step / plain", value, "s", plain, limit))
         table.append(at_most(f"{name}, peak memory / plain", peaks[name] / 2**20, "MB", plain_peak / 2**20, 1.5))
+    table += [*growth(world), reads(world)]
     title = f"width 256, 4 layers, {SEQUENCE} tokens, batch {ROWS}, one thread, CPU, median of {ROUNDS}"
     return show(title, table, target)

@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.convolution import convolve
+from nlscale_kernels.unit import unit
 from torch import Tensor, nn
 
 from nlscale.config.model import Model
@@ -96,7 +97,7 @@ class HeadMixer(MegatronModule):
 
     def finish(self, o_BHTK: Tensor, x_TBD: Tensor, heads: Heads) -> Tensor:
         """x + out(o), o normed a head and, where there is a gate, gated."""
-        o_BHTK = F.rms_norm(o_BHTK, (self.width,), eps=self.config.layernorm_epsilon)
+        o_BHTK = unit(o_BHTK, self.width**0.5, self.config.layernorm_epsilon * self.width)  # RMS norm
         o_TBF = self.exchange.to_tokens(o_BHTK.permute(2, 0, 1, 3).flatten(2))
         if "gate" in heads:
             o_TBF = o_TBF * F.silu(heads["gate"].permute(2, 0, 1, 3).flatten(2))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.linear_memory import Affine, Tokens, affine, compose, linear_memory
+from nlscale_kernels.unit import unit
 from torch import Tensor
 
 from nlscale.config.model import Model
@@ -45,7 +46,7 @@ class LinearMixer(HeadMixer):
         heads, tail = self.project(x_TBD, own, before and before.tail)
         tokens = Tokens(
             heads["q"] * self.width**-0.5,
-            F.normalize(heads["k"], dim=-1),
+            unit(heads["k"]),
             heads["v"],
             self.gate(heads, "rate").sigmoid(),
             F.logsigmoid(self.gate(heads, "keep")),

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import Gates, Memories, State, Tokens, self_modifying
+from nlscale_kernels.unit import unit
 from torch import Tensor, nn
 
 from nlscale.config.model import Model
@@ -45,7 +46,7 @@ class SelfModifyingMixer(HeadMixer):
         """(T, B, D) -> (T, B, D), and the memories after the last token."""
         heads, tail = self.project(x_TBD, scene, before and before.tail)
         momentum = F.logsigmoid(self.gate(heads, "momentum")) if self.settings.momentum else None
-        tokens = Tokens(heads["input"], F.normalize(heads["q"], dim=-1), momentum, scene.starts_BT)
+        tokens = Tokens(heads["input"], unit(heads["q"]), momentum, scene.starts_BT)
         rate, keep = (self.exchange.mine(self.squash[name]) for name in ("rate", "keep"))
         o, state = self_modifying(
             tokens,

@@ -18,6 +18,7 @@ from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.rotary import rotate
 from nlscale_kernels.span import span_of
 from nlscale_kernels.titans import Memory, Tokens, begin, look, step, titans
+from nlscale_kernels.unit import unit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -59,7 +60,7 @@ class TitansMixer(HeadMixer):
     def tokens(self, heads: Heads, scene: Scene) -> Tokens:
         """What the memory is written with."""
         rate, momentum, keep = gates_of(self, heads)
-        q, k = F.normalize(heads["q"], dim=-1), F.normalize(heads["k"], dim=-1)
+        q, k = unit(heads["q"]), unit(heads["k"])
         return Tokens(q, k, heads["v"], rate, momentum, keep, scene.starts_BT)
 
     def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
@@ -205,7 +206,7 @@ class TitansContext(HeadMixer):
         """(T, B, D) -> (T, B, D), and the memory after the last segment."""
         heads, _ = self.project(x_TBD, scene, None)
         rate, momentum, keep = gates_of(self, heads)
-        heads |= {"rate": rate, "momentum": momentum, "keep": keep, "recall": F.normalize(heads["recall"], dim=-1)}
+        heads |= {"rate": rate, "momentum": momentum, "keep": keep, "recall": unit(heads["recall"])}
         heads |= {name: turned(heads[name], scene) for name in ("q", "k")}
         start = net_of(self.exchange, self.up, self.down, self.held)
         inside = {name: self.exchange.mine(w).unflatten(0, (self.heads, -1)) for name, w in self.inside.items()}
@@ -233,9 +234,9 @@ class TitansContext(HeadMixer):
             document_BC = starts_BC.cumsum(1)
             own = own & (document_BC[:, :, None] == document_BC[:, None])[:, None]
         y = attend(part["q"], k, v, torch.cat([own, own], -1), self.persistent, self.exchange)
-        asked = F.normalize(y @ inside["read_q"].mT, dim=-1)
+        asked = unit(y @ inside["read_q"].mT)
         answer = look(span, start, memory.net, asked)
-        keys = F.normalize(y @ inside["write_k"].mT, dim=-1)
+        keys = unit(y @ inside["write_k"].mT)
         written = Tokens(asked, keys, y @ inside["write_v"].mT, part["rate"], part["momentum"], part["keep"], starts_BC)
         return self.gains(y, answer, self.exchange), step(memory, start, written, span)
 

@@ -131,7 +131,7 @@ class Optimizer:
         """Moves one group's masters; gives the squared norm of the change, float64."""
         rate, squares = level_rate(self.optim, mover.group.level, step, self.steps), []
         for shard, given, spans in zip(mover.shards, grads, mover.counted, strict=True):
-            before = [rule.master.clone() for rule in shard.rules]
+            before = shard.before()
             torch._foreach_mul_(given, scale)
             shard.update(given, rate)
             changes = [rule.master - old for rule, old in zip(shard.rules, before, strict=True)]

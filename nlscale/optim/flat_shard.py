@@ -67,6 +67,11 @@ class FlatShard:
         elements, replicas = sum(flat.elements for flat in self.flats), self.world.copies
         return elements * element * (replicas - 1) // replicas
 
+    def before(self) -> list[Tensor]:
+        """The masters' values before an update: the weights that they were last published as, where these are exact."""
+        pairs = [(rule.master, part) for rule, part in zip(self.rules, self.parts, strict=True)]
+        return [part if part.dtype == m.dtype and part.device == m.device else m.clone() for m, part in pairs]
+
     @torch.no_grad()
     def update(self, grads: Sequence[Tensor], rate: float) -> None:
         """Applies each flat's rule to this rank's part of its mean gradient."""

@@ -45,6 +45,9 @@ class Sharder(Protocol):
     def total(self) -> list[Tensor]:
         """This rank's part of the windows' sum over all replicas, one tensor a flat; the windows are zero after."""
 
+    def before(self) -> list[Tensor]:
+        """The masters' values before an update, one tensor a flat."""
+
     def update(self, grads: Sequence[Tensor], rate: float) -> None:
         """Applies each flat's rule to its mean gradient."""
 

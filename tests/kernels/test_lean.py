@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nlscale_kernels.mlp_memory import Net, gathered, lean, read, reference
+from nlscale_kernels.unit import unit
 from torch import Tensor
 
 B, H, C, K, M = 2, 3, 6, 4, 5
@@ -34,3 +36,16 @@ def test_gradients_are_the_references(rows: int, count: int, out: int) -> None:
 
 def test_what_the_package_offers_are_the_lean_forms() -> None:
     assert read is lean.read and gathered is lean.gathered
+
+
+def test_unit_is_torchs_normalize_and_rms_norm() -> None:
+    x, of = numbers(5, 3, 8), numbers(5, 3, 8).detach()
+    for ours, theirs in (
+        (unit(x), F.normalize(x, dim=-1)),
+        (unit(x, 8**0.5, 8e-5), F.rms_norm(x, (8,), eps=1e-5)),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+        a, b = (torch.autograd.grad((each * of).sum(), x)[0] for each in (ours, theirs))
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    assert torch.autograd.gradgradcheck(unit, (x,))
+    assert unit(torch.zeros(2, 4)).abs().sum() == 0

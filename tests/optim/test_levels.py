@@ -113,7 +113,10 @@ def test_phases_are_a_pure_function_of_layer_and_step() -> None:
             "[{name: a, width: 0.5}, {name: b, width: 0.5, period: 3}, {name: c, width: 0, period: 4}]",
             "3 or 6 would work",
         ),
-        ("[{name: a, width: 1, unit: token}]", "unit=token: no level moves inside a sequence yet"),
+        (
+            "[{name: a, width: 0, unit: token}, {name: b, width: 1}]",
+            "unit=token moves feed-forward units inside a sequence",
+        ),
         ("[{name: a, width: 1}, {name: b, width: 0}]", r"b matches no parameter. Matched: a: \d+ .*; b: none"),
         ("[{name: a, width: 1}, {name: b, width: 0, match: [blocks.9.*]}]", r"'blocks.9.\*' matches no parameter"),
         (

@@ -37,13 +37,12 @@ class Tokens(NamedTuple):
 
 
 def erasures(span: Span, rate_BHC: Tensor, k_BHCK: Tensor) -> Tensor:
-    """I + L, L = strict_lower(diag(e) (D * K K^T)): what the delta rule's erasures do to one another (spec 2.6, V9)."""
-    lower = rate_BHC.unsqueeze(-1) * span.between_BHCC * (k_BHCK @ k_BHCK.mT)
-    return lower + torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    """L of I + L, strict_lower(diag(e) (D * K K^T)): what the delta rule's erasures do to one another (spec 2.6, V9)."""
+    return span.between_BHCC * ((rate_BHC.unsqueeze(-1) * k_BHCK) @ k_BHCK.mT)
 
 
 def solved(span: Span, rate_BHC: Tensor, k_BHCK: Tensor, right: Tensor) -> Tensor:
-    """(I + L)^-1 right."""
+    """(I + L)^-1 right; the solver takes the diagonal for ones."""
     return torch.linalg.solve_triangular(erasures(span, rate_BHC, k_BHCK), right, upper=False, unitriangular=True)
 
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from nlscale_kernels.mlp_memory import Net, gathered, mix, read
 from nlscale_kernels.self_modifying.writes import Writes, joined, writes_of
 from nlscale_kernels.span import anchored
+from nlscale_kernels.unit import unit
 
 
 class Tokens(NamedTuple):
@@ -99,7 +100,7 @@ def made(tokens: Tokens, initial: Memories, now: Memories, gates: Gates) -> Made
     k, v = look(tokens.fresh, initial.vectors, now.vectors, tokens.x).unbind(2)
     rate, keep = look(tokens.fresh, initial.gates, now.gates, tokens.x).squeeze(-1).unbind(2)
     rate = gates.rate_max * torch.sigmoid(rate + gates.rate_bias[:, None])
-    return Made(F.normalize(k, dim=-1), v, rate, F.logsigmoid(keep + gates.keep_bias[:, None]))
+    return Made(unit(k), v, rate, F.logsigmoid(keep + gates.keep_bias[:, None]))
 
 
 def gradients(net: Net, said: Made, writes: Writes, mark: Tensor | float, piece: int) -> list[Tensor]:

@@ -8,9 +8,12 @@ B rows, H heads, C tokens of a chunk; tokens are counted inside the chunk.
 """
 
 from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import Tensor
+
+LOG2E = 1 / log(2)  # powers of 2 are faster than powers of e
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,10 @@ class Span:
 
 def span_of(log_keep_BHC: Tensor, starts_BC: Tensor | None) -> Span:
     """The shares of a chunk from log a_t (at most 0); `starts` is true at a document's first token, None: nowhere."""
-    total = log_keep_BHC.cumsum(-1)
-    earlier = total - log_keep_BHC  # log of the shares of all tokens before t
-    tokens = log_keep_BHC.shape[-1]
+    log_BHC = log_keep_BHC * LOG2E
+    total = log_BHC.cumsum(-1)
+    earlier = total - log_BHC  # log of the shares of all tokens before t
+    tokens = log_BHC.shape[-1]
     allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=total.device).tril(-1)
     fresh, last, base = None, None, torch.zeros_like(total[..., :1])
     if starts_BC is not None:
@@ -49,11 +53,11 @@ def span_of(log_keep_BHC: Tensor, starts_BC: Tensor | None) -> Span:
         first_BC = torch.where(starts_BC, place, 0).cummax(-1).values  # where each token's document begins, or 0
         base = earlier.gather(-1, first_BC.unsqueeze(1).expand_as(total))
         last = document_BC == document_BC[:, -1:]
-    between = (earlier.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~allowed, -torch.inf).exp()
+    between = (earlier.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~allowed, -torch.inf).exp2()
     after = total[..., -1:] - total
     after = after if last is None else after.masked_fill(~last.unsqueeze(1), -torch.inf)
-    whole = (total[..., -1] - base[..., -1]).exp()
-    return Span(log_keep_BHC.exp(), between, (earlier - base).exp(), after.exp(), whole, fresh, last)
+    whole = (total[..., -1] - base[..., -1]).exp2()
+    return Span(log_BHC.exp2(), between, (earlier - base).exp2(), after.exp2(), whole, fresh, last)
 
 
 def anchored(fresh: Tensor | None, initial: Tensor, anchor: Tensor) -> Tensor:
@@ -79,16 +83,16 @@ class Filter:
 
 def filtered(span: Span, log_momentum_BHC: Tensor) -> Filter:
     """The scalars of a chunk with momentum, from log c_t (at most 0): one scan, no token's state is ever made [V11]."""
-    total = log_momentum_BHC.cumsum(-1)
+    total = (log_momentum_BHC * LOG2E).cumsum(-1)
     tokens = total.shape[-1]
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=total.device).triu()  # token i's write, seen at t >= i
     # A write of an earlier document is kept out by after_BHC, which is zero for all tokens before the last begin.
-    spread = (total.unsqueeze(-2) - total.unsqueeze(-1)).masked_fill(~later, -torch.inf).exp()
+    spread = (total.unsqueeze(-2) - total.unsqueeze(-1)).masked_fill(~later, -torch.inf).exp2()
     ends = 1.0 if span.last_BC is None else span.last_BC.unsqueeze(1).to(total.dtype)
     write = (spread * span.after_BHC.unsqueeze(-2)).sum(-1) * ends
-    hold = (total[..., -1:] - total).exp() * ends
-    old = (span.after_BHC * total.exp()).sum(-1)
-    left = total[..., -1].exp()
+    hold = (total[..., -1:] - total).exp2() * ends
+    old = (span.after_BHC * total.exp2()).sum(-1)
+    left = total[..., -1].exp2()
     if span.fresh_BC is not None:
         kept = (~span.fresh_BC[:, -1:]).to(total.dtype)
         old, left = old * kept, left * kept
