@@ -96,7 +96,7 @@ class Persistent(nn.Module):
 
     def before(self, name: str, part_BHTK: Tensor, exchange: Exchange) -> Tensor:
         """The learned tokens, then the row's: (B, H, count + T, K)."""
-        learned = exchange.mine(self.get_parameter(name)).unflatten(0, (-1, self.count))
+        learned = exchange.mine(self.get_parameter(name)).to(part_BHTK.dtype).unflatten(0, (-1, self.count))
         return torch.cat([learned.expand(part_BHTK.shape[0], *learned.shape), part_BHTK], 2)
 
     def leaves(self) -> Iterator[Leaf]:

@@ -76,7 +76,8 @@ class HeadMixer(MegatronModule):
             joined, tail_next = self.convolve(torch.cat([pieces[name] for name in self.convolved], -1), scene, tail)
             sizes = [self.parts[name] * self.heads for name in self.convolved]
             pieces |= zip(self.convolved, joined.split(sizes, -1), strict=True)
-        return {name: self.by_head(piece, self.parts[name]) for name, piece in pieces.items()}, tail_next
+        heads = {name: self.by_head(piece, self.parts[name]) for name, piece in pieces.items()}
+        return {name: each if name in self.local else exact(each) for name, each in heads.items()}, tail_next
 
     def by_head(self, piece_TBF: Tensor, features: int) -> Tensor:
         """(T, B, H f) -> (B, H, T, f), in one piece of memory."""
@@ -84,7 +85,7 @@ class HeadMixer(MegatronModule):
 
     def gate(self, heads: Heads, name: str) -> Tensor:
         """One number a head and token before its squashing, (B, H, T)."""
-        return heads[name].squeeze(-1) + self.exchange.mine(self.biases[name])[:, None]
+        return heads[name].squeeze(-1) + exact(self.exchange.mine(self.biases[name]))[:, None]
 
     def convolve(self, joined_TBF: Tensor, scene: Scene, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The short convolution over this rank's heads, and the last tokens that a row's next part must know."""
@@ -97,8 +98,9 @@ class HeadMixer(MegatronModule):
 
     def finish(self, o_BHTK: Tensor, x_TBD: Tensor, heads: Heads) -> Tensor:
         """x + out(o), o normed a head and, where there is a gate, gated."""
+        dtype = x_TBD.dtype
         o_BHTK = unit(o_BHTK, self.width**0.5, self.config.layernorm_epsilon * self.width)  # RMS norm
-        o_TBF = self.exchange.to_tokens(o_BHTK.permute(2, 0, 1, 3).flatten(2))
+        o_TBF = self.exchange.to_tokens(o_BHTK.to(dtype).permute(2, 0, 1, 3).flatten(2))
         if "gate" in heads:
             o_TBF = o_TBF * F.silu(heads["gate"].permute(2, 0, 1, 3).flatten(2))
         update, _ = self.out(o_TBF)
@@ -124,6 +126,11 @@ class HeadMixer(MegatronModule):
         yield Leaf("out.weight", self.out.weight, shard=1, linear=self.out)
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """In float32 at least: what memories compute, their states and their solves are not for half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def tail_of(x_TBF: Tensor, tail: Tensor | None, starts_TB: Tensor | None, count: int) -> Tensor:
     """The last `count` tokens, zero where a document began after them."""
     before = x_TBF.new_zeros(count, *x_TBF.shape[1:]) if tail is None else tail
@@ -137,4 +144,4 @@ def tail_of(x_TBF: Tensor, tail: Tensor | None, starts_TB: Tensor | None, count:
 
 def stacked(up: Sequence[Tensor], heads: int) -> Tensor:
     """Parameters (H M, K) of N memories -> (1, H, N, M, K)."""
-    return torch.stack([each.unflatten(0, (heads, -1)) for each in up], 1).unsqueeze(0)
+    return exact(torch.stack([each.unflatten(0, (heads, -1)) for each in up], 1).unsqueeze(0))

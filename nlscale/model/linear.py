@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nlscale.config.model import Model
 from nlscale.model.exchange import Exchange
-from nlscale.model.heads import HeadMixer, tail_of
+from nlscale.model.heads import HeadMixer, exact, tail_of
 from nlscale.model.scene import Scene
 from nlscale.runtime.leaf import Leaf
 
@@ -52,7 +52,7 @@ class LinearMixer(HeadMixer):
             F.logsigmoid(self.gate(heads, "keep")),
             own.starts_BT,
         )
-        initial = self.start.unflatten(0, (self.held, self.width))
+        initial = exact(self.start).unflatten(0, (self.held, self.width))
         state = self.incoming(tokens, initial, before and before.state)
         o, state = linear_memory(self.rule, tokens, self.chunk, initial, state)
         return self.finish(o, x_TBD, heads), Matrix(state, tail) if scene.hand_on else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nlscale.config.model import Model
 from nlscale.model.exchange import Exchange
-from nlscale.model.heads import HeadMixer, stacked
+from nlscale.model.heads import HeadMixer, exact, stacked
 from nlscale.model.scene import Scene
 from nlscale.runtime.leaf import Leaf
 
@@ -47,7 +47,7 @@ class SelfModifyingMixer(HeadMixer):
         heads, tail = self.project(x_TBD, scene, before and before.tail)
         momentum = F.logsigmoid(self.gate(heads, "momentum")) if self.settings.momentum else None
         tokens = Tokens(heads["input"], unit(heads["q"]), momentum, scene.starts_BT)
-        rate, keep = (self.exchange.mine(self.squash[name]) for name in ("rate", "keep"))
+        rate, keep = (exact(self.exchange.mine(self.squash[name])) for name in ("rate", "keep"))
         o, state = self_modifying(
             tokens,
             (self.settings.makers, self.settings.chunk),

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from nlscale.config.model import Model
 from nlscale.model.attention import Attention, Context, Persistent, attend
 from nlscale.model.exchange import Exchange
-from nlscale.model.heads import HeadMixer, Heads, stacked
+from nlscale.model.heads import HeadMixer, Heads, exact, stacked
 from nlscale.model.scene import Scene
 from nlscale.runtime.leaf import Leaf, prefixed
 
@@ -110,7 +110,7 @@ class Gains(nn.Module):
     def forward(self, attended_BHTK: Tensor, recalled_BHTK: Tensor, exchange: Exchange) -> Tensor:
         """(B, H, T, K)."""
         normed = [
-            F.rms_norm(stream, stream.shape[-1:], eps=self.eps) * exchange.mine(gain)[:, None]
+            F.rms_norm(stream, stream.shape[-1:], eps=self.eps) * exact(exchange.mine(gain))[:, None]
             for stream, gain in ((attended_BHTK, self.attention), (recalled_BHTK, self.memory))
         ]
         return normed[0] * F.silu(normed[1])
@@ -209,7 +209,7 @@ class TitansContext(HeadMixer):
         heads |= {"rate": rate, "momentum": momentum, "keep": keep, "recall": unit(heads["recall"])}
         heads |= {name: turned(heads[name], scene) for name in ("q", "k")}
         start = net_of(self.exchange, self.up, self.down, self.held)
-        inside = {name: self.exchange.mine(w).unflatten(0, (self.heads, -1)) for name, w in self.inside.items()}
+        inside = {name: exact(self.exchange.mine(w)).unflatten(0, (self.heads, -1)) for name, w in self.inside.items()}
         memory, outputs = before.memory if before else begin(start), []
         chunk = self.settings.chunk
         for first in range(0, rate.shape[2], chunk):
