@@ -1,4 +1,4 @@
-"""Rows 1 to 9, 14 and 24 to 28 of the table in the README: familiar learners are memories of one interface. float64."""
+"""Rows 1 to 9, 11, 14 and 24 to 28 of the table in the README: familiar learners are memories of one interface. float64."""
 
 import pytest
 import torch
@@ -318,3 +318,23 @@ def test_delta_gradient_descent_on_a_matrix_memory_is_the_delta_rule_at_twice_th
     once = remember(memory, k, v, [Gates(0.2, 0.9)], numbers(O, I, seed=3))
     rule = as_tokens(k, k, v / 2, *torch.tensor([[0.4], [0.9]], dtype=torch.float64))
     assert_close(once.weights["up"], serial("delta", rule, numbers(1, O, I, seed=3))[1][0, 0])
+
+
+def test_row_11_a_slower_block_may_read_a_faster_one_without_teaching_it() -> None:
+    """Direct parametric conditioning: nothing reaches what wrote the fast state unless asked; asked, it is autograd's."""
+    x, query = numbers(T, I, seed=1), numbers(I, seed=2)
+    memory = Associative(linear, square, SGD)
+
+    def read(writer: Tensor, slow: Tensor, taught: bool) -> Tensor:
+        state = memory.begin({"up": torch.zeros(O, I).double()})
+        for token in x:
+            k, v = (writer @ token).split([I, O])
+            state = memory.write(state, k, v, Gates(0.05))
+        fast = state.weights["up"] if taught else state.weights["up"].detach()
+        return (fast @ (slow @ query)).square().sum()
+
+    writer, slow = (0.3 * numbers(I + O, I, seed=3)).requires_grad_(), numbers(I, I, seed=4).requires_grad_()
+    still = torch.autograd.grad(read(writer, slow, False), (writer, slow), allow_unused=True)
+    assert still[0] is None and still[1].norm() > 0
+    assert torch.autograd.gradcheck(lambda w, s: read(w, s, True), (writer, slow))
+    assert torch.autograd.grad(read(writer, slow, True), writer)[0].norm() > 0

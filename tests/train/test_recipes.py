@@ -36,5 +36,5 @@ def test_a_recipe_learns(recipe: str, corpus: str, tmp_path: Path) -> None:
     ranks(count, train, read(recipe, fixed), timeout=280)
     losses = [line["train/loss"] for line in read_lines(Folder(tmp_path).metrics) if "train/loss" in line]
     assert len(losses) == 24
-    assert losses[0] == pytest.approx(5.95, abs=0.2)  # about ln 384
+    assert 5.5 < losses[0] < 6.1  # ln 384 = 5.95; what learns while it reads is below at once
     assert losses[-1] < 0.75 * losses[0]
