@@ -177,7 +177,7 @@ def check(options: argparse.Namespace) -> None:
         beat = "frozen" if level.frozen else f"every {level.period}{' tokens' if level.unit == 'token' else ''}"
         share = f"{held[level.name] / 1e6:8.2f}M parameters ({held[level.name] / total:.0%})"
         head = "levels" if place == 0 else ""
-        print(f"{head:12s} {level.name:10s} {beat:10s} {level.optimizer or run.optim.name:14s} {share}")
+        print(f"{head:12s} {level.name:10s} {beat:16s} {level.optimizer or run.optim.name:14s} {share}")
     order = " > ".join(", ".join(sorted(names)) for names in nesting(learners(run)))
     print(fill(order, 110, initial_indent=f"{'nesting':12s} ", subsequent_indent=" " * 13, break_on_hyphens=False))
     moved = sum(held[level.name] / level.steps for level in run.levels if not level.frozen)

@@ -32,7 +32,7 @@ LAYOUTS = {
     "tied-pipeline": (2, ["parallel.pipeline=2", "model.tied=true"]),
     "context-data-hope": (
         4,
-        ["parallel.context=2", "model.mixer=self_modifying", "model.self_modifying.chunk=8"],
+        ["parallel.context=2", "model.mixer=self_modifying", "model.self_modifying.chunk=16", "model.layers=2"],
     ),
     "tensor-in-sequence": (
         2,
