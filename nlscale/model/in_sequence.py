@@ -56,7 +56,7 @@ class Rhythm:
 
     def due(self, tokens: int) -> list[Level]:
         """Levels that move when so many tokens of a row were seen: the same clock as between steps, counted in tokens."""
-        return [level for level in self.levels if not level.frozen and tokens % level.period == 0]
+        return [level for level in self.levels if tokens % level.period == 0]
 
 
 class ReadingBlock(Block):

@@ -80,7 +80,7 @@ def built(
 ) -> Hope:
     """One stage: the last one learns while it reads, where levels move inside a row."""
     shape = run.model, units, run.data.sequence, config, stage, exchange
-    levels = token_levels(run.levels)
+    levels = [level for level in token_levels(run.levels) if not level.frozen]
     if not levels or not stage.last:
         return Hope(*shape)
 

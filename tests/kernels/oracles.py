@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from nlscale_kernels.associative import MOMENTUM, Associative, Gates, State, mlp, square
+from nlscale_kernels.associative import MOMENTUM, Associative, Gates, mlp, square
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import Memories
 from torch import Tensor
@@ -44,34 +44,45 @@ class Five:
         said = weights["down"] @ F.silu(weights["up"] @ z)
         return said if name in ("rate", "keep") else z + said
 
-    def row(self, x: Tensor, q: Tensor, starts: Tensor, chunk: int) -> Tensor:
-        """Outputs (T, K), without momentum; all memories share one chunk."""
-        now = anchor = {name: State(w, {}) for name, w in self.initial.items()}
-        outputs = []
+    def row(self, x: Tensor, q: Tensor, starts: Tensor, chunks: tuple[int, int], share: Tensor | None = None) -> Tensor:
+        """Outputs (T, K); chunks of the makers and of the main memory; `share`: momentum (T,), None: none."""
+        size = {name: chunks[1 if name == "main" else 0] for name in self.initial}
+        share = torch.zeros(len(x), dtype=x.dtype) if share is None else share
+
+        def fresh(name: str) -> dict[str, Tensor]:
+            weights = self.initial[name]
+            zeros = {f"speed.{n}": torch.zeros_like(w) for n, w in weights.items()}
+            return weights | zeros | {"learnt": torch.zeros_like(weights["up"])}
+
+        now = {name: fresh(name) for name in self.initial}
+        anchor, means, outputs = dict(self.initial), {name: [] for name in now}, []
         for t in range(len(x)):
-            if t % chunk == 0:
-                anchor = now
-            if starts[t]:
-                now = anchor = {name: State(w, {}) for name, w in self.initial.items()}
-            said = {name: self.say(name, anchor[name].weights, x[t]) for name in ("key", "value", "rate", "keep")}
+            for name in now:
+                if t % size[name] == 0:
+                    anchor[name], means[name] = {n: now[name][n] for n in ("up", "down")}, []
+                if starts[t]:
+                    now[name], anchor[name], means[name] = fresh(name), self.initial[name], []
+                means[name].append(share[t])
+            said = {name: self.say(name, anchor[name], x[t]) for name in ("key", "value", "rate", "keep")}
             k, v = said["key"] / said["key"].norm(), said["value"]
             rate = self.biases[2] * torch.sigmoid(said["rate"] + self.biases[0])[0]
             keep = torch.sigmoid(said["keep"] + self.biases[1])[0]
-            outputs.append(self.say("main", anchor["main"].weights, q[t]))
-            moved = {}
+            outputs.append(self.say("main", anchor["main"], q[t]))
+            turn = keep * torch.eye(len(k), dtype=k.dtype) - rate * torch.outer(k, k)
             for name, state in now.items():
-                target = self.say(name, anchor[name].weights, v)
-                leaves = {n: w.detach().requires_grad_() for n, w in anchor[name].weights.items()}
-                loss = 0.5 * (self.say(name, leaves, k) - target).square().sum()
-                g = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-                up, down = state.weights["up"], state.weights["down"]
-                eye = torch.eye(len(k), dtype=k.dtype)
-                moved[name] = State(
-                    {
-                        "up": up @ (keep * eye - rate * torch.outer(k, k)) - rate * g["up"],
-                        "down": keep * down - rate * g["down"],
-                    },
-                    {},
-                )
-            now = moved
+                g = self.slope(name, anchor[name], k, self.say(name, anchor[name], v))
+                state["speed.down"] = share[t] * state["speed.down"] - rate * g["down"]
+                state["down"] = keep * state["down"] + state["speed.down"]
+                state["up"], state["learnt"] = state["up"] @ turn, state["learnt"] @ turn - rate * g["up"]
+                if (t + 1) % size[name] == 0:  # W2's momentum goes from chunk to chunk
+                    mean = torch.stack(means[name]).mean()
+                    state["speed.up"] = mean * state["speed.up"] + state["learnt"]
+                    state["up"] = state["up"] + state["speed.up"]
+                    state["learnt"] = torch.zeros_like(state["learnt"])
         return torch.stack(outputs)
+
+    def slope(self, name: str, weights: dict[str, Tensor], k: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Autograd's gradient of half the squared error."""
+        leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
+        loss = 0.5 * (self.say(name, leaves, k) - target).square().sum()
+        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))

@@ -94,14 +94,18 @@ def test_i15_titans_by_chunks_is_the_recurrence_with_stale_anchors(chunk: int, s
 
 
 @pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
-@pytest.mark.parametrize("chunk", [1, 4, 24])
-def test_i13_self_modifying_by_chunks_is_the_recurrence(chunk: int, starts: Tensor | None) -> None:
-    tokens = inputs(starts)
-    o, _ = self_modifying(tokens, (chunk, chunk), FIVE, GATES)
+@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
+@pytest.mark.parametrize("chunks", [(1, 1), (4, 4), (24, 24), (8, 2), (12, 4)])
+def test_i13_self_modifying_by_chunks_is_the_recurrence(
+    chunks: tuple[int, int], momentum: bool, starts: Tensor | None
+) -> None:
+    tokens = inputs(starts, momentum)
+    o, _ = self_modifying(tokens, chunks, FIVE, GATES)
     marks = torch.zeros_like(STARTS) if starts is None else starts
     for b in range(B):
         for h in range(H):
-            row = Five(FIVE, h, BIASES).row(tokens.x[b, h], tokens.q[b, h], marks[b], chunk)
+            share = None if tokens.log_momentum is None else tokens.log_momentum[b, h].exp()
+            row = Five(FIVE, h, BIASES).row(tokens.x[b, h], tokens.q[b, h], marks[b], chunks, share)
             torch.testing.assert_close(o[b, h], row, rtol=1e-9, atol=1e-11)
 
 
