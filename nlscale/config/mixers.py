@@ -103,6 +103,11 @@ def check_chunks(model: "Model", tokens: int, ranks: int) -> None:
         f"{name}={chunk} does not divide the {own} tokens of a row{where}; "
         f"{', '.join(str(d) for d in divisors(own)[-6:])} would work",
     )
+    require(
+        own == tokens or own >= model.linear.convolution - 1,
+        f"model.linear.convolution={model.linear.convolution} reaches past the {own} tokens of the rank before{where}; "
+        f"{own + 1} would work",
+    )
 
 
 def projections(model: "Model", *parts: str) -> Shapes:

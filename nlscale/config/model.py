@@ -23,6 +23,7 @@ class Model:
     titans: Titans = field(default_factory=Titans)
     self_modifying: SelfModifying = field(default_factory=SelfModifying)
     inner: Inner = field(default_factory=Inner)  # for levels whose unit is token
+    reset: Literal["row", "never"] = "row"  # never: memories go on from row to row (row i of a step after row i before)
     window: int | None = None  # tokens that attention sees; unset: the row
     loops: int = 1  # times that a row passes the same blocks (loop Transformer)
     kv_heads: int | None = None  # grouped-query attention; unset: as many as heads

@@ -49,6 +49,7 @@ class Run:
                 f"choose model.hidden so that every level's share is a multiple of {tensor}",
             )
         self.check_inner()
+        self.check_reset()
         self.check_optim()
         Levels(levels=self.levels).check_match(list(parameter_names(model, self.levels)))
         parts = (tensor if parallel.sequence else 1) * parallel.context
@@ -98,6 +99,26 @@ class Run:
             ),
         ):
             require(not said, f"levels with unit: token need {works}")
+
+    def check_reset(self) -> None:
+        """What memories that go on from row to row ask of everything else."""
+        model, levels = self.model, token_levels(self.levels)
+        if model.reset == "row":
+            return
+        slow = levels[-1].period if levels else 1
+        for said, works in (
+            (model.mixer == "attention" and not levels, "a model.mixer with a memory, or levels with unit: token"),
+            (self.data.shuffle, "data.shuffle=false: rows follow one another"),
+            (len(self.data.sources) > 1, "data.path, one dataset: a mixture has no next row"),
+            (self.optim.second_order, "optim.second_order=false"),
+            (
+                self.data.sequence % slow > 0,
+                f"data.sequence={nearest(self.data.sequence, slow)}: level {levels[-1].name if levels else ''} moves "
+                f"every {slow} tokens, so its window would stay open at the end of {self.data.sequence}",
+            ),
+            (model.inner.form == "factors", "model.inner.form=whole: pairs would grow without end"),
+        ):
+            require(not said, f"model.reset=never needs {works}")
 
     def check_optim(self) -> None:
         """What levels and their optimizer must agree on."""
@@ -171,6 +192,11 @@ def replicas(run: Run, world: int) -> int:
         f"train.micro_batch={train.micro_batch}; {nearest(train.global_batch, count * train.micro_batch)} would work",
     )
     micro_batches = train.global_batch // (count * train.micro_batch)
+    require(
+        run.model.reset == "row" or not run.model.inner.shared or micro_batches == 1,
+        f"model.inner.shared with model.reset=never is one memory of all rows, which {micro_batches} micro-batches would "
+        f"each continue; train.micro_batch={train.global_batch // count} would work",
+    )
     require(
         run.parallel.virtual_pipeline == 1 or micro_batches % run.parallel.pipeline == 0,
         f"interleaved stages need micro-batches ({micro_batches}) in multiples of "

@@ -1,14 +1,15 @@
 """Rows for one step after another, over epochs, from wherever a checkpoint left off."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from nlscale.config.data import Data
 from nlscale.config.errors import require
-from nlscale.data.mds import open_rows, tokens
+from nlscale.data.mds import StreamingDataset, open_rows, tokens
 from nlscale.runtime.world import World
 
 
@@ -18,11 +19,13 @@ class Loader:
     Its whole state is the number of steps taken: an epoch has floor(rows / global batch) steps at every layout.
     """
 
-    def __init__(self, data: Data, global_batch: int, world: World) -> None:
+    def __init__(self, data: Data, global_batch: int, world: World, follow: bool = False) -> None:
+        """`follow`: row i of a step follows row i of the step before in the corpus (`model.reset: never`)."""
         rows = global_batch // world.replicas
         self.dataset = open_rows(data, "train", world, rows, data.shuffle)
         self.order: dict[str, Any] = {
             "train.global_batch": global_batch,
+            "model.reset": "never" if follow else "row",
             "data.shuffle": data.shuffle,
             "data.shuffle_seed": data.shuffle_seed,
             "data.shuffle_block": data.shuffle_block,
@@ -36,16 +39,15 @@ class Loader:
             f"the training split has {available} rows, fewer than train.global_batch={global_batch}; "
             f"train.global_batch={available} or more data would work",
         )
-        self.batches = DataLoader(
-            self.dataset,
-            batch_size=rows,
-            num_workers=data.workers,
-            collate_fn=collate,
-            drop_last=True,
-            persistent_workers=data.workers > 0,
-        )
-        self.step = 0
-        self.iterator = self._run()
+        self.step, self.follow = 0, follow
+        options: dict[str, Any] = {"num_workers": data.workers, "collate_fn": collate}
+        options["persistent_workers"] = data.workers > 0
+        if follow:
+            mine = range(world.replica * rows, (world.replica + 1) * rows)
+            self.batches = DataLoader(Rows(self.dataset), batch_sampler=self._followed(mine), **options)
+        else:
+            self.batches = DataLoader(self.dataset, batch_size=rows, drop_last=True, **options)
+        self.iterator = self._follow() if follow else self._run()
 
     def __next__(self) -> np.ndarray:
         return next(self.iterator)
@@ -58,6 +60,20 @@ class Loader:
                 if self.step % self.steps_an_epoch == 0:
                     break
 
+    def _follow(self) -> Iterator[np.ndarray]:
+        for batch in self.batches:
+            self.step += 1
+            yield batch
+
+    def _followed(self, streams: range) -> Iterator[list[int]]:
+        """Row numbers of the next steps: stream i begins i epochs of one row a step into the corpus, and goes round it.
+
+        In an epoch every row is read once, by one of the streams.
+        """
+        whole = self.steps_an_epoch * self.order["train.global_batch"]
+        for step in itertools.count(self.step):
+            yield [(stream * self.steps_an_epoch + step) % whole for stream in streams]
+
     def state_dict(self) -> dict[str, Any]:
         """Steps taken, and what decides which rows those were."""
         return {"step": self.step, "order": self.order}
@@ -67,13 +83,15 @@ class Loader:
 
         Raises UserError where the order of the rows has changed: steps would then name other rows.
         """
-        for name, then in state["order"].items():
+        for name, then in {"model.reset": "row", **state["order"]}.items():
             require(
                 self.order[name] == then,
                 f"{name}={self.order[name]}, but the checkpoint's rows were taken with {then}: rows would be skipped or "
                 f"repeated; {name}={then} would work, or another run.name",
             )
         self.step = int(state["step"])
+        if self.follow:
+            return
         epoch, steps = divmod(self.step, self.steps_an_epoch)
         self.dataset.load_state_dict(
             {
@@ -84,6 +102,17 @@ class Loader:
                 "initial_physical_nodes": None,
             }
         )
+
+
+class Rows(Dataset):
+    """A dataset's rows by their numbers."""
+
+    def __init__(self, dataset: StreamingDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A row."""
+        return self.dataset[index]
 
 
 def collate(rows: list[dict[str, Any]]) -> np.ndarray:

@@ -70,6 +70,9 @@ class Attention(MegatronModule):
         update, _ = self.out(self.exchange.to_tokens(o_BHTK.permute(2, 0, 1, 3).flatten(2)))
         return x_TBD + update, left
 
+    def begin(self, rows: int) -> None:
+        """What a row begins with: attention sees its own row alone."""
+
     def leaves(self) -> Iterator[Leaf]:
         """norm, q, k, v, out."""
         yield from self.norm.leaves()

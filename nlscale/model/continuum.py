@@ -143,6 +143,10 @@ class FeedForward(MegatronModule):
         }
         return x_TBD + update, traces
 
+    def of(self, level: str) -> "FeedForward":
+        """The block that holds a level's units."""
+        return self
+
     def leaves(self) -> Iterator[Leaf]:
         """norm, then up (gate) and down of each level."""
         yield from self.norm.leaves()
@@ -200,6 +204,10 @@ class Sequential(MegatronModule):
             x_TBD, seen = level.adaptive(x_TBD, own)  # type: ignore[operator]
             traces |= seen
         return x_TBD, traces
+
+    def of(self, level: str) -> FeedForward:
+        """The block that holds a level's units."""
+        return self.chain[level]  # type: ignore[return-value]
 
     def leaves(self) -> Iterator[Leaf]:
         """Each level's own norm, up (gate) and down."""

@@ -53,6 +53,10 @@ class Exchange:
         """This rank's share of a tensor with the whole row along `axis`."""
         return row if self.ranks == 1 else row.chunk(self.ranks, axis)[self.rank]
 
+    def last(self, part: Tensor) -> Tensor:
+        """What the rank with the row's last tokens holds."""
+        return part if self.ranks == 1 else self.everyone(part)[-1]
+
     def everyone(self, part: Tensor) -> Tensor:
         """What all ranks hold of a tensor, (R, ...): differentiable."""
         if self.ranks == 1:

@@ -64,8 +64,8 @@ class HeadMixer(MegatronModule):
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
         return nn.Parameter(torch.empty(*shape, dtype=self.config.params_dtype, device=device))
 
-    def project(self, x_TBD: Tensor, scene: Scene, tail: Tensor | None) -> tuple[Heads, Tensor | None]:
-        """All projections, and what the convolution must be told of the last tokens when the row goes on."""
+    def project(self, x_TBD: Tensor, scene: Scene, tail: Heads | None) -> tuple[Heads, Heads | None]:
+        """All projections, and what the convolution must be told of the last tokens when the row goes on: (B, H, t, f)."""
         fused, _ = self.inward(self.norm(x_TBD))
         names = list(self.parts)
         pieces = dict(zip(names, fused.split([f * self.held for f in self.parts.values()], -1), strict=True))
@@ -73,11 +73,26 @@ class HeadMixer(MegatronModule):
         pieces |= zip(moving, self.exchange.to_heads([pieces[name] for name in moving]), strict=True)
         tail_next = None
         if self.taps is not None:
-            joined, tail_next = self.convolve(torch.cat([pieces[name] for name in self.convolved], -1), scene, tail)
-            sizes = [self.parts[name] * self.heads for name in self.convolved]
-            pieces |= zip(self.convolved, joined.split(sizes, -1), strict=True)
+            joined = torch.cat([pieces[name] for name in self.convolved], -1)
+            before = None if tail is None else torch.cat([by_token(tail[name]) for name in self.convolved], -1)
+            joined, last = self.convolve(joined, scene, before)
+            pieces |= self.apart(joined)
+            if last is not None:
+                tail_next = {name: self.by_head(each, self.parts[name]) for name, each in self.apart(last).items()}
         heads = {name: self.by_head(piece, self.parts[name]) for name, piece in pieces.items()}
         return {name: each if name in self.local else exact(each) for name, each in heads.items()}, tail_next
+
+    def apart(self, joined_TBF: Tensor) -> dict[str, Tensor]:
+        """The convolved projections one by one."""
+        sizes = [self.parts[name] * self.heads for name in self.convolved]
+        return dict(zip(self.convolved, joined_TBF.split(sizes, -1), strict=True))
+
+    def no_tail(self, rows: int) -> Heads | None:
+        """What the convolution is told of before the first token: zeros; None where there is none."""
+        if self.taps is None:
+            return None
+        shape = rows, self.heads, self.taps.shape[1] - 1
+        return {name: self.taps.new_zeros(*shape, self.parts[name]) for name in self.convolved}
 
     def by_head(self, piece_TBF: Tensor, features: int) -> Tensor:
         """(T, B, H f) -> (B, H, T, f), in one piece of memory."""
@@ -100,9 +115,9 @@ class HeadMixer(MegatronModule):
         """x + out(o), o normed a head and, where there is a gate, gated."""
         dtype = x_TBD.dtype
         o_BHTK = unit(o_BHTK, self.width**0.5, self.config.layernorm_epsilon * self.width)  # RMS norm
-        o_TBF = self.exchange.to_tokens(o_BHTK.to(dtype).permute(2, 0, 1, 3).flatten(2))
+        o_TBF = self.exchange.to_tokens(by_token(o_BHTK.to(dtype)))
         if "gate" in heads:
-            o_TBF = o_TBF * F.silu(heads["gate"].permute(2, 0, 1, 3).flatten(2))
+            o_TBF = o_TBF * F.silu(by_token(heads["gate"]))
         update, _ = self.out(o_TBF)
         return x_TBD + update
 
@@ -129,6 +144,11 @@ class HeadMixer(MegatronModule):
 def exact(tensor: Tensor) -> Tensor:
     """In float32 at least: what memories compute, their states and their solves are not for half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def by_token(part_BHTf: Tensor) -> Tensor:
+    """(B, H, T, f) -> (T, B, H f)."""
+    return part_BHTf.permute(2, 0, 1, 3).flatten(2)
 
 
 def tail_of(x_TBF: Tensor, tail: Tensor | None, starts_TB: Tensor | None, count: int) -> Tensor:

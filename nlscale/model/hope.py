@@ -20,6 +20,7 @@ from nlscale.model.continuum import VARIANTS, ContinuumSubmodules
 from nlscale.model.exchange import Exchange
 from nlscale.model.loss import Head
 from nlscale.model.mixers import MIXERS
+from nlscale.model.row_state import RowState, between_rows, check
 from nlscale.model.scene import Scene, scene
 from nlscale.runtime.leaf import Leaf, prefixed
 
@@ -115,9 +116,26 @@ class Hope(MegatronModule):
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor) -> Tensor:
         """On the last stage the summed loss (scalar), elsewhere the activations (T, B, D) for the next stage."""
+        return self.onward((tokens_BT, targets_BT, starts_BT))[0]
+
+    def onward(
+        self, batch: tuple[Tensor, Tensor, Tensor], before: RowState | None = None, hand_on: bool = False
+    ) -> tuple[Tensor, RowState]:
+        """As forward, for rows that go on where others ended; with `hand_on` also what these leave to the next.
+
+        Raises ValueError where `before` is another model's.
+        """
+        tokens_BT, targets_BT, starts_BT = batch
         x_TBD: Any = self.enter(self.exchange.tokens(tokens_BT, 1)) if self.stage.first else self.input
-        x_TBD, _ = self.walk(x_TBD, self.scene(starts_BT))
-        return self.head(x_TBD, self.exchange.tokens(targets_BT, 1)) if self.stage.last else x_TBD
+        if before is not None:
+            check(before, self.begin(tokens_BT.shape[0]), "state")
+        x_TBD, left = self.walk(x_TBD, self.scene(starts_BT, hand_on=hand_on), before and before.mixers)
+        output = self.head(x_TBD, self.exchange.tokens(targets_BT, 1)) if self.stage.last else x_TBD
+        return output, RowState([between_rows(each) for each in left], [])
+
+    def begin(self, rows: int) -> RowState:
+        """What rows begin with that go on from no others."""
+        return RowState([block.mix.begin(rows) for _ in range(self.loops) for block in self.blocks], [])  # type: ignore[union-attr,operator]
 
     def scene(self, starts_BT: Tensor, past: int = 0, hand_on: bool = False) -> Scene:
         """The scene of the tokens after the first `past` of a row; `starts` of all of its tokens so far."""

@@ -27,6 +27,7 @@ from nlscale.model.exchange import Exchange
 from nlscale.model.fast import Factors, Fast, Pair, Whole, product
 from nlscale.model.hope import Block, Hope, Stage
 from nlscale.model.loss import IGNORE
+from nlscale.model.row_state import RowState, between_rows, check
 from nlscale.model.scene import Scene
 
 Copies = list[dict[str, dict[str, Fast]]]  # adaptive block -> level -> part of the feed-forward -> what it learned
@@ -98,18 +99,42 @@ class HopeInSequence(Hope):
 
     def kept(self, model: Model, units: int, tokens: int) -> type[Fast]:
         """How a level's changes are kept: by pairs while a row's writes are fewer than a matrix."""
-        return Factors if model.inner.by_factors(model.width, units, tokens - self.rhythm.chunk) else Whole
+        young = model.reset == "row" and model.inner.by_factors(model.width, units, tokens - self.rhythm.chunk)
+        return Factors if young else Whole
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor) -> Tensor:
-        """The summed loss (scalar), each chunk's before it is learned from."""
+    def onward(
+        self, batch: tuple[Tensor, Tensor, Tensor], before: RowState | None = None, hand_on: bool = False
+    ) -> tuple[Tensor, RowState]:
+        """The summed loss (scalar), each chunk's before it is learned from, and what the rows leave."""
+        tokens_BT, targets_BT, starts_BT = batch
         x_TBD: Any = self.enter(tokens_BT) if self.stage.first else self.input
-        place = self.scene(starts_BT)
-        for block in self.blocks[: self.first]:
-            x_TBD, _ = block(x_TBD, place)
-        if not torch.is_grad_enabled():
-            with torch.enable_grad():
-                return self.read(x_TBD.detach(), targets_BT, starts_BT)[0].detach()
-        return self.read(x_TBD, targets_BT, starts_BT)[0]
+        if before is not None:
+            check(before, self.begin(tokens_BT.shape[0]), "state")
+        mixers, place = list(before.mixers) if before else [None] * len(self.blocks), self.scene(starts_BT, 0, hand_on)
+        left: list[Any] = []
+        for block, state in zip(self.blocks[: self.first], mixers, strict=False):
+            x_TBD, after = block(x_TBD, place, state)
+            left.append(after)
+        learning = torch.is_grad_enabled()
+        with torch.enable_grad():  # the copies learn whether or not anybody else does
+            own = RowState(mixers[self.first :], before.copies if before else self.untouched())
+            loss, after = self.read(x_TBD if learning else x_TBD.detach(), targets_BT, starts_BT, own, hand_on)
+        left = [between_rows(each) for each in (*left, *after.mixers)]
+        return loss if learning else loss.detach(), RowState(left, after.copies)
+
+    def begin(self, rows: int) -> RowState:
+        """What rows begin with that go on from no others."""
+        several = 1 if self.inner.shared else rows
+        blank = [
+            {level: {part: Whole(self.blank(level, several)) for part in parts} for level, parts in copy.items()}
+            for copy in self.untouched()
+        ]
+        return super().begin(rows)._replace(copies=blank)
+
+    def blank(self, level: str, rows: int) -> Tensor:
+        """A change that is none, as a matrix."""
+        weight = self.blocks[-1].continuum.of(level).down.weight  # type: ignore[union-attr,operator]
+        return weight.new_zeros(rows, self.blocks[-1].continuum.of(level).units[level], weight.shape[1])  # type: ignore[union-attr,operator]
 
     def untouched(self) -> Copies:
         """Copies that have learned nothing."""
@@ -124,15 +149,15 @@ class HopeInSequence(Hope):
         x_TBD: Tensor,
         targets_BT: Tensor,
         starts_BT: Tensor,
-        copies: Copies | None = None,
+        before: RowState | None = None,
         hand_on: bool = False,
-    ) -> tuple[Tensor, Copies]:
-        """Summed loss of the row and the copies after it; `copies`: None, or what earlier rows of each sequence left.
+    ) -> tuple[Tensor, RowState]:
+        """Summed loss of the row and what the adaptive blocks leave; `before`: what earlier rows of each sequence left.
 
-        `hand_on`: somebody reads on with the copies, so the last chunk moves them too.
+        `hand_on`: somebody reads on, so the last chunk moves the copies too.
         """
-        copies, losses, chunk = copies or self.untouched(), [], self.rhythm.chunk
-        states: list[Any] = [None] * (len(self.blocks) - self.first)
+        states, copies = before or RowState([None] * (len(self.blocks) - self.first), self.untouched())
+        losses, chunk = [], self.rhythm.chunk
         windows = {level.name: Window() for level in self.rhythm.levels}
         several = self.inner.meta == "full" and len(states) > 1  # attention lies between a level and its loss
         for begin in range(0, x_TBD.shape[0], chunk):
@@ -148,7 +173,7 @@ class HopeInSequence(Hope):
             for level in self.rhythm.due(end) if goes_on else ():
                 copies = self.move(level, copies, windows[level.name])
                 windows[level.name] = Window()
-        return torch.stack(losses).sum(), copies
+        return torch.stack(losses).sum(), RowState(states, copies)
 
     def pass_on(
         self, x_TBD: Tensor, place: Any, states: list[Any], copies: Copies

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from nlscale.config.model import Model
 from nlscale.model.exchange import Exchange
-from nlscale.model.heads import HeadMixer, exact, tail_of
+from nlscale.model.heads import HeadMixer, Heads, exact, tail_of
 from nlscale.model.scene import Scene
 from nlscale.runtime.leaf import Leaf
 
 
 class Matrix(NamedTuple):
-    """What a matrix memory hands on: its state (B, H, V, K) and the convolution's last tokens."""
+    """What a matrix memory hands on: its state (B, H, V, K) and the convolution's last tokens (B, H, t, K) by name."""
 
     state: Tensor
-    tail: Tensor | None
+    tail: Heads | None
 
 
 class LinearMixer(HeadMixer):
@@ -55,14 +55,23 @@ class LinearMixer(HeadMixer):
         initial = exact(self.start).unflatten(0, (self.held, self.width))
         state = self.incoming(tokens, initial, before and before.state)
         o, state = linear_memory(self.rule, tokens, self.chunk, initial, state)
-        return self.finish(o, x_TBD, heads), Matrix(state, tail) if scene.hand_on else None
+        left = Matrix(self.row.last(state), tail) if scene.hand_on else None
+        return self.finish(o, x_TBD, heads), left
+
+    def begin(self, rows: int) -> Matrix:
+        """What a row begins with."""
+        initial = exact(self.start).unflatten(0, (self.held, self.width))
+        return Matrix(initial.expand(rows, *initial.shape), self.no_tail(rows))
 
     def convolve(self, joined_TBF: Tensor, scene: Scene, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """With context parallelism the tokens before this rank's come from the rank before."""
         if self.row.ranks > 1 and self.taps is not None:
             starts_TB = None if scene.starts_BT is None else scene.starts_BT.t()
             tails = self.row.everyone(tail_of(joined_TBF, None, starts_TB, self.taps.shape[1] - 1))
-            tail = tails[self.row.rank - 1] * float(self.row.rank > 0)  # rank 0 must be in every rank's backward too
+            came = 0.0 if self.row.rank or tail is None else tail
+            tail = tails[self.row.rank - 1] * float(self.row.rank > 0) + came  # rank 0 is in every rank's backward too
+            joined_TBF, _ = super().convolve(joined_TBF, scene, tail)
+            return joined_TBF, tails[-1] if scene.hand_on else None
         return super().convolve(joined_TBF, scene, tail)
 
     def incoming(self, tokens: Tokens, initial_HVK: Tensor, state: Tensor | None) -> Tensor | None:

@@ -11,7 +11,8 @@ Rotary = tuple[Tensor, Tensor]
 class Scene(NamedTuple):
     """Facts of the whole row, T tokens, whatever part of it a rank holds."""
 
-    rotary: Rotary  # cosines and sines of the queries' positions, (T, 1, 1, K) each
+    table: Rotary  # cosines and sines of positions from 0 on, (past + T, 1, 1, K) each
+    rotary: Rotary  # of the queries' own positions, (T, 1, 1, K) each
     mask: Tensor | None  # (B, 1, queries, keys), true where attention is allowed; None: causal
     starts_BT: Tensor | None  # true at a document's first token; None: no document is apart
     hand_on: bool = False  # whether anybody wants the states that the mixers leave
@@ -39,4 +40,4 @@ def scene(rotary: Rotary, starts_BT: Tensor | None, window: int | None, past: in
             mask = mask & (document_BT[:, past:, None] == document_BT[:, None, :])
         mask = mask[:, None]
     here = None if starts_BT is None else starts_BT[:, past:]
-    return Scene((rotary[0][past:], rotary[1][past:]), mask, here, hand_on)
+    return Scene(rotary, (rotary[0][past:], rotary[1][past:]), mask, here, hand_on)

@@ -6,13 +6,14 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.mlp_memory import Net
-from nlscale_kernels.self_modifying import Gates, Memories, State, Tokens, self_modifying
+from nlscale_kernels.self_modifying import Gates, Memories, State, Tokens, begin, self_modifying
 from nlscale_kernels.unit import unit
 from torch import Tensor, nn
 
 from nlscale.config.model import Model
 from nlscale.model.exchange import Exchange
-from nlscale.model.heads import HeadMixer, exact, stacked
+from nlscale.model.heads import HeadMixer, Heads, exact, stacked
+from nlscale.model.row_state import spread
 from nlscale.model.scene import Scene
 from nlscale.runtime.leaf import Leaf
 
@@ -23,7 +24,7 @@ class Left(NamedTuple):
     """What self-modifying Titans hand on."""
 
     state: State
-    tail: Tensor | None
+    tail: Heads | None
 
 
 class SelfModifyingMixer(HeadMixer):
@@ -58,6 +59,10 @@ class SelfModifyingMixer(HeadMixer):
             self.settings.recompute,
         )
         return self.finish(o, x_TBD, heads), Left(state, tail) if state is not None else None
+
+    def begin(self, rows: int) -> Left:
+        """What a row begins with."""
+        return Left(spread(begin(self.start(), self.settings.momentum), rows), self.no_tail(rows))
 
     def start(self) -> Memories:
         """The memories' initial states, of this rank's heads."""

@@ -26,7 +26,8 @@ from nlscale.config.model import Model
 from nlscale.model.attention import Attention, Context, Persistent, attend
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, Heads, exact, stacked
-from nlscale.model.scene import Scene
+from nlscale.model.row_state import spread
+from nlscale.model.scene import Rotary, Scene
 from nlscale.runtime.leaf import Leaf, prefixed
 
 
@@ -34,7 +35,7 @@ class Left(NamedTuple):
     """What a Titans mixer hands on."""
 
     memory: Memory
-    tail: Tensor | None = None  # of the convolution
+    tail: Heads | None = None  # of the convolution
     context: Context | None = None  # of attention
 
 
@@ -74,6 +75,10 @@ class TitansMixer(HeadMixer):
             self.settings.recompute,
         )
         return self.finish(o, x_TBD, heads), Left(memory, tail) if scene.hand_on else None
+
+    def begin(self, rows: int) -> Left:
+        """What a row begins with."""
+        return Left(spread(begin(self.start), rows), self.no_tail(rows))
 
     def leaves(self) -> Iterator[Leaf]:
         """The base's, and the memory's initial state."""
@@ -141,7 +146,7 @@ class TitansGate(TitansMixer):
             self.tokens(heads, scene), self.settings.chunk, self.start, memory, self.settings.recompute
         )
         q, k, v = (heads[name] for name in self.attention)
-        q, k = (turned(part, scene) for part in (q, k))
+        q, k = (turned(part, scene.rotary) for part in (q, k))
         if before is not None and before.context is not None:
             k, v = torch.cat([before.context.k, k], 2), torch.cat([before.context.v, v], 2)
         attended = attend(q, k, v, scene.mask, self.persistent, self.exchange)
@@ -157,9 +162,9 @@ class TitansGate(TitansMixer):
         yield from self.gains.leaves()
 
 
-def turned(part_BHTK: Tensor, scene: Scene) -> Tensor:
+def turned(part_BHTK: Tensor, rotary: Rotary) -> Tensor:
     """Rotary positions on (B, H, T, K)."""
-    cosine, sine = (table[:, 0, 0] for table in scene.rotary)
+    cosine, sine = (table[:, 0, 0] for table in rotary)
     return rotate(part_BHTK, cosine, sine)
 
 
@@ -177,6 +182,10 @@ class TitansLayer(MegatronModule):
         x_TBD, context = self.attend(x_TBD, scene, before and before.context)
         return x_TBD, left and left._replace(context=context)
 
+    def begin(self, rows: int) -> Left:
+        """What a row begins with."""
+        return self.recall.begin(rows)
+
     def leaves(self) -> Iterator[Leaf]:
         """Both halves."""
         yield from prefixed("recall", self.recall.leaves())
@@ -190,6 +199,7 @@ class TitansContext(HeadMixer):
     """MAC: tokens of a segment attend to learned tokens, to what the memory recalls for them, and to their segment.
 
     What attention gives is written into the memory, and the memory's answer to it gates it.
+    What was recalled for a token stands at that token's position in the segment.
     """
 
     def __init__(self, model: Model, config: TransformerConfig, exchange: Exchange) -> None:
@@ -207,33 +217,49 @@ class TitansContext(HeadMixer):
         heads, _ = self.project(x_TBD, scene, None)
         rate, momentum, keep = gates_of(self, heads)
         heads |= {"rate": rate, "momentum": momentum, "keep": keep, "recall": unit(heads["recall"])}
-        heads |= {name: turned(heads[name], scene) for name in ("q", "k")}
-        start = net_of(self.exchange, self.up, self.down, self.held)
+        start = self.start
         inside = {name: exact(self.exchange.mine(w)).unflatten(0, (self.heads, -1)) for name, w in self.inside.items()}
         memory, outputs = before.memory if before else begin(start), []
         chunk = self.settings.chunk
+        places = scene.table[0][:chunk], scene.table[1][:chunk]  # in the segment, wherever it lies
         for first in range(0, rate.shape[2], chunk):
             part = {name: each[:, :, first : first + chunk] for name, each in heads.items()}
             again = self.settings.recompute and torch.is_grad_enabled()
-            given = part, scene.starts(first, chunk), memory, start, inside
+            given = part, scene.starts(first, chunk), memory, start, inside, places
             o, memory = checkpoint(self.segment, *given, use_reentrant=False) if again else self.segment(*given)
             outputs.append(o)
         left = Left(memory) if scene.hand_on else None
         return self.finish(torch.cat(outputs, 2), x_TBD, {}), left
 
+    @property
+    def start(self) -> Net:
+        """The memory's initial state, of this rank's heads."""
+        return net_of(self.exchange, self.up, self.down, self.held)
+
+    def begin(self, rows: int) -> Left:
+        """What a row begins with."""
+        return Left(spread(begin(self.start), rows))
+
     def segment(
-        self, part: Heads, starts_BC: Tensor | None, memory: Memory, start: Net, inside: dict[str, Tensor]
+        self,
+        part: Heads,
+        starts_BC: Tensor | None,
+        memory: Memory,
+        start: Net,
+        inside: dict[str, Tensor],
+        places: Rotary,
     ) -> tuple[Tensor, Memory]:
         """One segment: recall, attend, ask, write."""
         span = span_of(part["keep"], starts_BC)
         recalled = look(span, start, memory.net, part["recall"])
-        k = torch.cat([recalled @ inside["context_k"].mT, part["k"]], 2)
+        q, k = (turned(each, places) for each in (part["q"], part["k"]))
+        k = torch.cat([turned(recalled @ inside["context_k"].mT, places), k], 2)
         v = torch.cat([recalled @ inside["context_v"].mT, part["v"]], 2)
         own = span.between_BHCC.new_ones(span.between_BHCC.shape[-2:]).tril().bool()
         if starts_BC is not None:
             document_BC = starts_BC.cumsum(1)
             own = own & (document_BC[:, :, None] == document_BC[:, None])[:, None]
-        y = attend(part["q"], k, v, torch.cat([own, own], -1), self.persistent, self.exchange)
+        y = attend(q, k, v, torch.cat([own, own], -1), self.persistent, self.exchange)
         asked = unit(y @ inside["read_q"].mT)
         answer = look(span, start, memory.net, asked)
         keys = unit(y @ inside["write_k"].mT)

@@ -21,6 +21,7 @@ from nlscale.model.hope import Block, Hope, Stage
 from nlscale.model.in_sequence import HopeInSequence, Rhythm
 from nlscale.model.init import initialize
 from nlscale.model.layers import transformer_config
+from nlscale.parallel.carried import Carried
 from nlscale.parallel.gate import Gate
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
@@ -36,6 +37,7 @@ class Parallelized:
     chunks: list[Hope]
     leaves: list[Leaf]
     forward_backward: Callable[[Sequence[MicroBatch], bool], Tensor]
+    carried: list[Carried]  # a chunk; none where memories begin anew at each row
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -72,7 +74,11 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
     shared = [world.tensor] if run.parallel.sequence else []
     shared += [world.context] if run.parallel.context > 1 else []
     gates = {id(chunk): Gate(chunk.parameters(), shared) for chunk in chunks}
-    return Parallelized(chunks, leaves, scheduled(chunks, run, gates))
+    carried = [
+        Carried(chunk, run.train.global_batch // world.replicas // run.train.micro_batch, run.train.micro_batch)
+        for chunk in (chunks if run.model.reset == "never" else ())
+    ]
+    return Parallelized(chunks, leaves, scheduled(chunks, run, gates, carried), carried)
 
 
 def built(
@@ -92,14 +98,18 @@ def built(
     return HopeInSequence(*shape, Rhythm(levels, reduce_from_tensor_model_parallel_region, over_data))
 
 
-def scheduled(chunks: list[Hope], run: Run, gates: dict[int, Gate]) -> Callable[[Sequence[MicroBatch], bool], Tensor]:
+def scheduled(
+    chunks: list[Hope], run: Run, gates: dict[int, Gate], carried: Sequence[Carried]
+) -> Callable[[Sequence[MicroBatch], bool], Tensor]:
     """The step's schedule: no pipeline, 1F1B or interleaved 1F1B, settled here once."""
+    goes_on = {id(each.model): each.read for each in carried}
     schedule = get_forward_backward_func()
     rows, tokens = run.train.micro_batch, run.data.sequence
 
-    def step(batches: Iterator[MicroBatch], model: Hope) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    def step(batches: Iterator[MicroBatch], model: Hope, learn: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(batches)
-        output, own = model(*batch), model.exchange.tokens(batch[1], 1)
+        read = goes_on.get(id(model)) if learn else None
+        output, own = read(batch) if read else model(*batch), model.exchange.tokens(batch[1], 1)
         gates[id(model)].guard(output, (own >= 0).sum())
         return output, partial(summed, targets=own)
 
@@ -111,7 +121,7 @@ def scheduled(chunks: list[Hope], run: Run, gates: dict[int, Gate]) -> Callable[
             gate.restart()
         iterators = [iter(batches) for _ in chunks]
         losses = schedule(
-            forward_step_func=step,
+            forward_step_func=partial(step, learn=learn),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(batches),
@@ -119,6 +129,8 @@ def scheduled(chunks: list[Hope], run: Run, gates: dict[int, Gate]) -> Callable[
             micro_batch_size=rows,
             forward_only=not learn,
         )
+        for each in carried if learn else ():
+            each.settle(gates[id(each.model)].accepts)
         device = batches[0][0].device
         reported = torch.stack(losses).sum(0) if losses else torch.zeros(2, dtype=torch.float64, device=device)
         return torch.cat([reported, next(iter(gates.values())).counts])

@@ -25,12 +25,14 @@ class Gate:
         self.waiting: deque[Tensor] = deque()  # targets of the micro-batches that are on their way
         self.accept = torch.ones((), dtype=torch.bool, device=held[0].device)
         self.accepted = True  # the same, as the host knows it on a CPU
+        self.accepts: list[Tensor] = []  # the decisions of the step so far
         self.zero = torch.zeros((), dtype=held[0].dtype, device=held[0].device)
         self.counts = torch.zeros(2, dtype=torch.float64, device=held[0].device)  # targets added; micro-batches refused
 
     def restart(self) -> None:
         """Begins a step."""
         self.waiting.clear()
+        self.accepts.clear()
         self.counts = torch.zeros_like(self.counts)
 
     def guard(self, output: Tensor, targets: Tensor) -> None:
@@ -55,6 +57,7 @@ class Gate:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=group)
             finite = finite.bool()
         self.accept = finite
+        self.accepts.append(finite)
         self.accepted = finite.is_cuda or bool(finite)
         added = torch.where(finite, self.waiting.popleft().double(), 0.0)
         self.counts += torch.stack([added, (~finite).double()])

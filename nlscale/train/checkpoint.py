@@ -19,6 +19,7 @@ from nlscale.config.read import dump
 from nlscale.runtime.folder import MANIFEST, STATE, Folder, write_durably
 from nlscale.runtime.log import Journal
 from nlscale.train.continual import Change, begin_new, carried, compare, dropped
+from nlscale.train.memories import check_memories, memories
 from nlscale.train.pieces import load, save, stored
 from nlscale.train.state import TrainState
 from nlscale.train.windows import load_windows, windows_to_save
@@ -44,7 +45,7 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        save({**state.shards(), **windows_to_save(state)}, partial)
+        save({**state.shards(), **windows_to_save(state), **memories(state)}, partial)
         facts = state.facts()
         mine = partial.glob(f"__{world.rank}_*")
         digests: list[dict] = [{} for _ in range(world.size)]
@@ -111,7 +112,8 @@ class Checkpoints:
                 f"{path} was trained on another dataset (fingerprint {' '.join(facts['data'])}, now "
                 f"{' '.join(state.fingerprints)}); give the old data.path or another run.name"
             )
-        pieces, there = state.shards(), stored(path) if change else set()
+        pieces, there = state.shards() | memories(state), stored(path)
+        check_memories({key: each for key, each in pieces.items() if not change or key in there}, there)
         load({key: each for key, each in pieces.items() if not change or key in there}, path)
         if change:
             self.report(change, facts)

@@ -39,8 +39,9 @@ def train(run: Run) -> None:
     model = parallelize(run, world)
     optimizer = build_optimizer(run, model.leaves, world)
     optimizer.await_in(model.modules)
-    loader = Loader(run.data, run.train.global_batch, world)
-    state = TrainState(run, world, model.leaves, optimizer, loader, [card.fingerprint for card in cards])
+    loader = Loader(run.data, run.train.global_batch, world, run.model.reset == "never")
+    fingerprints = [card.fingerprint for card in cards]
+    state = TrainState(run, world, model.leaves, optimizer, loader, fingerprints, model.carried)
     checkpoints = Checkpoints(folder, journal)
     resumed = checkpoints.restore(state)
     if state.step < run.train.steps:

@@ -6,12 +6,19 @@ rectangles of the whole tensor, any layout reads what any other wrote.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 Rectangle = tuple[tuple[int, ...], Tensor]  # offset in the global tensor, values (a view)
@@ -74,9 +81,24 @@ class LoadPieces(DefaultLoadPlanner):
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
 
-def stored(folder: Path) -> set[str]:
-    """Keys of the tensors in a checkpoint."""
-    return set(dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+class Stored(NamedTuple):
+    """What a checkpoint says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype}"
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """The tensors in a checkpoint."""
+    facts = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        name: Stored(tuple(each.size), each.properties.dtype)
+        for name, each in facts.items()
+        if isinstance(each, TensorStorageMetadata)
+    }
 
 
 def save(pieces: dict[str, Pieces], folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Everything that outlives a step, as one value with one form on disk, whatever the layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from nlscale.data.loader import Loader
 from nlscale.optim.build import Optimizer
 from nlscale.optim.levels import identity
 from nlscale.optim.reduce import Open
+from nlscale.parallel.carried import Carried
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 from nlscale.train.pieces import Pieces, rectangles
@@ -29,6 +30,7 @@ class TrainState:
     optimizer: Optimizer
     loader: Loader
     fingerprints: list[str]  # of the datasets
+    carried: list[Carried] = field(default_factory=list)  # memories that go on from row to row, a chunk of the model
     step: int = 0
     tokens: int = 0
     wandb_id: str = ""

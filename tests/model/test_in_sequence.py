@@ -141,7 +141,7 @@ def test_i11_what_does_not_move_is_the_frozen_model(overrides: list[str]) -> Non
 def sgd_on_rows(run: Run) -> list[float]:
     """Differences between copies handed on from row to row and torch's SGD on the slow weights, after each of three rows."""
     model, rows = model_of(run), batch(run)
-    (block,), copies, found = [model.blocks[-1]], None, []
+    (block,), state, found = [model.blocks[-1]], None, []
     continuum = block.continuum
     own = [continuum.up.weight.detach().clone(), continuum.down.weight.detach().clone()]
     for b in range(rows[0].shape[0]):
@@ -149,7 +149,7 @@ def sgd_on_rows(run: Run) -> list[float]:
         x = model.enter(one[0])
         for each in model.blocks[:-1]:
             x, _ = each(x, model.scene(one[2]))
-        _, copies = model.read(x.detach(), one[1], one[2], copies, hand_on=True)
+        _, state = model.read(x.detach(), one[1], one[2], state and state._replace(mixers=[None]), hand_on=True)
         before = [continuum.up.weight.data.clone(), continuum.down.weight.data.clone()]
         continuum.up.weight.data, continuum.down.weight.data = own[0].clone(), own[1].clone()
         y, _ = block.mix(x.detach(), model.scene(one[2]))
@@ -157,7 +157,7 @@ def sgd_on_rows(run: Run) -> list[float]:
         slopes = torch.autograd.grad(loss, [continuum.up.weight, continuum.down.weight])
         own = [w - run.model.inner.lr * g for w, g in zip(own, slopes, strict=True)]
         continuum.up.weight.data, continuum.down.weight.data = before
-        learned = copies[0]["quick"]
+        learned = state.copies[0]["quick"]
         up = torch.cat([learned[part].change[0] for part in continuum.inward])
         found += [
             float((before[0] + up - own[0]).abs().max()),

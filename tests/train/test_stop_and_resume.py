@@ -41,6 +41,18 @@ LAYOUTS = {
             "levels=[{name: quick, period: 8, unit: token, width: 0.5}, {name: slow, period: 4, width: 0.5}]",
         ],
     ),
+    "carried-tensor-data": (
+        4,
+        [
+            "parallel.tensor=2",
+            "model.reset=never",
+            "data.shuffle=false",
+            "model.mixer=titans",
+            "model.titans.chunk=8",
+            "model.layers=2",
+            "levels=[{name: quick, period: 8, unit: token, width: 0.5}, {name: slow, period: 4, width: 0.5}]",
+        ],
+    ),
     "tied-pipeline-data-eager": (4, ["parallel.pipeline=2", "model.tied=true", "optim.reduce=eager"]),
     "gains-data-hierarchical": (4, ["model.gains=true", "optim.reduce=hierarchical", "optim.node=2"]),
     "muon-data-staggered": (2, ["optim.name=muon", "optim.phase=staggered"]),
