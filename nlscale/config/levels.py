@@ -31,6 +31,9 @@ class Level:
     optimizer: str | None = None  # its rule; unset: optim.name
     match: list[str] = field(default_factory=list)  # further parameters of this level: patterns over their names
     frozen: bool = False  # never moves
+    anchor: float = 0.0  # pull towards the weights at the end of the task before (EWC), times its rate; 0: none
+    project: int = 0  # places for gradient directions of earlier tasks that its moves stay orthogonal to (OGD)
+    replay: float = 0.0  # what a replayed target (data.replay) counts against a new one, in this level alone
 
     def __post_init__(self) -> None:
         require(self.name.isidentifier(), f"levels: name '{self.name}' must be a word of letters, digits and _")
@@ -41,6 +44,9 @@ class Level:
             f"levels.{self.name}.unit=token moves feed-forward units inside a sequence; width 0 has none",
         )
         require(0 <= self.width <= 1, f"levels.{self.name}.width={self.width} is a share of the width, from 0 to 1")
+        for name in ("anchor", "project", "replay"):
+            value = getattr(self, name)
+            require(value >= 0, f"levels.{self.name}.{name}={value} must not be negative")
         require(self.lr > 0, f"levels.{self.name}.lr={self.lr} must be above 0")
         require(
             self.optimizer is None or self.optimizer in RULES,

@@ -36,6 +36,7 @@ class Checkpoint:
     windows: Literal["each", "total"] = "each"  # each: every replica's open windows, so that a resume is bit-exact;
     # total: their sum, equal up to rounding, which does not grow with replicas
     levels: Literal["same", "change"] = "same"  # change: a resume may find other periods, frozen or new levels
+    data: Literal["same", "change"] = "same"  # change: a resume may find another dataset, whose rows then begin anew
 
     def __post_init__(self) -> None:
         require(self.interval >= 1, f"checkpoint.interval={self.interval} must be at least 1")

@@ -26,6 +26,7 @@ from nlscale.optim.reduce import POLICIES, Policy
 from nlscale.optim.rules import Rule
 from nlscale.optim.schedule import level_rate
 from nlscale.optim.shard import Fragment, Sharder, counted, fragments, square
+from nlscale.optim.tasks import Tasks
 from nlscale.optim.window import Windows
 from nlscale.optim.zero import ZeroShard, forbid_compilation, silence
 from nlscale.runtime.leaf import Leaf
@@ -43,6 +44,7 @@ class Optimizer:
     groups: list[Group]  # of the run
     movers: dict[str, Mover]  # of this rank
     anchors: Anchors
+    tasks: Tasks
     awaited: bool = False  # modules wait for their own weights before their next forward pass
 
     @torch.no_grad()
@@ -81,6 +83,8 @@ class Optimizer:
             if group.name in held and norm < float("inf"):
                 scale = means[group.name] * self.clip(norm, norms)
                 square = self.update(held[group.name], grads.pop(group.name), scale, step)
+            elif norm < float("inf"):
+                self.tasks.keep_off(group, None, [])
             moved[group.name] = Moved(norm, not norm < float("inf"), square)
         self.anchors.reset([group for group in moving if not moved[group.name].skipped], self.movers)
         for name, mover in held.items():
@@ -130,10 +134,15 @@ class Optimizer:
     def update(self, mover: Mover, grads: list[list[Tensor]], scale: float, step: int) -> Tensor:
         """Moves one group's masters; gives the squared norm of the change, float64."""
         rate, squares = level_rate(self.optim, mover.group.level, step, self.steps), []
-        for shard, given, spans in zip(mover.shards, grads, mover.counted, strict=True):
-            before = shard.before()
+        olds = [shard.before() for shard in mover.shards]
+        for given in grads:
             torch._foreach_mul_(given, scale)
+        self.tasks.gather(mover, grads)
+        for shard, given in zip(mover.shards, grads, strict=True):
             shard.update(given, rate)
+        self.tasks.pull(mover, rate)
+        self.tasks.keep_off(mover.group, mover, [old for before in olds for old in before])
+        for shard, before, spans in zip(mover.shards, olds, mover.counted, strict=True):
             changes = [rule.master - old for rule, old in zip(shard.rules, before, strict=True)]
             squares.append(square(changes, spans).to(self.world.device))
         return torch.stack(squares).sum()
@@ -228,4 +237,5 @@ def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int |
             grams = [Grams(ruled, windows, world)] if ruled and not group.level.frozen else []
             movers[group.name] = Mover(group, shards, policies, spans, grams)
     anchors = Anchors(run.levels if run.model.variant == "nested" else [], optim.slow_weight, movers)
-    return Optimizer(optim, steps or run.train.steps, world, windows, every, movers, anchors)
+    tasks = Tasks(every, movers, world)
+    return Optimizer(optim, steps or run.train.steps, world, windows, every, movers, anchors, tasks)

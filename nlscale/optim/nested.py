@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nlscale.config.levels import Level
+from nlscale.config.optim import STATES
 from nlscale.optim.layout import Flat
 from nlscale.optim.levels import Group
 from nlscale.optim.rules import Rule
@@ -25,6 +26,7 @@ from nlscale.optim.rules import Rule
 if TYPE_CHECKING:
     from nlscale.optim.mover import Mover
 
+MOMENTS = {name for states in STATES.values() for name in states}
 SLOW = "slow"  # the slow copy's name among a rule's state
 
 
@@ -66,8 +68,8 @@ class Anchors:
 
 
 def restart(rule: Rule) -> None:
-    """The rule forgets everything but the slow copy."""
+    """The rule forgets its moments; what it keeps beside them (the slow copy, earlier tasks) stays."""
     for name, tensor in rule.state.items():
-        if name != SLOW:
+        if name in MOMENTS:
             tensor.zero_()
     rule.updates = 0

@@ -18,7 +18,7 @@ from nlscale.config.errors import StoppedOnPurpose, UserError
 from nlscale.config.read import dump
 from nlscale.runtime.folder import MANIFEST, STATE, Folder, write_durably
 from nlscale.runtime.log import Journal
-from nlscale.train.continual import Change, begin_new, carried, compare, dropped
+from nlscale.train.continual import Change, begin_new, carried, compare, dropped, newly_kept, of_tasks
 from nlscale.train.memories import check_memories, memories
 from nlscale.train.pieces import load, save, stored
 from nlscale.train.state import TrainState
@@ -107,22 +107,31 @@ class Checkpoints:
         facts = json.loads((path / STATE).read_text())
         now = state.identity()
         change = compare(now, facts["identity"], path, state.run.checkpoint.levels == "change")
-        if facts["data"] != state.fingerprints:
+        moved_on = facts["data"] != state.fingerprints
+        if moved_on and state.run.checkpoint.data != "change":
             raise UserError(
                 f"{path} was trained on another dataset (fingerprint {' '.join(facts['data'])}, now "
-                f"{' '.join(state.fingerprints)}); give the old data.path or another run.name"
+                f"{' '.join(state.fingerprints)}); give the old data.path, another run.name, or checkpoint.data=change "
+                "to go on with the new one"
             )
         pieces, there = state.shards() | memories(state), stored(path)
         check_memories({key: each for key, each in pieces.items() if not change or key in there}, there)
-        load({key: each for key, each in pieces.items() if not change or key in there}, path)
+        began = newly_kept(state, there)
+        load({key: each for key, each in pieces.items() if key in there or not (change or of_tasks(key))}, path)
         if change:
             self.report(change, facts)
             facts = carried(facts, change, now)
             begin_new(state.optimizer, change.new, there)
-        state.apply_facts(facts)
+        state.apply_facts(facts | {"loader": None} if moved_on else facts)
         state.optimizer.publish()
         load_windows(state, facts["windows"], path)
         self.journal.event("restore", state.step, checkpoint=path.name, layout=facts["layout"])
+        kept = state.optimizer.tasks.end([level.name for level in state.run.levels if moved_on or level.name in began])
+        if moved_on:
+            self.journal.event("data change", state.step, then=facts["data"], now=state.fingerprints)
+        if moved_on or kept:
+            what = "the data changes" if moved_on else "a task ends"
+            self.journal.say(f"{what} at step {state.step}; kept of the task before: {', '.join(kept) or 'nothing'}")
 
     def report(self, change: Change, facts: dict[str, Any]) -> None:
         """Says what a change of levels means."""

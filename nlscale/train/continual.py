@@ -9,11 +9,16 @@ the journal says which.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nlscale.config.errors import UserError
+from nlscale.config.levels import level_of
 from nlscale.optim.build import Optimizer
 from nlscale.optim.nested import SLOW
+from nlscale.optim.tasks import ANCHOR, DIRECTION, IMPORTANCE, state_names
+
+if TYPE_CHECKING:
+    from nlscale.train.state import TrainState
 
 FIELDS = ("shape", "level", "clock", "rule", "decay")
 
@@ -93,6 +98,19 @@ def carried(facts: dict[str, Any], change: Change, now: Mapping[str, str]) -> di
 def dropped(facts: dict[str, Any], change: Change) -> list[str]:
     """Groups whose open windows end with the change."""
     return sorted(name for name, steps in facts["windows"]["open"].items() if steps and name not in change.kept)
+
+
+def of_tasks(key: str) -> bool:
+    """Whether a tensor of a checkpoint is what a level keeps of earlier tasks; it may be newly asked for."""
+    return key.startswith(tuple(f"state.{name}" for name in (ANCHOR, IMPORTANCE, DIRECTION)))
+
+
+def newly_kept(state: "TrainState", there: Collection[str]) -> set[str]:
+    """Levels whose switches ask for something of earlier tasks that the checkpoint does not hold."""
+    held: dict[str, set[str]] = {level.name: set() for level in state.run.levels}
+    for kind, _, leaf in (key.removeprefix("state.").partition("/") for key in there if of_tasks(key)):
+        held[level_of(leaf, state.run.levels).name].add(kind)
+    return {level.name for level in state.run.levels if set(state_names(level)) - held[level.name]}
 
 
 def begin_new(optimizer: Optimizer, new: frozenset[str], there: Collection[str]) -> None:

@@ -78,6 +78,7 @@ class TrainState:
             "loader": self.loader.state_dict(),
             "updates": merged(self.optimizer.updates(), self.world.pipeline),
             "windows": window_facts(self),
+            "tasks": merged(self.optimizer.tasks.facts(), self.world.pipeline),
             "layout": {
                 "tensor": parallel.tensor,
                 "pipeline": parallel.pipeline,
@@ -92,7 +93,9 @@ class TrainState:
     def apply_facts(self, facts: dict[str, Any]) -> None:
         """Takes over what train_state.json says."""
         self.step, self.tokens, self.wandb_id = facts["step"], facts["tokens"], facts["wandb_id"]
-        self.loader.load_state_dict(facts["loader"])
+        if facts["loader"] is not None:
+            self.loader.load_state_dict(facts["loader"])
+        self.optimizer.tasks.apply_facts(facts.get("tasks", {}))
         windows, table = self.optimizer.windows, facts["windows"]["tokens"]
         windows.open = {name: int(facts["windows"]["open"].get(name, 0)) for name in windows.groups}
         mine = dealt(len(table), self.world.copy, self.world.copies)

@@ -1,14 +1,16 @@
 """Levels that change at a resume: only when asked for, said aloud, and with the weights as they were."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from nlscale.config.run import Run
+from nlscale.data.write import Preparation, prepare
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.testing import ranks
 from nlscale.train.loop import train
-from tests.corpus import small_run
+from tests.corpus import small_run, write_corpus
 
 LEVELS = (
     "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 4, width: 0.25}, "
@@ -82,3 +84,52 @@ def test_a_parameter_that_changes_its_level_keeps_its_moments(prepared: str, tmp
     assert event["windows_dropped"] == []
     assert fired(run, "late") == [16, 30]
     assert max(line["train/loss"] for line in lines(run)[15:]) < lines(run)[0]["train/loss"]
+
+
+KEEPING = (
+    "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 4, width: 0.25, anchor: 3.0}, "
+    "{name: long, period: 8, width: 0.25, project: 2}]"
+)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another dataset of the same tokeniser."""
+    folder = tmp_path_factory.mktemp("other")
+    corpus = write_corpus(folder / "corpus", seed=5, space="-")
+    prepare(Preparation(sources=(str(corpus),), out=str(folder / "data"), sequence=32, tokeniser="bytes", held_out=0.1))
+    return str(folder / "data")
+
+
+def test_new_data_is_refused_unless_asked_for(prepared: str, other: str, tmp_path: Path) -> None:
+    ranks(1, train, small_run(prepared, tmp_path, "train.stop_at=2"))
+    with pytest.raises(RuntimeError, match="was trained on another dataset .*checkpoint.data=change"):
+        ranks(1, train, small_run(other, tmp_path))
+
+
+def test_a_task_ends_where_the_data_changes(prepared: str, other: str, tmp_path: Path) -> None:
+    """Rows begin anew, levels keep what they were told to, and a stop inside the second task changes no bit."""
+    asked = "checkpoint.data=change"
+    for folder in ("once", "twice"):
+        ranks(2, train, small_run(prepared, tmp_path / folder, KEEPING, "train.stop_at=16"))
+    once = small_run(other, tmp_path / "once", KEEPING, asked)
+    ranks(2, train, once)
+    ranks(2, train, small_run(other, tmp_path / "twice", KEEPING, asked, "train.stop_at=21"))
+    twice = small_run(other, tmp_path / "twice", KEEPING, asked)
+    ranks(2, train, twice)
+    assert [line["train/loss"] for line in lines(once)] == [line["train/loss"] for line in lines(twice)]
+    facts = [
+        json.loads((Folder(Path(r.folder)).checkpoint(30) / "train_state.json").read_text()) for r in (once, twice)
+    ]
+    assert facts[0]["loader"]["step"] == 14 and facts[0]["tasks"] == {"slow": [1, 0], "long": [0, 1]}
+    assert facts[1]["tasks"] == facts[0]["tasks"]
+    events = [e for e in read_lines(Folder(tmp_path / "twice").events) if e["event"] == "data change"]
+    assert [e["step"] for e in events] == [16]
+
+
+def test_switches_may_come_on_at_a_resume_on_another_layout(prepared: str, tmp_path: Path) -> None:
+    ranks(1, train, small_run(prepared, tmp_path, "train.stop_at=16"))
+    ranks(2, train, small_run(prepared, tmp_path, KEEPING, "parallel.tensor=2", "train.stop_at=20"))
+    ranks(1, train, small_run(prepared, tmp_path, KEEPING))
+    facts = json.loads((Folder(tmp_path).checkpoint(30) / "train_state.json").read_text())
+    assert facts["tasks"] == {"slow": [1, 0], "long": [0, 0]}

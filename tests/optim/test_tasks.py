@@ -1,0 +1,105 @@
+"""What levels keep of earlier tasks: pulls to old weights (row 29) and directions that moves stay off (row 33)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nlscale.optim.tasks import DIRECTION, held
+from nlscale.testing import ranks
+from tests.optim.driver import CONSTANT, built, usual, weights
+from tests.tiny import tiny
+from tests.whole import Pieces, assemble
+
+LEVELS = "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 2, width: 0.5%s}]"
+SLOW = ".slow."
+
+
+def two_tasks(overrides: list[str], ends: bool = True) -> tuple[Pieces, Pieces, list[Tensor]]:
+    """Weights after the first task and after the second; dot products of the slow level's kept directions and its way."""
+    run = tiny(*CONSTANT, *overrides)
+    world, model, optimizer = built(run, torch.float64)
+
+    def steps(first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            optimizer.step(step, model.forward_backward(usual(run, step, world), True)[2].long())
+
+    steps(1, 8)
+    between = weights(model, world)
+    if ends:
+        optimizer.tasks.end([level.name for level in run.levels])
+    mover = optimizer.movers["slow"]
+    places = mover.group.level.project
+    masters = [rule.master.clone() for rule, _ in held(mover)]
+    steps(9, 14)
+    products = [
+        torch.tensor([float((rule.state[f"{DIRECTION}{i}"] * (rule.master - old)).sum()) for i in range(places)])
+        for (rule, _), old in zip(held(mover), masters, strict=True)
+    ]
+    return between, weights(model, world), products
+
+
+def moved(overrides: list[str], layout: list[str] = [], count: int = 1) -> dict[str, Tensor]:  # noqa: B006
+    """How far every leaf went in the second task."""
+    results = ranks(count, two_tasks, [*overrides, *layout])
+    before, after = assemble([r[0] for r in results]), assemble([r[1] for r in results])
+    return {name: after[name] - before[name] for name in after}
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_row_29_an_anchor_holds_as_hard_as_it_is_said_to(rule: str) -> None:
+    common = [f"optim.name={rule}", "optim.weight_decay=0"]
+    free = moved([LEVELS % "", *common])
+    none = moved([LEVELS % ", anchor: 0.0", *common])
+    some, firm = (moved([LEVELS % f", anchor: {value}", *common]) for value in (30.0, 1e30))
+    slow = [name for name in free if SLOW in name]
+    assert slow and all(torch.equal(none[name], free[name]) for name in free)
+    assert all(0 < some[name].norm() < 0.95 * free[name].norm() for name in slow)
+    for name in slow:  # what no gradient has reached has no importance, and is free
+        assert firm[name].norm() < 1e-6 * free[name].norm()
+    assert all(firm[name].norm() > 0.3 * free[name].norm() for name in free if SLOW not in name)
+
+
+def test_row_29_the_pull_is_the_implicit_step_of_the_penalty() -> None:
+    """(w - w*) after = (w - w* of the rule's own step) / (1 + rate anchor F), F = 1 while no task has ended."""
+    common = ["optim.name=sgd", "optim.weight_decay=0", "optim.clip=0", "optim.kappa=0"]
+    (free, start), (pulled, _) = (ranks(1, first_move, [LEVELS % f", anchor: {a}", *common])[0] for a in (1e-300, 7.0))
+    expected = (free - start) / (1 + 0.01 * 7.0)
+    assert expected.norm() > 0
+    torch.testing.assert_close(pulled - start, expected, rtol=1e-9, atol=1e-15)
+
+
+def first_move(overrides: list[str]) -> tuple[Tensor, Tensor]:
+    """A flat of the slow level after its first move, and its anchor."""
+    run = tiny(*CONSTANT, *overrides)
+    world, model, optimizer = built(run, torch.float64)
+    for step in (1, 2):
+        optimizer.step(step, model.forward_backward(usual(run, step, world), True)[2].long())
+    (rule, _), *_ = held(optimizer.movers["slow"])
+    return rule.master, rule.state["anchor"]
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw", "muon"])
+def test_row_33_moves_stay_off_the_directions_of_earlier_tasks(rule: str) -> None:
+    said = [LEVELS % ", project: 4", f"optim.name={rule}"]
+    ((_, _, products),) = ranks(1, two_tasks, said)
+    ((_, _, without),) = ranks(1, two_tasks, said, False)
+    along, before = sum(products), sum(without)  # over the flats of the level
+    assert along[:2].abs().max() < 1e-14 and before.abs().max() > 1e-8
+
+
+LAYOUTS = {
+    "data": (2, []),
+    "tensor": (2, ["parallel.tensor=2"]),
+    "pipeline-data": (4, ["parallel.pipeline=2"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_kept_is_the_same_on_every_layout(layout: str) -> None:
+    count, said = LAYOUTS[layout]
+    overrides = [LEVELS % ", project: 3, anchor: 5.0", "optim.clip=0"]
+    overrides += ["optim.name=sgd", "optim.matrix.momentum=0.5"]
+    one, several = moved(overrides), moved(overrides, said, count)
+    for name in one:
+        tolerance = 1e-6 if layout == "tensor" else 1e-9
+        assert (one[name] - several[name]).norm() <= tolerance * one[name].norm(), name
