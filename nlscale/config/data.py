@@ -27,6 +27,8 @@ class Data:
     shuffle_seed: int = 9176
     shuffle_block: int = 4096  # rows
     canonical_nodes: int = 1
+    replay: str | None = None  # a dataset of earlier rows, for levels whose `replay` says what they count there
+    replay_batch: int = 0  # rows of it a step, over all replicas
     workers: int = 0  # loader processes a rank; 0: rows are read between steps
 
     def __post_init__(self) -> None:
@@ -35,6 +37,10 @@ class Data:
         require(self.canonical_nodes >= 1, f"data.canonical_nodes={self.canonical_nodes} must be at least 1")
         require(self.shuffle_block >= 1, f"data.shuffle_block={self.shuffle_block} must be at least 1")
         require(self.workers >= 0, f"data.workers={self.workers} must not be negative")
+        require(
+            bool(self.replay) == (self.replay_batch > 0),
+            f"data: replay needs both data.replay={self.replay} and data.replay_batch={self.replay_batch}",
+        )
         for stream in self.streams:
             require(bool(stream.path) and stream.weight > 0, "data.streams: each needs a path and a weight above 0")
 

@@ -50,6 +50,7 @@ class Run:
             )
         self.check_inner()
         self.check_reset()
+        self.check_replay()
         self.check_optim()
         Levels(levels=self.levels).check_match(list(parameter_names(model, self.levels)))
         parts = (tensor if parallel.sequence else 1) * parallel.context
@@ -119,6 +120,24 @@ class Run:
             (model.inner.form == "factors", "model.inner.form=whole: pairs would grow without end"),
         ):
             require(not said, f"model.reset=never needs {works}")
+
+    def check_replay(self) -> None:
+        """What replay asks of everything else."""
+        asking = [level for level in self.levels if level.replay]
+        if not asking and not self.data.replay:
+            return
+        first = asking[0].name if asking else self.levels[-1].name
+        for said, works in (
+            (not asking, f"a level that counts it, such as levels.{first}.replay=1.0"),
+            (not self.data.replay, f"rows: data.replay and data.replay_batch (levels.{first}.replay asks for them)"),
+            (self.optim.overlap, "optim.overlap=false"),
+            (self.optim.second_order, "optim.second_order=false"),
+            (
+                any((level.optimizer or self.optim.name) == "dgd" for level in self.levels),
+                "another rule than dgd, whose windows hold inputs, too",
+            ),
+        ):
+            require(not said, f"replay needs {works}")
 
     def check_optim(self) -> None:
         """What levels and their optimizer must agree on."""
@@ -191,7 +210,13 @@ def replicas(run: Run, world: int) -> int:
         f"train.global_batch={train.global_batch} is no multiple of {count} replicas x "
         f"train.micro_batch={train.micro_batch}; {nearest(train.global_batch, count * train.micro_batch)} would work",
     )
-    micro_batches = train.global_batch // (count * train.micro_batch)
+    micro_batches, again = train.global_batch // (count * train.micro_batch), run.data.replay_batch
+    unit = count * train.micro_batch * (run.parallel.pipeline if run.parallel.virtual_pipeline > 1 else 1)
+    require(
+        again % unit == 0,
+        f"data.replay_batch={again} is no multiple of {unit} (replicas x train.micro_batch, and interleaved stages); "
+        f"{nearest(again, unit)} would work",
+    )
     require(
         run.model.reset == "row" or not run.model.inner.shared or micro_batches == 1,
         f"model.inner.shared with model.reset=never is one memory of all rows, which {micro_batches} micro-batches would "

@@ -19,12 +19,18 @@ class Loader:
     Its whole state is the number of steps taken: an epoch has floor(rows / global batch) steps at every layout.
     """
 
-    def __init__(self, data: Data, global_batch: int, world: World, follow: bool = False) -> None:
-        """`follow`: row i of a step follows row i of the step before in the corpus (`model.reset: never`)."""
+    def __init__(
+        self, data: Data, global_batch: int, world: World, follow: bool = False, name: str = "train.global_batch"
+    ) -> None:
+        """`follow`: row i of a step follows row i of the step before in the corpus (`model.reset: never`).
+
+        `name`: the setting that `global_batch` comes from.
+        """
         rows = global_batch // world.replicas
         self.dataset = open_rows(data, "train", world, rows, data.shuffle)
+        self.rows_a_step = global_batch
         self.order: dict[str, Any] = {
-            "train.global_batch": global_batch,
+            name: global_batch,
             "model.reset": "never" if follow else "row",
             "data.shuffle": data.shuffle,
             "data.shuffle_seed": data.shuffle_seed,
@@ -36,8 +42,8 @@ class Loader:
         self.steps_an_epoch = available // global_batch
         require(
             self.steps_an_epoch > 0,
-            f"the training split has {available} rows, fewer than train.global_batch={global_batch}; "
-            f"train.global_batch={available} or more data would work",
+            f"the training split has {available} rows, fewer than {name}={global_batch}; "
+            f"{name}={available} or more data would work",
         )
         self.step, self.follow = 0, follow
         options: dict[str, Any] = {"num_workers": data.workers, "collate_fn": collate}
@@ -70,7 +76,7 @@ class Loader:
 
         In an epoch every row is read once, by one of the streams.
         """
-        whole = self.steps_an_epoch * self.order["train.global_batch"]
+        whole = self.steps_an_epoch * self.rows_a_step
         for step in itertools.count(self.step):
             yield [(stream * self.steps_an_epoch + step) % whole for stream in streams]
 
@@ -96,7 +102,7 @@ class Loader:
         self.dataset.load_state_dict(
             {
                 "epoch": epoch,
-                "sample_in_epoch": steps * self.order["train.global_batch"],
+                "sample_in_epoch": steps * self.rows_a_step,
                 "num_canonical_nodes": self.order["data.canonical_nodes"],
                 "shuffle_seed": self.order["data.shuffle_seed"],
                 "initial_physical_nodes": None,

@@ -48,13 +48,18 @@ class Optimizer:
     awaited: bool = False  # modules wait for their own weights before their next forward pass
 
     @torch.no_grad()
-    def step(self, step: int, tokens: Tensor) -> dict[str, Moved]:
+    def step(self, step: int, tokens: Tensor, replayed: Tensor | None = None) -> dict[str, Moved]:
         """Ends step `step` (from 1), whose backward passes added `tokens` targets; gives the groups that moved.
+
+        `replayed`: targets that were added beside them, as often as each level says (`levels.X.replay`).
 
         A level that is not due is not touched: no collective, no optimizer work, no read by the host. (With `reduce`
         eager or hierarchical its gradients are reduced.) A collective over all ranks.
         """
         self.windows.count(tokens)
+        if replayed is not None:
+            share = torch.tensor([group.level.replay for group in self.groups], dtype=torch.float64)
+            self.windows.tokens += share.to(self.world.device) * replayed
         for mover in self.movers.values():
             for policy in mover.policies if not mover.group.level.frozen else ():
                 policy.add()

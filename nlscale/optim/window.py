@@ -26,7 +26,7 @@ class Windows:
             if not lasting or window_dtype(parameter.dtype) != parameter.dtype:
                 parameter.register_post_accumulate_grad_hook(self._add)
         device = next(iter(self.sums)).device
-        self.tokens = torch.zeros(len(self.groups), dtype=torch.int64, device=device)  # of this replica, by group
+        self.tokens = torch.zeros(len(self.groups), dtype=torch.float64, device=device)  # of this replica, by group
         self.open = dict.fromkeys(self.groups, 0)  # steps since a group last moved
         # Leaf -> mean x x^T of its closed window, for rules that ask (optim/dgd.py).
         self.inputs: dict[str, Tensor] = {}
@@ -63,7 +63,7 @@ class Windows:
                 self.sums[parameter] = parameter.grad = None
 
     def count(self, tokens: Tensor) -> None:
-        """Notes that a step's backward passes have added `tokens` (int64 scalar) targets to every window."""
+        """Notes that a step's backward passes have added `tokens` targets: to every window, or one number a group."""
         self.tokens += tokens
         for name in self.open:
             self.open[name] += 1

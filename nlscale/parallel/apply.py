@@ -23,6 +23,7 @@ from nlscale.model.init import initialize
 from nlscale.model.layers import transformer_config
 from nlscale.parallel.carried import Carried
 from nlscale.parallel.gate import Gate
+from nlscale.parallel.replay import Replay
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 
@@ -38,6 +39,7 @@ class Parallelized:
     leaves: list[Leaf]
     forward_backward: Callable[[Sequence[MicroBatch], bool], Tensor]
     carried: list[Carried]  # a chunk; none where memories begin anew at each row
+    replayed: Callable[[Sequence[MicroBatch]], Tensor] | None = None  # forward_backward of rows that levels replay
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -78,7 +80,16 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
         Carried(chunk, run.train.global_batch // world.replicas // run.train.micro_batch, run.train.micro_batch)
         for chunk in (chunks if run.model.reset == "never" else ())
     ]
-    return Parallelized(chunks, leaves, scheduled(chunks, run, gates, carried), carried)
+    forward_backward = scheduled(chunks, run, gates, carried)
+    if not any(level.replay for level in run.levels):
+        return Parallelized(chunks, leaves, forward_backward, carried)
+    replay, anew = Replay(leaves, run.levels), scheduled(chunks, run, gates, [])
+
+    def replayed(batches: Sequence[MicroBatch]) -> Tensor:
+        with replay.read():
+            return anew(batches, True)
+
+    return Parallelized(chunks, leaves, forward_backward, carried, replayed)
 
 
 def built(

@@ -1,10 +1,11 @@
 """A run, from its recipe or from where its folder left off, to its last step."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from nlscale.config.errors import SavedOnSignal, StoppedOnPurpose
+from nlscale.config.errors import SavedOnSignal, StoppedOnPurpose, require
 from nlscale.config.read import dump
 from nlscale.config.run import Run, replicas
 from nlscale.data.card import check_data
@@ -42,6 +43,8 @@ def train(run: Run) -> None:
     loader = Loader(run.data, run.train.global_batch, world, run.model.reset == "never")
     fingerprints = [card.fingerprint for card in cards]
     state = TrainState(run, world, model.leaves, optimizer, loader, fingerprints, model.carried)
+    if run.data.replay:
+        state.replay, state.replay_fingerprint = open_replay(run, world)
     checkpoints = Checkpoints(folder, journal)
     resumed = checkpoints.restore(state)
     if state.step < run.train.steps:
@@ -112,6 +115,18 @@ def alarmed(report: Report, skips: int, step: int, journal: Journal) -> int:
     if skips + 1 == SKIPS:
         raise StoppedOnPurpose(f"gradients were not finite in {SKIPS} steps in a row, up to step {step}")
     return skips + 1
+
+
+def open_replay(run: Run, world: World) -> tuple[Loader, str]:
+    """The rows that levels replay, and which dataset they are of."""
+    data = replace(run.data, path=run.data.replay, streams=[])
+    mine, earlier = (check_data(each, False)[0] for each in (run.data, data))
+    require(
+        mine.tokeniser_digest == earlier.tokeniser_digest,
+        f"data.replay={run.data.replay} was made with tokeniser {earlier.tokeniser}, the run's data with "
+        f"{mine.tokeniser}; they must share one",
+    )
+    return Loader(data, run.data.replay_batch, world, name="data.replay_batch"), earlier.fingerprint
 
 
 def open_held_out(run: Run, world: World) -> tuple[np.ndarray, int] | None:

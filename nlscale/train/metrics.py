@@ -65,6 +65,8 @@ class Metrics:
             "memory/peak_bytes": peak_bytes(),
             "data/token_hash": report.token_hash,
         }
+        if report.replay_loss is not None:
+            line["train/replay_loss"] = report.replay_loss
         for name, sent in state.optimizer.bytes_sent(report.groups).items():
             fired = name in report.grad_norm
             line[f"optim/level/{name}/fired"] = int(fired)

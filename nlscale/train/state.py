@@ -31,6 +31,8 @@ class TrainState:
     loader: Loader
     fingerprints: list[str]  # of the datasets
     carried: list[Carried] = field(default_factory=list)  # memories that go on from row to row, a chunk of the model
+    replay: Loader | None = None  # of rows that levels replay ...
+    replay_fingerprint: str = ""  # ... and of which dataset
     step: int = 0
     tokens: int = 0
     wandb_id: str = ""
@@ -76,6 +78,7 @@ class TrainState:
             "step": self.step,
             "tokens": self.tokens,
             "loader": self.loader.state_dict(),
+            "replay": {"data": self.replay_fingerprint, "loader": self.replay.state_dict()} if self.replay else None,
             "updates": merged(self.optimizer.updates(), self.world.pipeline),
             "windows": window_facts(self),
             "tasks": merged(self.optimizer.tasks.facts(), self.world.pipeline),
@@ -95,6 +98,9 @@ class TrainState:
         self.step, self.tokens, self.wandb_id = facts["step"], facts["tokens"], facts["wandb_id"]
         if facts["loader"] is not None:
             self.loader.load_state_dict(facts["loader"])
+        replay = facts.get("replay")
+        if self.replay is not None and replay and replay["data"] == self.replay_fingerprint:
+            self.replay.load_state_dict(replay["loader"])
         self.optimizer.tasks.apply_facts(facts.get("tasks", {}))
         windows, table = self.optimizer.windows, facts["windows"]["tokens"]
         windows.open = {name: int(facts["windows"]["open"].get(name, 0)) for name in windows.groups}

@@ -29,6 +29,7 @@ class Report:
     grad_norm: dict[str, float] = field(default_factory=dict)  # of the levels that moved
     update_norm: dict[str, float] = field(default_factory=dict)
     refused: int = 0  # micro-batches whose loss was not finite: they added nothing to any window
+    replay_loss: float | None = None  # mean over the replayed targets
     skipped: tuple[str, ...] = ()  # levels that were due, but whose gradients were not finite
     groups: tuple[str, ...] = ()  # that were due: levels, or their phases
 
@@ -50,16 +51,17 @@ def train_step(
     batch = to_batch(rows, document, world.device)
     micro_batches = batch.micro(run.train.micro_batch)
     total = model.forward_backward(micro_batches, True)
+    again = replayed(state, model, document)
     state.step += 1
     before_move(state.step, micro_batches)
-    moved = state.optimizer.step(state.step, total[2].long())
+    moved = state.optimizer.step(state.step, total[2], None if again is None else again[2])
     if state.step == run.train.steps:
         moved |= state.optimizer.flush(state.step)
     targets = (batch.targets_BT >= 0).sum()
-    report = reduced(state, total, token_hash(rows), targets, moved, stop)
+    report = reduced(state, total, token_hash(rows), targets, moved, stop, again)
     state.tokens += int(report[2])
     went = {name: move for name, move in moved.items() if not move.skipped}
-    squares = dict(zip(moved, report[6:], strict=True))
+    squares = dict(zip(moved, report[8:], strict=True))
     level = {group.name: group.level.name for group in state.optimizer.groups}
     return Report(
         loss=report[0] / report[1] if report[1] else math.nan,
@@ -69,11 +71,20 @@ def train_step(
         seconds=time.monotonic() - began,
         data_wait=waited,
         refused=int(report[5]),
+        replay_loss=report[6] / report[7] if report[7] else None,
         grad_norm=joint({name: move.grad_norm**2 for name, move in went.items()}, level),
         update_norm=joint({name: squares[name] for name in went}, level),
         skipped=tuple(sorted({level[name] for name in moved.keys() - went.keys()})),
         groups=tuple(moved),
     )
+
+
+def replayed(state: TrainState, model: Parallelized, document: int) -> Tensor | None:
+    """What `forward_backward` says of the step's replayed rows; None where nothing is replayed."""
+    if state.replay is None or model.replayed is None:
+        return None
+    batch = to_batch(next(state.replay), document, state.world.device)
+    return model.replayed(batch.micro(state.run.train.micro_batch))
 
 
 def joint(squares: dict[str, float], level: dict[str, str]) -> dict[str, float]:
@@ -85,10 +96,16 @@ def joint(squares: dict[str, float], level: dict[str, str]) -> dict[str, float]:
 
 
 def reduced(
-    state: TrainState, total: Tensor, rows_hash: int, targets: Tensor, moved: dict[str, Moved], stop: bool
+    state: TrainState,
+    total: Tensor,
+    rows_hash: int,
+    targets: Tensor,
+    moved: dict[str, Moved],
+    stop: bool,
+    again: Tensor | None,
 ) -> list[float]:
-    """Sums over all ranks, in one collective: loss, its targets, all targets, hash, stop, refused micro-batches, and
-    the squared update of each moved group.
+    """Sums over all ranks, in one collective: loss, its targets, all targets, hash, stop, refused micro-batches, loss
+    and targets of replayed rows, and the squared update of each moved group.
     """
     world = state.world
     first = world.tensor_rank == 0
@@ -99,7 +116,8 @@ def reduced(
         targets.double() if counts else zero,
         zero + (rows_hash if counts else 0),
         zero + float(stop),
-        total[3] if counts else zero,
+        (total[3] if again is None else total[3] + again[3]) if counts else zero,
+        *(again[:2] if again is not None and first and world.last_stage else (zero, zero)),
         *(move.update_square.double() for move in moved.values()),
     ]
     vector = torch.stack(local)

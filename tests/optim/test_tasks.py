@@ -103,3 +103,45 @@ def test_what_is_kept_is_the_same_on_every_layout(layout: str) -> None:
     for name in one:
         tolerance = 1e-6 if layout == "tensor" else 1e-9
         assert (one[name] - several[name]).norm() <= tolerance * one[name].norm(), name
+
+
+def forgetting(project: int, enough: float | None) -> tuple[float, float, int]:
+    """Loss on task A and on B, and steps, when B's loss first is `enough` (None: after 40 steps) after A was learned."""
+    run = tiny(
+        *CONSTANT,
+        f"levels=[{{name: all, project: {project}}}]",
+        "optim.name=sgd",
+        "optim.matrix.momentum=0.9",
+        "optim.lr=0.05",
+        "optim.weight_decay=0",
+        "model.layers=2",
+        "train.micro_batch=8",
+    )
+    world, model, optimizer = built(run)
+    tasks = [usual(run, seed, world) for seed in (100, 200)]
+
+    def loss(task: int, learn: bool) -> float:
+        total = model.forward_backward(tasks[task], learn)
+        return float(total[0] / total[1])
+
+    for step in range(1, 61):
+        loss(0, True)
+        optimizer.step(step, torch.tensor(128))
+    optimizer.tasks.end(["all"])
+    for step in range(61, 261):
+        with torch.no_grad():
+            now = loss(1, False)
+        if (enough is None and step == 101) or (enough is not None and now <= enough):
+            break
+        loss(1, True)
+        optimizer.step(step, torch.tensor(128))
+    with torch.no_grad():
+        return loss(0, False), now, step - 61
+
+
+def test_row_33_less_of_the_first_task_is_forgotten_at_the_same_loss_on_the_second() -> None:
+    """A stream of two tasks: momentum SGD, and the same with its moves kept off the first task's gradients."""
+    first, second, _ = ranks(1, forgetting, 0, None)[0]
+    kept, reached, steps = ranks(1, forgetting, 32, second)[0]
+    assert reached <= second and steps < 200
+    assert kept < first - 0.05, (first, kept, second, steps)
