@@ -31,6 +31,7 @@ class Level:
     optimizer: str | None = None  # its rule; unset: optim.name
     match: list[str] = field(default_factory=list)  # further parameters of this level: patterns over their names
     frozen: bool = False  # never moves
+    of: str | None = None  # at a resume with checkpoint.levels=change: begins as a part of this level's trained units
     anchor: float = 0.0  # pull towards the weights at the end of the task before (EWC), times its rate; 0: none
     project: int = 0  # places for gradient directions of earlier tasks that its moves stay orthogonal to (OGD)
     replay: float = 0.0  # what a replayed target (data.replay) counts against a new one, in this level alone

@@ -51,6 +51,10 @@ class Run:
         self.check_inner()
         self.check_reset()
         self.check_replay()
+        require(
+            model.variant == "independent" or not any(level.of for level in self.levels),
+            f"levels: `of` parts a level side by side: it needs model.variant=independent, not {model.variant}",
+        )
         self.check_optim()
         Levels(levels=self.levels).check_match(list(parameter_names(model, self.levels)))
         parts = (tensor if parallel.sequence else 1) * parallel.context

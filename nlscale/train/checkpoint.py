@@ -21,6 +21,7 @@ from nlscale.runtime.log import Journal
 from nlscale.train.continual import Change, begin_new, carried, compare, dropped, newly_kept, of_tasks
 from nlscale.train.memories import check_memories, memories
 from nlscale.train.pieces import load, save, stored
+from nlscale.train.split import divided, parts_of, redirected
 from nlscale.train.state import TrainState
 from nlscale.train.windows import load_windows, windows_to_save
 
@@ -106,6 +107,8 @@ class Checkpoints:
         """Applies a checked checkpoint."""
         facts = json.loads((path / STATE).read_text())
         now = state.identity()
+        parts = parts_of(now, facts["identity"], state.run.levels)
+        facts["identity"] = divided(facts["identity"], now, parts)
         change = compare(now, facts["identity"], path, state.run.checkpoint.levels == "change")
         moved_on = facts["data"] != state.fingerprints
         if moved_on and state.run.checkpoint.data != "change":
@@ -117,6 +120,7 @@ class Checkpoints:
         pieces, there = state.shards() | memories(state), stored(path)
         check_memories({key: each for key, each in pieces.items() if not change or key in there}, there)
         began = newly_kept(state, there)
+        pieces = redirected(pieces, parts, there)
         load({key: each for key, each in pieces.items() if key in there or not (change or of_tasks(key))}, path)
         if change:
             self.report(change, facts)

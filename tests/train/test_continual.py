@@ -133,3 +133,47 @@ def test_switches_may_come_on_at_a_resume_on_another_layout(prepared: str, tmp_p
     ranks(1, train, small_run(prepared, tmp_path, KEEPING))
     facts = json.loads((Folder(tmp_path).checkpoint(30) / "train_state.json").read_text())
     assert facts["tasks"] == {"slow": [1, 0], "long": [0, 0]}
+
+
+ONE = "levels=[{name: all}]"
+PARTED = (
+    "levels=[{name: fast, width: 0.5, of: all}, {name: slow, period: %d, width: 0.25, of: all}, "
+    "{name: long, period: %d, width: 0.25, of: all}]"
+)
+
+
+def test_row_31_a_trained_level_parted_into_levels_computes_the_same(prepared: str, tmp_path: Path) -> None:
+    """Weights and moments go on: with all periods 1 the parted run is the unbroken one, on whatever layout."""
+    common = "optim.clip_scope=global_due"
+    unbroken = small_run(prepared, tmp_path / "unbroken", ONE, common)
+    ranks(1, train, unbroken)
+    expected = [line["train/loss"] for line in lines(unbroken)]
+    ranks(2, train, small_run(prepared, tmp_path / "same", ONE, common, "parallel.tensor=2", "train.stop_at=15"))
+    same = small_run(prepared, tmp_path / "same", PARTED % (1, 1), common, ASKED, "train.stop_at=20")
+    ranks(2, train, same)
+    ranks(1, train, small_run(prepared, tmp_path / "same", PARTED % (1, 1), common, ASKED))
+    assert [line["train/loss"] for line in lines(same)] == pytest.approx(expected, rel=2e-4)
+    run, event = changed(prepared, tmp_path / "slower", 1, PARTED % (4, 8), common, first=(ONE, common))
+    assert event["new"] == [] and event["moved"] == ["all period=1 -> fast period=1"] + [
+        f"all period=1 -> {name} period={period}" for name, period in (("long", 8), ("slow", 4))
+    ]
+    losses = [line["train/loss"] for line in lines(run)]
+    assert losses[15] == pytest.approx(expected[15], rel=1e-5) and losses[17:] != expected[17:]
+    assert fired(run, "slow") == [16, 20, 24, 28, 30] and fired(run, "long") == [16, 24, 30]
+
+
+def test_parts_that_are_not_the_whole_are_refused(prepared: str, tmp_path: Path) -> None:
+    ranks(1, train, small_run(prepared, tmp_path, ONE, "train.stop_at=2"))
+    narrow = PARTED % (4, 8)
+    with pytest.raises(RuntimeError, match="with 32 \\+ 16 units .* which has 64; together they must be the whole"):
+        ranks(1, train, small_run(prepared, tmp_path, narrow.replace("0.25, of: all}]", "0.25}]"), ASKED))
+    with pytest.raises(RuntimeError, match="holds another model or other levels"):
+        ranks(1, train, small_run(prepared, tmp_path, narrow))
+
+
+def test_whole_layers_become_levels_by_match(prepared: str, tmp_path: Path) -> None:
+    late = LEVELS % "" + ""
+    levels = late[:-1] + ', {name: late, period: 16, width: 0, match: ["blocks.3.continuum.*"]}]'
+    run, event = changed(prepared, tmp_path, 1, levels)
+    assert len(event["moved"]) == 3 and all("-> late period=16" in line for line in event["moved"])
+    assert fired(run, "late") == [16, 30]
