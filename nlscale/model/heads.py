@@ -73,7 +73,8 @@ class HeadMixer(MegatronModule):
         pieces |= zip(moving, self.exchange.to_heads([pieces[name] for name in moving]), strict=True)
         tail_next = None
         if self.taps is not None:
-            joined = torch.cat([pieces[name] for name in self.convolved], -1)
+            joined = pieces[self.convolved[0]]
+            joined = torch.cat([pieces[name] for name in self.convolved], -1) if self.convolved[1:] else joined
             before = None if tail is None else torch.cat([by_token(tail[name]) for name in self.convolved], -1)
             joined, last = self.convolve(joined, scene, before)
             pieces |= self.apart(joined)

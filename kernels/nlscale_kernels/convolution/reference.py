@@ -17,12 +17,12 @@ def convolve(x_TBD: Tensor, weight_DW: Tensor, before_WBD: Tensor | None, starts
     y = x_TBD * weight_DW[:, 0]
     gap = None
     for j in range(1, taps):
-        term = padded[taps - 1 - j : taps - 1 - j + tokens] * weight_DW[:, j]
+        earlier = padded[taps - 1 - j : taps - 1 - j + tokens]
         if starts_TB is not None:  # a document that begins at any of the tokens t-j+1 ... t is between the two
             begun = (
                 starts_TB if j == 1 else torch.cat([starts_TB.new_zeros(j - 1, starts_TB.shape[1]), starts_TB[: 1 - j]])
             )
             gap = begun if gap is None else gap | begun
-            term = term.masked_fill(gap.unsqueeze(-1), 0)
-        y = y + term
+            earlier = earlier.masked_fill(gap.unsqueeze(-1), 0)
+        y = torch.addcmul(y, earlier, weight_DW[:, j])
     return y

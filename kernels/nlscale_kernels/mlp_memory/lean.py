@@ -28,14 +28,15 @@ def gathered(
 
 
 class Read(torch.autograd.Function):
-    """read, keeping W2 z."""
+    """read, keeping W2 z and its activation."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, up: Tensor, down: Tensor, adds: bool) -> Tensor:
         """(B, H, N, C, O)."""
         before = z.unsqueeze(2) @ up.mT
-        said = F.silu(before) @ down.mT
-        ctx.save_for_backward(z, up, down, before)
+        active = F.silu(before)
+        said = active @ down.mT
+        ctx.save_for_backward(z, up, down, before, active)
         ctx.adds = adds
         return said.add_(z.unsqueeze(2)) if adds else said
 
@@ -43,8 +44,8 @@ class Read(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         """Gradients of z, W2 and W1."""
-        z, up, down, before = ctx.saved_tensors
-        d_down = summed(of.mT @ F.silu(before), down.shape)
+        z, up, down, before, active = ctx.saved_tensors
+        d_down = summed(of.mT @ active, down.shape)
         d_before = torch.ops.aten.silu_backward(of @ down, before)
         d_up = summed(d_before.mT @ z.unsqueeze(2), up.shape)
         d_z = (d_before @ up).add_(of) if ctx.adds else d_before @ up

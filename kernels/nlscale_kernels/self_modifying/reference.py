@@ -154,13 +154,18 @@ def block(
             all_writes.append(writes)
     vectors, vector_speed, gate, gate_speed = now.vectors, speeds[0], now.gates, speeds[1]
     if not last:
-        whole = joined(all_writes)
-        vectors, vector_speed = write(vectors, vector_speed, initial.vectors, said, whole, chunk)
-        gate, gate_speed = write(gate, gate_speed, initial.gates, said, whole, chunk)
+        together = joined(all_writes)
+        vectors, vector_speed = write(vectors, vector_speed, initial.vectors, said, together, chunk)
+        gate, gate_speed = write(gate, gate_speed, initial.gates, said, together, chunk)
     momentum = None
     if vector_speed is not None and gate_speed is not None and main_speed is not None:
         momentum = Memories(vector_speed, gate_speed, main_speed)
-    return torch.cat(outputs, 2), State(Memories(vectors, gate, main), momentum)
+    return whole(outputs), State(Memories(vectors, gate, main), momentum)
+
+
+def whole(outputs: list[Tensor]) -> Tensor:
+    """Runs of tokens (B, H, C, K) as one; a single one is not copied."""
+    return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
 
 def self_modifying(
@@ -190,11 +195,11 @@ def self_modifying(
         for place, each in enumerate(pieces, 1):
             o, state = block(each, state, initial, gates, inner, last and place == len(pieces))
             outputs.append(o)
-        return torch.cat(outputs, 2), state
+        return whole(outputs), state
 
     outputs, pieces = [], tokens.runs(min(count, recompute * outer or count))
     for place, piece in enumerate(pieces, 1):
         last, again = not hand_on and place == len(pieces), recompute and torch.is_grad_enabled()
         o, state = checkpoint(run, piece, state, last, use_reentrant=False) if again else run(piece, state, last)
         outputs.append(o)
-    return torch.cat(outputs, 2), state if hand_on else None
+    return whole(outputs), state if hand_on else None

@@ -53,11 +53,16 @@ def span_of(log_keep_BHC: Tensor, starts_BC: Tensor | None) -> Span:
         first_BC = torch.where(starts_BC, place, 0).cummax(-1).values  # where each token's document begins, or 0
         base = earlier.gather(-1, first_BC.unsqueeze(1).expand_as(total))
         last = document_BC == document_BC[:, -1:]
-    between = (earlier.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~allowed, -torch.inf).exp2()
+    between = (earlier.unsqueeze(-1) + floor(allowed, total.dtype) - total.unsqueeze(-2)).exp2()
     after = total[..., -1:] - total
     after = after if last is None else after.masked_fill(~last.unsqueeze(1), -torch.inf)
     whole = (total[..., -1] - base[..., -1]).exp2()
     return Span(log_BHC.exp2(), between, (earlier - base).exp2(), after.exp2(), whole, fresh, last)
+
+
+def floor(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `allowed`, elsewhere -inf: added before a power of 2 it costs less than a mask, and backward nothing."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
 
 
 def anchored(fresh: Tensor | None, initial: Tensor, anchor: Tensor) -> Tensor:
@@ -87,7 +92,7 @@ def filtered(span: Span, log_momentum_BHC: Tensor) -> Filter:
     tokens = total.shape[-1]
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=total.device).triu()  # token i's write, seen at t >= i
     # A write of an earlier document is kept out by after_BHC, which is zero for all tokens before the last begin.
-    spread = (total.unsqueeze(-2) - total.unsqueeze(-1)).masked_fill(~later, -torch.inf).exp2()
+    spread = (total.unsqueeze(-2) + floor(later, total.dtype) - total.unsqueeze(-1)).exp2()
     ends = 1.0 if span.last_BC is None else span.last_BC.unsqueeze(1).to(total.dtype)
     write = (spread * span.after_BHC.unsqueeze(-2)).sum(-1) * ends
     hold = (total[..., -1:] - total).exp2() * ends
