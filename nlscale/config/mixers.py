@@ -27,9 +27,11 @@ class Linear:
 
     chunk: int = 64  # tokens computed at once; the result does not depend on it
     convolution: int = 4  # tokens that a short causal convolution of q, k and v looks at
+    rate: float = 1.0  # largest inner rate; 0: the memory stays as it began
 
     def __post_init__(self) -> None:
         positive("model.linear", chunk=self.chunk, convolution=self.convolution)
+        require(0 <= self.rate <= 1, f"model.linear.rate={self.rate} must lie between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +41,13 @@ class Titans:
     chunk: int = 64  # tokens between two moves of the memory; MAC: of a segment
     hidden: int | None = None  # units of a head's memory; unset: the head's width
     convolution: int = 4
-    rate: float = 0.02  # largest inner rate; the tokens of a chunk add up, so keep rate x chunk below 2
+    rate: float = 0.02  # largest inner rate; rate x chunk below 2, as tokens add up; 0: the memory stays as it began
     persistent: int = 4  # learned tokens that attention always sees
     recompute: int = 1  # chunks that backward computes again as one piece (MAC: each, if not 0); 0: everything is kept
 
     def __post_init__(self) -> None:
-        positive("model.titans", chunk=self.chunk, convolution=self.convolution, rate=self.rate)
+        positive("model.titans", chunk=self.chunk, convolution=self.convolution)
+        require(self.rate >= 0, f"model.titans.rate={self.rate} must not be negative")
         for name in ("persistent", "recompute"):
             require(getattr(self, name) >= 0, f"model.titans.{name}={getattr(self, name)} must not be negative")
         require(self.hidden is None or self.hidden >= 1, f"model.titans.hidden={self.hidden} must be at least 1")
@@ -58,13 +61,14 @@ class SelfModifying:
     maker_chunk: int | None = None  # of the memories that make keys, values and gates; unset: chunk
     hidden: int | None = None  # units of a memory; unset: the head's width
     convolution: int = 4
-    rate: float = 0.02  # largest inner rate; the tokens of a chunk add up, so keep rate x chunk below 2
+    rate: float = 0.02  # largest inner rate; rate x chunk below 2, as tokens add up; 0: the memory stays as it began
     momentum: bool = True
     gate: bool = False  # an output gate, silu(W x)
     recompute: int = 1  # maker chunks that backward computes again as one piece; 0: everything is kept
 
     def __post_init__(self) -> None:
-        positive("model.self_modifying", chunk=self.chunk, convolution=self.convolution, rate=self.rate)
+        positive("model.self_modifying", chunk=self.chunk, convolution=self.convolution)
+        require(self.rate >= 0, f"model.self_modifying.rate={self.rate} must not be negative")
         makers = self.maker_chunk
         require(
             makers is None or (makers >= 1 and makers % self.chunk == 0),

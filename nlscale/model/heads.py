@@ -103,6 +103,10 @@ class HeadMixer(MegatronModule):
         """One number a head and token before its squashing, (B, H, T)."""
         return heads[name].squeeze(-1) + exact(self.exchange.mine(self.biases[name]))[:, None]
 
+    def keep(self, heads: Heads, rate: float) -> Tensor:
+        """log of the share that the memory keeps at a token (B, H, T); a largest inner `rate` of 0 keeps it all."""
+        return F.logsigmoid(self.gate(heads, "keep") + (0.0 if rate else torch.inf))
+
     def convolve(self, joined_TBF: Tensor, scene: Scene, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The short convolution over this rank's heads, and the last tokens that a row's next part must know."""
         assert self.taps is not None

@@ -7,7 +7,6 @@ rank tells the others its own, and takes up the state that the ranks before it l
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.linear_memory import Affine, Tokens, affine, compose, linear_memory
 from nlscale_kernels.unit import unit
@@ -35,6 +34,7 @@ class LinearMixer(HeadMixer):
         parts |= {"rate": 1, "keep": 1, "gate": model.head_width}
         convolved = ("q", "k", "v")
         super().__init__(model, config, Exchange(), parts, model.linear.convolution, convolved, ("gate",))
+        self.rate = model.linear.rate
         self.row, self.rule, self.chunk = exchange, model.mixer, model.linear.chunk
         self.start = self.made(self.held * self.width, self.width)
 
@@ -48,8 +48,8 @@ class LinearMixer(HeadMixer):
             heads["q"] * self.width**-0.5,
             unit(heads["k"]),
             heads["v"],
-            self.gate(heads, "rate").sigmoid(),
-            F.logsigmoid(self.gate(heads, "keep")),
+            self.rate * self.gate(heads, "rate").sigmoid(),
+            self.keep(heads, self.rate),
             own.starts_BT,
         )
         initial = exact(self.start).unflatten(0, (self.held, self.width))

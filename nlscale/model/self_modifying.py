@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.mlp_memory import Net
@@ -53,7 +54,7 @@ class SelfModifyingMixer(HeadMixer):
             tokens,
             (self.settings.makers, self.settings.chunk),
             self.start(),
-            Gates(rate, keep, self.settings.rate),
+            Gates(rate, keep if self.settings.rate else keep + torch.inf, self.settings.rate),
             before and before.state,
             scene.hand_on,
             self.settings.recompute,

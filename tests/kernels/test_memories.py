@@ -276,3 +276,38 @@ def test_the_last_chunk_writes_only_where_the_state_is_wanted() -> None:
     assert state is None and torch.equal(o, self_modifying(inputs(), (4, 2), FIVE, GATES)[0])
     assert isinstance(self_modifying(inputs(), (4, 2), FIVE, GATES)[1], State)
     assert isinstance(titans(surprises(), 4, net(1))[1], Memory)
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_row_16_in_context_regression_is_learned_by_writes_alone(rule: str) -> None:
+    """Squared error of v = W k before each example is written, over 64 tasks, beside recursive least squares."""
+    generator = torch.Generator().manual_seed(5)
+    k = F.normalize(torch.randn(64, 1, 97, 8, generator=generator, dtype=torch.float64), dim=-1)
+    v = k @ torch.randn(64, 1, 8, 4, generator=generator, dtype=torch.float64)
+    gates = torch.ones(64, 1, 96, dtype=torch.float64)
+
+    def errors(rate: float) -> Tensor:
+        tokens = Pairs(k[:, :, 1:], k[:, :, :-1], v[:, :, :-1], rate * gates, 0 * gates)
+        read, _ = linear_memory(rule, tokens, 16, torch.zeros(1, 4, 8, dtype=torch.float64))
+        return (read - v[:, :, 1:]).square().sum(-1).mean((0, 1))  # by position: what the next token meets
+
+    inverse = 1e6 * torch.eye(8, dtype=torch.float64).expand(64, 8, 8)
+    known, least = torch.zeros(64, 4, 8, dtype=torch.float64), []
+    for t in range(96):
+        gain = inverse @ k[:, 0, t, :, None]
+        gain = gain / (1 + k[:, 0, t, None, :] @ gain)
+        known = known + (v[:, 0, t, :, None] - known @ k[:, 0, t, :, None]) @ gain.mT
+        inverse = inverse - gain @ k[:, 0, t, None, :] @ inverse
+        least.append((known @ k[:, 0, t + 1, :, None] - v[:, 0, t + 1, :, None]).square().sum((1, 2)).mean())
+    place = torch.arange(96, dtype=torch.float64)
+
+    def slope(values: Tensor) -> float:
+        return float(((place - place.mean()) * (values - values.mean())).sum() / (place - place.mean()).square().sum())
+
+    still, learning = errors(0.0), errors(1.0 if rule == "delta" else 0.08)
+    first = float(still.mean())
+    assert abs(slope(still)) < 0.1 * abs(slope(learning))
+    assert slope(learning) < -1e-3 * first
+    if rule == "delta":  # Hebbian writes do not erase, and never get as far
+        assert float(learning[-8:].mean()) < 1e-3 * first and float(torch.stack(least)[-8:].mean()) < 1e-6 * first
+        assert float((learning - torch.stack(least)).abs()[48:].max()) < 2e-2 * first

@@ -7,6 +7,7 @@ from torch.func import functional_call
 
 from nlscale.config.errors import UserError
 from nlscale.config.run import Run
+from nlscale.model.fast import Whole
 from nlscale.model.in_sequence import HopeInSequence
 from nlscale.parallel.apply import parallelize
 from nlscale.runtime.world import join
@@ -260,6 +261,72 @@ def test_mode_s_two_replicas_share_one_memory() -> None:
     torch.testing.assert_close(two[0] + two[1], one, rtol=1e-11, atol=1e-11)
     apart = ranks(1, shared_loss, tiny(*said, "train.micro_batch=4", "model.inner.shared=false"))[0]
     assert abs(float(apart[0] - one[0])) > 1e-6 * float(one[0])
+
+
+def streamed(run: Run) -> list[tuple[float, float]]:
+    """Losses of three steps that hand one shared memory on, and of SGD on the same weights with the batches' gradients."""
+    world = join(run.parallel, run.cluster, 0)
+    model = parallelize(run, world, torch.float64)
+    chunk = model.chunks[0]
+    continuum = chunk.blocks[-1].continuum
+    slow = [continuum.up.weight, continuum.down.weight]
+    own, found = [w.detach().clone() for w in slow], []
+    for seed in (1, 2, 3):
+        (one,) = micro_batches(run, seed, 0, 1)
+        mine = float(model.forward_backward([one], True)[0])
+        kept = [w.data.clone() for w in slow]
+        for w, value in zip(slow, own, strict=True):
+            w.data = value.clone()
+        x, place = chunk.enter(one[0]), chunk.scene(one[2])
+        for block in chunk.blocks[:-1]:
+            x, _ = block(x, place)
+        x, _ = chunk.blocks[-1].mix(x, place)
+        loss = chunk.head(continuum(x), one[1])
+        slopes = torch.autograd.grad(loss / (one[1] >= 0).sum(), slow)
+        own = [w - run.model.inner.lr * g for w, g in zip(own, slopes, strict=True)]
+        for w, value in zip(slow, kept, strict=True):
+            w.data = value
+        found.append((mine, float(loss)))
+    return found
+
+
+def test_row_17_a_shared_memory_that_moves_once_a_step_is_ordinary_training() -> None:
+    """Mode S, one move a row, never reset: over a corpus it is SGD on the batch, whatever it is called."""
+    said = ["levels=[{name: quick, period: 16, unit: token}]", "model.layers=2", "model.inner.shared=true"]
+    said += ["model.inner.clip=0", "model.inner.lr=0.7", "model.reset=never", "data.shuffle=false"]
+    losses = ranks(1, streamed, tiny(*said, "train.global_batch=4", "train.micro_batch=4"))[0]
+    assert all(mine == pytest.approx(theirs, rel=1e-12) for mine, theirs in losses)
+    anew = ranks(1, streamed, tiny(*said[:-2], "train.global_batch=4", "train.micro_batch=4"))[0]
+    assert abs(anew[2][0] - anew[2][1]) > 1e-6 * anew[2][1]
+
+
+def reached(run: Run) -> dict[int, dict[str, bool]]:
+    """Tokens read -> level -> whether its copy has heard of token 1 by then."""
+    model, (tokens, targets, starts) = model_of(run), batch(run)
+    other, found = tokens.clone(), {}
+    other[:, 1] = 1 + other[:, 1] % 120
+    for count in (4, 8):
+        copies = []
+        for said in (tokens, other):
+            x = model.enter(said[:, :count])
+            for block in model.blocks[:-1]:
+                x, _ = block(x, model.scene(starts[:, :count]))
+            _, state = model.read(x.detach(), targets[:, :count], starts[:, :count], hand_on=True)
+            copies.append(state.copies[-1])
+        found[count] = {
+            level: any(not same(fast, copies[1][level][part]) for part, fast in parts.items())
+            for level, parts in copies[0].items()
+        }
+    return found
+
+
+def same(one: Whole, other: Whole) -> bool:
+    return one.change is other.change or (one.change is not None and torch.equal(one.change, other.change))
+
+
+def test_row_18_a_token_is_first_seen_in_a_level_at_its_first_boundary() -> None:
+    heard = ranks(1, reached, tiny(TWO, *BASE, "model.inner.form=whole"))[0]
+    assert heard == {4: {"quick": True, "calm": False}, 8: {"quick": True, "calm": True}}
 
 
 REFUSED = {

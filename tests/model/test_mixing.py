@@ -122,7 +122,7 @@ REFUSED = {
     "parallel.context=4": "model.kv_heads=2 cannot be split over parallel.tensor x parallel.context=4",
     "parallel.context=3": "model.heads=4 cannot be split",
     "model.loops=2 parallel.pipeline=2": "model.loops=2 passes the same blocks again",
-    "model.titans.rate=0.0": "model.titans.rate=0.0 must be above 0",
+    "model.titans.rate=-0.1": "model.titans.rate=-0.1 must not be negative",
 }
 
 
@@ -151,3 +151,36 @@ def test_row_27_a_loop_passes_the_same_blocks_again() -> None:
     thrice, thrice_by_hand = ranks(1, looped, 3)[0]
     assert torch.equal(once, by_hand) and torch.equal(thrice, thrice_by_hand)
     assert not torch.allclose(once, thrice)
+
+
+FROZEN = {
+    "linear": ["model.linear.rate=0", "model.linear.convolution=1"],
+    "delta": ["model.linear.rate=0", "model.linear.convolution=1"],
+    "titans": ["model.titans.rate=0", "model.titans.convolution=1"],
+    "self_modifying": ["model.self_modifying.rate=0", "model.self_modifying.convolution=1"],
+}
+
+
+def echoes(run: Run) -> tuple[float, float, bool]:
+    """How a disturbed token changes later ones and itself, and whether all gradients are finite."""
+    model, _ = built(run)
+    tokens = torch.randint(1, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+    nowhere, other = torch.zeros_like(tokens, dtype=torch.bool), tokens.clone()
+    other[:, 3] = 1 + other[:, 3] % 126
+    moved = states(model, other, nowhere) - states(model, tokens, nowhere)
+    loss = model(tokens, tokens, nowhere)
+    slopes = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return (
+        float(moved[4:].abs().max()),
+        float(moved[3].abs().max()),
+        all(s.isfinite().all() for s in slopes if s is not None),
+    )
+
+
+@pytest.mark.parametrize("mixer", FROZEN)
+def test_row_16_without_inner_writes_nothing_is_learned_in_context(mixer: str) -> None:
+    """A largest inner rate of 0 freezes the memory: later tokens hear nothing of a disturbed one; else they do."""
+    said = [*CHUNKS, f"model.mixer={mixer}"]
+    later, own, finite = ranks(1, echoes, tiny(*said, *FROZEN[mixer]))[0]
+    assert later == 0 and own > 1e-6 and finite
+    assert ranks(1, echoes, tiny(*said, FROZEN[mixer][1]))[0][0] > 1e-9

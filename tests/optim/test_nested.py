@@ -9,7 +9,7 @@ from nlscale.optim.schedule import level_rate
 from nlscale.parallel.apply import parallelize
 from nlscale.runtime.world import join
 from nlscale.testing import ranks
-from tests.optim.driver import run_steps, usual
+from tests.optim.driver import built, run_steps, usual
 from tests.tiny import tiny
 from tests.whole import assemble
 
@@ -82,3 +82,30 @@ def test_nested_over_ranks_equals_one_process(count: int, overrides: list[str]) 
     many = assemble(ranks(count, run_steps, [*OVERRIDES, *overrides], 8))
     for name, weight in one.items():
         assert (many[name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
+def recovered(weight: float) -> list[float]:
+    """By flat of the fast level: how much of the way back to what was known a reset goes, after a walk elsewhere."""
+    run = tiny("model.variant=nested", f"optim.slow_weight={weight}")
+    _, _, optimizer = built(run, torch.float64)
+    mover, found = optimizer.movers["fast"], []
+    nested = [
+        rule for shard in mover.shards for flat, rule in zip(shard.flats, shard.rules, strict=True) if flat.kind.nested
+    ]
+    known = [rule.state["slow"].clone() for rule in nested]  # task A is where the slow copies are
+    for rule in nested:
+        rule.master.add_(
+            torch.randn(rule.master.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        )
+    lost = [float((rule.master - a).square().sum()) for rule, a in zip(nested, known, strict=True)]
+    optimizer.anchors.reset([group for group in optimizer.groups if group.name in ("fast", "slow")], optimizer.movers)
+    for rule, a, before in zip(nested, known, lost, strict=True):
+        found.append((before - float((rule.master - a).square().sum())) / before)
+    return found
+
+
+@pytest.mark.parametrize(("weight", "share"), [(0.1, 0.99), (0.3, 0.91), (0.5, 0.75)])
+def test_row_20_a_reset_recovers_what_the_fast_level_forgot(weight: float, share: float) -> None:
+    """Of a squared loss, 1 - e^2 comes back at the slow level's boundary, e the share that the slow copy follows."""
+    found = ranks(1, recovered, weight)[0]
+    assert found and all(each == pytest.approx(share, abs=1e-12) for each in found)
