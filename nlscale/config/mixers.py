@@ -1,7 +1,7 @@
 """How a block mixes tokens: the rules for sequence memories, each with its own few settings (spec 2.6, 2.9)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nlscale.config.errors import divisors, require
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from nlscale.config.model import Model
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+MEMORIES = ("key", "value", "rate", "keep", "main")  # of self-modifying Titans
 
 
 def positive(section: str, **values: int | float) -> None:
@@ -63,12 +66,21 @@ class SelfModifying:
     convolution: int = 4
     rate: float = 0.02  # largest inner rate; rate x chunk below 2, as tokens add up; 0: the memory stays as it began
     momentum: bool = True
+    erase: bool = True  # Delta Gradient Descent: a write erases along its key first; false: plain gradient descent
+    written: list[str] = field(
+        default_factory=lambda: list(MEMORIES)
+    )  # memories that move; the others stay as they began
     gate: bool = False  # an output gate, silu(W x)
     recompute: int = 1  # maker chunks that backward computes again as one piece; 0: everything is kept
 
     def __post_init__(self) -> None:
         positive("model.self_modifying", chunk=self.chunk, convolution=self.convolution)
         require(self.rate >= 0, f"model.self_modifying.rate={self.rate} must not be negative")
+        for name in self.written:
+            require(
+                name in MEMORIES,
+                f"model.self_modifying.written: '{name}' is no memory; choose of {', '.join(MEMORIES)}",
+            )
         makers = self.maker_chunk
         require(
             makers is None or (makers >= 1 and makers % self.chunk == 0),

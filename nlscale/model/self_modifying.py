@@ -7,18 +7,17 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.mlp_memory import Net
-from nlscale_kernels.self_modifying import Gates, Memories, State, Tokens, begin, self_modifying
+from nlscale_kernels.self_modifying import Gates, Memories, State, Still, Tokens, begin, self_modifying
 from nlscale_kernels.unit import unit
 from torch import Tensor, nn
 
+from nlscale.config.mixers import MEMORIES
 from nlscale.config.model import Model
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, Heads, exact, stacked
 from nlscale.model.row_state import spread
 from nlscale.model.scene import Scene
 from nlscale.runtime.leaf import Leaf
-
-MAKERS = ("key", "value", "rate", "keep")
 
 
 class Left(NamedTuple):
@@ -37,8 +36,9 @@ class SelfModifyingMixer(HeadMixer):
         parts |= ({"momentum": 1} if settings.momentum else {}) | ({"gate": width} if settings.gate else {})
         local = ("gate",) if settings.gate else ()
         super().__init__(model, config, exchange, parts, settings.convolution, ("input",), local)
+        self.erase = float(settings.erase)
         self.settings, hidden = settings, settings.hidden or width
-        self.up = nn.ParameterDict({name: self.made(self.held * hidden, width) for name in (*MAKERS, "main")})
+        self.up = nn.ParameterDict({name: self.made(self.held * hidden, width) for name in MEMORIES})
         shapes = dict.fromkeys(("key", "value", "main"), (self.held * width, hidden))
         shapes |= dict.fromkeys(("rate", "keep"), (self.held, hidden))
         self.down = nn.ParameterDict({name: self.made(*shape) for name, shape in shapes.items()})
@@ -54,12 +54,22 @@ class SelfModifyingMixer(HeadMixer):
             tokens,
             (self.settings.makers, self.settings.chunk),
             self.start(),
-            Gates(rate, keep if self.settings.rate else keep + torch.inf, self.settings.rate),
+            Gates(rate, keep if self.settings.rate else keep + torch.inf, self.settings.rate, self.erase, self.still()),
             before and before.state,
             scene.hand_on,
             self.settings.recompute,
         )
         return self.finish(o, x_TBD, heads), Left(state, tail) if state is not None else None
+
+    def still(self) -> Still:
+        """Which memories stay as they began."""
+        stays = {name: name not in self.settings.written for name in MEMORIES}
+
+        def mask(*names: str) -> Tensor | None:
+            held = [stays[name] for name in names]
+            return torch.tensor(held, device=self.norm.weight.device) if any(held) else None
+
+        return Still(mask("key", "value"), mask("rate", "keep"), mask("main"))
 
     def begin(self, rows: int) -> Left:
         """What a row begins with."""
@@ -77,7 +87,7 @@ class SelfModifyingMixer(HeadMixer):
     def leaves(self) -> Iterator[Leaf]:
         """The base's, the memories' initial states, the gates' biases."""
         yield from super().leaves()
-        for name in (*MAKERS, "main"):
+        for name in MEMORIES:
             yield Leaf(f"memory.{name}.up", self.up[name], shard=0)
             yield Leaf(f"memory.{name}.down", self.down[name], shard=0)
         for name, bias in self.squash.items():

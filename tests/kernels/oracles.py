@@ -30,14 +30,17 @@ def titans_row(
 class Five:
     """Self-modifying Titans of one head, exactly as eqs. 83-93 (corrected) say, momentum by the house's rule for W2."""
 
-    def __init__(self, memories: Memories, head: int, biases: tuple[float, float, float]) -> None:
+    def __init__(
+        self, memories: Memories, head: int, biases: tuple[float, float, float], erase: bool = True, still: str = ""
+    ) -> None:
+        """`erase`: whether writes erase along their key; `still`: a memory that is never written."""
         names = (("key", "value"), ("rate", "keep"), ("main",))
         self.initial = {
             name: {"up": net.up[0, head, place], "down": net.down[0, head, place]}
             for net, group in zip(memories, names, strict=True)
             for place, name in enumerate(group)
         }
-        self.biases = biases
+        self.biases, self.erase, self.unwritten = biases, erase, still
 
     @staticmethod
     def say(name: str, weights: dict[str, Tensor], z: Tensor) -> Tensor:
@@ -68,8 +71,10 @@ class Five:
             rate = self.biases[2] * torch.sigmoid(said["rate"] + self.biases[0])[0]
             keep = torch.sigmoid(said["keep"] + self.biases[1])[0]
             outputs.append(self.say("main", anchor["main"], q[t]))
-            turn = keep * torch.eye(len(k), dtype=k.dtype) - rate * torch.outer(k, k)
+            turn = keep * torch.eye(len(k), dtype=k.dtype) - self.erase * rate * torch.outer(k, k)
             for name, state in now.items():
+                if name == self.unwritten:
+                    continue
                 g = self.slope(name, anchor[name], k, self.say(name, anchor[name], v))
                 state["speed.down"] = share[t] * state["speed.down"] - rate * g["down"]
                 state["down"] = keep * state["down"] + state["speed.down"]

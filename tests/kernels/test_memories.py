@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from nlscale_kernels.linear_memory import Affine, affine, compose, linear_memory, serial
 from nlscale_kernels.linear_memory import Tokens as Pairs
 from nlscale_kernels.mlp_memory import Net
-from nlscale_kernels.self_modifying import Gates, Memories, State, self_modifying
+from nlscale_kernels.self_modifying import Gates, Memories, State, Still, self_modifying
 from nlscale_kernels.self_modifying import Tokens as Inputs
 from nlscale_kernels.titans import Memory, titans
 from nlscale_kernels.titans import Tokens as Surprises
@@ -107,6 +107,45 @@ def test_i13_self_modifying_by_chunks_is_the_recurrence(
             share = None if tokens.log_momentum is None else tokens.log_momentum[b, h].exp()
             row = Five(FIVE, h, BIASES).row(tokens.x[b, h], tokens.q[b, h], marks[b], chunks, share)
             torch.testing.assert_close(o[b, h], row, rtol=1e-9, atol=1e-11)
+
+
+LEFT_OUT = {
+    "erase": (GATES._replace(erase=0.0), {"erase": False}),
+    "key": (GATES._replace(still=Still(vectors=torch.tensor([True, False]))), {"still": "key"}),
+    "value": (GATES._replace(still=Still(vectors=torch.tensor([False, True]))), {"still": "value"}),
+    "keep": (GATES._replace(still=Still(gates=torch.tensor([False, True]))), {"still": "keep"}),
+    "main": (GATES._replace(still=Still(main=torch.tensor([True]))), {"still": "main"}),
+}
+
+
+@pytest.mark.parametrize("part", LEFT_OUT)
+def test_row_22_what_is_left_out_of_the_rule_is_left_out_of_the_recurrence(part: str) -> None:
+    gates, said = LEFT_OUT[part]
+    tokens = inputs(STARTS, True)
+    o, _ = self_modifying(tokens, (8, 4), FIVE, gates)
+    whole, _ = self_modifying(tokens, (8, 4), FIVE, GATES)
+    assert (o - whole).abs().max() > 1e-6
+    for b in range(B):
+        share = tokens.log_momentum[b, 1].exp()  # type: ignore[index]
+        row = Five(FIVE, 1, BIASES, **said).row(tokens.x[b, 1], tokens.q[b, 1], STARTS[b], (8, 4), share)  # type: ignore[arg-type]
+        torch.testing.assert_close(o[b, 1], row, rtol=1e-9, atol=1e-11)
+
+
+def test_i14_without_momentum_the_gated_delta_rule_as_published() -> None:
+    """S <- a S, then S <- S + b (v - S k) k^T (Yang et al., 2024): here with rate a b and values v / a."""
+    tokens, state = pairs(None), torch.zeros(B, H, K, K, dtype=torch.float64)
+    outputs = []
+    for t in range(T):
+        q, k, v = (part[:, :, t] for part in (tokens.q, tokens.k, tokens.v))
+        state = tokens.log_keep[:, :, t, None, None].exp() * state
+        missed = v - (state @ k.unsqueeze(-1)).squeeze(-1)
+        state = state + tokens.rate[:, :, t, None, None] * missed.unsqueeze(-1) * k.unsqueeze(-2)
+        outputs.append((state @ q.unsqueeze(-1)).squeeze(-1))
+    share = tokens.log_keep.exp()
+    ours = tokens._replace(rate=tokens.rate * share, v=tokens.v / share.unsqueeze(-1))
+    o, last = linear_memory("delta", ours, 6, torch.zeros(H, K, K, dtype=torch.float64))
+    torch.testing.assert_close(o, torch.stack(outputs, 2), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(last, state, rtol=1e-10, atol=1e-12)
 
 
 def test_i13_in_single_precision() -> None:

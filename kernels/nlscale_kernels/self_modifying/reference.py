@@ -62,12 +62,22 @@ class State(NamedTuple):
     momentum: Memories | None
 
 
+class Still(NamedTuple):
+    """Which memories stay as they began: true, one a memory of each net; None: all are written."""
+
+    vectors: Tensor | None = None
+    gates: Tensor | None = None
+    main: Tensor | None = None
+
+
 class Gates(NamedTuple):
-    """Slow constants of a head, each (H,)."""
+    """Slow constants of a head, each (H,), and what is left out of the rule."""
 
     rate_bias: Tensor
     keep_bias: Tensor
     rate_max: float
+    erase: float = 1.0  # see writes_of
+    still: Still = Still()
 
 
 class Made(NamedTuple):
@@ -138,6 +148,13 @@ def write(net: Net, speed: Net | None, initial: Net, said: Made, writes: Writes,
     return Net(turned + fast, down), Net(fast, mix((scalars.left_BH, speed.down), (-1.0, rest[0])))
 
 
+def held(still: Tensor | None, old: Net, new: Net) -> Net:
+    """`new` but for the memories that stay as they were."""
+    if still is None:
+        return new
+    return Net(*(torch.where(still[:, None, None], a, b) for a, b in zip(old, new, strict=True)))
+
+
 def block(
     tokens: Tokens, state: State, initial: Memories, gates: Gates, chunk: int, last: bool
 ) -> tuple[Tensor, State]:
@@ -149,14 +166,16 @@ def block(
     for place, (part, own) in enumerate(zip(tokens.runs(chunk), said.runs(chunk), strict=True)):
         outputs.append(look(part.fresh, initial.main, main, part.q)[:, :, 0])
         if not last or (place + 1) * chunk < count:
-            writes = writes_of(own.k, own.rate, own.log_keep, part.log_momentum, part.starts)
-            main, main_speed = write(main, main_speed, initial.main, own, writes, chunk)
+            writes = writes_of(own.k, own.rate, own.log_keep, part.log_momentum, part.starts, gates.erase)
+            new, main_speed = write(main, main_speed, initial.main, own, writes, chunk)
+            main = held(gates.still.main, main, new)
             all_writes.append(writes)
     vectors, vector_speed, gate, gate_speed = now.vectors, speeds[0], now.gates, speeds[1]
     if not last:
         together = joined(all_writes)
-        vectors, vector_speed = write(vectors, vector_speed, initial.vectors, said, together, chunk)
-        gate, gate_speed = write(gate, gate_speed, initial.gates, said, together, chunk)
+        vectors, vector_speed = write(now.vectors, vector_speed, initial.vectors, said, together, chunk)
+        gate, gate_speed = write(now.gates, gate_speed, initial.gates, said, together, chunk)
+        vectors, gate = held(gates.still.vectors, now.vectors, vectors), held(gates.still.gates, now.gates, gate)
     momentum = None
     if vector_speed is not None and gate_speed is not None and main_speed is not None:
         momentum = Memories(vector_speed, gate_speed, main_speed)

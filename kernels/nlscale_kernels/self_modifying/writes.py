@@ -50,9 +50,14 @@ class Writes(NamedTuple):
         return self.momentum.masked_fill(self.renewed_B[:, None], 0)
 
 
-def writes_of(k: Tensor, rate: Tensor, log_keep: Tensor, log_momentum: Tensor | None, starts: Tensor | None) -> Writes:
-    """Of one chunk: keys (B, H, C, K), rates, logs of shares kept and of momentum (B, H, C), starts (B, C)."""
-    span = span_of(log_keep, starts)
+def writes_of(
+    k: Tensor, rate: Tensor, log_keep: Tensor, log_momentum: Tensor | None, starts: Tensor | None, erase: float = 1.0
+) -> Writes:
+    """Of one chunk: keys (B, H, C, K), rates, logs of shares kept and of momentum (B, H, C), starts (B, C).
+
+    `erase`: how much of its rate a token erases with along its key; 0 is gradient descent without the delta rule's term.
+    """
+    span, rate = span_of(log_keep, starts), rate * erase
     after = span.after_BHC.unsqueeze(-1) * k
     reach = torch.linalg.solve_triangular(erasures(span, rate, k).mT, after, upper=True, unitriangular=True)
     unit = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
