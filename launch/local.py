@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -27,6 +28,13 @@ def gpus() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def start(
     count: int,
     function: Callable[[int], int | None],
@@ -38,8 +46,11 @@ def start(
     """Runs `function(rank)` on `count` forked ranks and gives the first non-zero exit code, else 0.
 
     What a rank prints goes to `logs/rank-00000.log`; with `speak`, rank 0 keeps this terminal. SIGTERM, SIGINT and
-    SIGUSR2 are passed on. When one rank fails, the others get GRACE seconds, then SIGKILL.
+    SIGUSR2 are passed on. When one rank fails, the others get GRACE seconds, then SIGKILL. They meet at MASTER_PORT, a
+    free port where neither `environment` nor this process names one, so that several runs fit on a machine.
     """
+    port = os.environ.get("MASTER_PORT") or str(free_port())
+    environment = {"MASTER_PORT": port, **environment}
     children: dict[int, int] = {}
     for rank in range(count):
         sys.stdout.flush()

@@ -1,20 +1,12 @@
 """ranks(n): a function on n real gloo processes, forked after import so that a test pays for imports once."""
 
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from nlscale_launch.local import start
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+from nlscale_launch.local import free_port, start
 
 
 def ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:

@@ -1,12 +1,19 @@
 """The program as a person uses it: exit codes, one clear line for a mistake, and no torch where none is needed."""
 
+import contextlib
 import json
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from nlscale_launch.local import start
+
+from nlscale.runtime.world import join, leave
+from tests.tiny import tiny
 
 PROGRAM = [sys.executable, "-m", "nlscale.cli"]
 SHAPE = [
@@ -194,3 +201,22 @@ def test_data_verbs(tmp_path: Path) -> None:
     assert damaged.returncode == 78 and shard.name in damaged.stderr
     empty = nlscale("data", "prepare", str(tmp_path / "none.txt"), "--out", str(tmp_path / "p"))
     assert empty.returncode == 78 and "names no file" in empty.stderr
+
+
+def test_a_run_finds_a_port_of_its_own_beside_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever holds the default port, ranks that are started here meet elsewhere."""
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+
+    def meet(rank: int) -> int:
+        run = tiny()
+        world = join(run.parallel, run.cluster, 0)
+        dist.barrier()
+        leave()
+        return world.size - 2
+
+    with socket.socket() as holder:
+        with contextlib.suppress(OSError):  # somebody else holds it: as well
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("", 20000))
+            holder.listen()
+        assert start(2, meet, timeout=60) == 0
