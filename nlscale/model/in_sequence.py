@@ -88,6 +88,7 @@ class HopeInSequence(Hope):
         """As Hope's."""
         super().__init__(model, units, tokens, config, stage, exchange)
         self.inner: Inner = model.inner
+        self.pace = 1.0  # factor on the inner rate, which rises while the run is young
         self.rhythm, self.first = rhythm, len(self.blocks) - model.inner.adaptive(model.layers)
         self.kinds = {level.name: self.kept(model, units[level.name], tokens) for level in rhythm.levels}
         if model.inner.meta == "full":
@@ -215,7 +216,7 @@ class HopeInSequence(Hope):
             gathered = {key: self.rhythm.over_data(product(p).sum(0, keepdim=True)) for key, p in gathered.items()}
         some = next(iter(window.pairs.values()))[0].left
         mean = 1 / targets.clamp(min=1).to(some.dtype)
-        rate = self.inner.lr * level.inner * mean
+        rate = self.pace * self.inner.lr * level.inner * mean
         if self.inner.clip:
             squares = [square(each) for each in gathered.values()]
             norm = self.rhythm.over_tensor(torch.stack(squares).sum(0)).clamp(min=1e-24).sqrt() * mean

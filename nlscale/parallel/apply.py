@@ -46,6 +46,12 @@ class Parallelized:
         """Everything that holds parameters, in the order of the forward pass."""
         return [m for chunk in self.chunks for m in (*chunk.entrance, *chunk.blocks, *chunk.exit)]
 
+    def pace(self, factor: float) -> None:
+        """Scales the rate at which levels move inside rows, from now on."""
+        for chunk in self.chunks:
+            if isinstance(chunk, HopeInSequence):
+                chunk.pace = factor
+
 
 def stages(run: Run, pipeline_rank: int) -> list[Stage]:
     """What a pipeline rank holds: chunk v of rank p is stage v * pipeline + p."""

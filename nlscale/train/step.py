@@ -50,6 +50,7 @@ def train_step(
     waited = time.monotonic() - began
     batch = to_batch(rows, document, world.device)
     micro_batches = batch.micro(run.train.micro_batch)
+    model.pace(run.model.inner.pace(state.step + 1, run.train.steps))
     total = model.forward_backward(micro_batches, True)
     again = replayed(state, model, document)
     state.step += 1

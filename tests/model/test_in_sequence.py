@@ -1,5 +1,7 @@
 """The continuum inside a sequence against its definition, token by token, and its limits. float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -298,6 +300,25 @@ def test_row_17_a_shared_memory_that_moves_once_a_step_is_ordinary_training() ->
     assert all(mine == pytest.approx(theirs, rel=1e-12) for mine, theirs in losses)
     anew = ranks(1, streamed, tiny(*said[:-2], "train.global_batch=4", "train.micro_batch=4"))[0]
     assert abs(anew[2][0] - anew[2][1]) > 1e-6 * anew[2][1]
+
+
+def hasty(run: Run) -> tuple[Tensor, Tensor]:
+    """A loss at half the pace, and that at half the rate."""
+    world = join(run.parallel, run.cluster, 0)
+    losses = []
+    for pace, rate in ((0.5, 0.8), (1.0, 0.4)):
+        model = parallelize(replace(run, model=replace(run.model, inner=replace(run.model.inner, lr=rate))), world)
+        model.pace(pace)
+        losses.append(model.forward_backward(micro_batches(run, 0, 0, 1), False)[0])
+    return losses[0], losses[1]
+
+
+def test_the_inner_rate_rises_from_a_tenth_while_a_run_is_young() -> None:
+    inner = tiny("model.inner.warmup=0.1").model.inner
+    assert [inner.pace(step, 100) for step in (1, 5, 10, 100)] == pytest.approx([0.19, 0.55, 1.0, 1.0])
+    assert tiny("model.inner.warmup=0").model.inner.pace(1, 100) == 1.0
+    half, slow = ranks(1, hasty, tiny(TWO, *BASE))[0]
+    assert torch.equal(half, slow)
 
 
 def reached(run: Run) -> dict[int, dict[str, bool]]:
