@@ -128,6 +128,18 @@ def test_two_rows_are_one_long_row_at_every_layout(mixer: str) -> None:
             torch.testing.assert_close(halves, long, rtol=tolerance, atol=0, msg=lambda m, at=layout: f"{at}: {m}")
 
 
+@pytest.mark.parametrize(
+    ("count", "overrides"),
+    [(1, ["train.recompute=block"]), (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"])],
+    ids=["recompute", "interleaved"],
+)
+def test_two_rows_are_one_long_row_where_blocks_run_again_or_in_turn(count: int, overrides: list[str]) -> None:
+    said = [*SEEN, "model.mixer=titans", "model.layers=4", "train.micro_batch=1"]
+    long = ranks(1, summed_losses, tiny(*said, "data.sequence=32"), 1)[0]
+    halves = sum(ranks(count, summed_losses, tiny(*said, *NEVER, "data.sequence=16", *overrides), 2))
+    torch.testing.assert_close(halves, long, rtol=1e-12, atol=0)
+
+
 MOVES = {
     "tensor2-data2 to pipeline2": (
         ["model.mixer=self_modifying", "model.self_modifying.chunk=8", QUICK],

@@ -41,10 +41,9 @@ LAYOUTS = {
             "levels=[{name: quick, period: 8, unit: token, width: 0.5}, {name: slow, period: 4, width: 0.5}]",
         ],
     ),
-    "carried-tensor-data": (
-        4,
+    "carried-data": (
+        2,
         [
-            "parallel.tensor=2",
             "model.reset=never",
             "data.shuffle=false",
             "model.mixer=titans",
