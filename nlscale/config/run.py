@@ -113,6 +113,10 @@ class Run:
         slow = levels[-1].period if levels else 1
         for said, works in (
             (model.mixer == "attention" and not levels, "a model.mixer with a memory, or levels with unit: token"),
+            (
+                model.attention == "causal" and model.mixer != "attention",
+                "model.attention=document: a memory's initial state learns where documents begin",
+            ),
             (self.data.shuffle, "data.shuffle=false: rows follow one another"),
             (len(self.data.sources) > 1, "data.path, one dataset: a mixture has no next row"),
             (self.optim.second_order, "optim.second_order=false"),

@@ -2,8 +2,9 @@
 
     anchor    after every move, w <- w* + (w - w*) / (1 + rate anchor F): the implicit step of the penalty
               anchor / 2 sum F (w - w*)^2 of elastic weight consolidation (Kirkpatrick et al., 2017), stable however
-              strong it is. F is AdamW's second moment of the level's gradients when the task ended, scaled to mean 1
-              over the level (1 under other rules, and while no task has ended); of several tasks F adds up.
+              strong it is. F is AdamW's second moment of gradients when the task ended, scaled to mean 1 over the leaves
+              of the level (or of its phase) that follow AdamW; it is 1 for leaves of other rules, where moments were just
+              reset (nested), and while no task has ended. Of several tasks F adds up.
     project   a move is made orthogonal to directions kept of earlier tasks: orthogonal gradient descent (Farajtabar et
               al., 2020), on the update instead of the gradient, so that it holds under any rule. The level remembers its
               latest mean gradients; when a task ends, the strongest half of the free places is filled with orthonormal
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nlscale.config.errors import require
 from nlscale.config.levels import Level
 from nlscale.optim.levels import Group
 from nlscale.optim.rules import Rule
@@ -46,6 +48,7 @@ class Tasks:
         self.groups = [group for group in groups if state_names(group.level)]
         self.ended = {group.name: 0 for group in self.groups}  # tasks that anchors speak of
         self.kept = {group.name: 0 for group in self.groups}  # directions
+        self.moves = {group.name: 0 for group in self.groups}  # whose gradients were gathered
         for mover in self.movers.values():
             for rule, _ in held(mover):
                 if mover.group.level.anchor:
@@ -64,8 +67,12 @@ class Tasks:
         """Notes a move's mean gradients in the next free place."""
         kept, places = self.kept.get(mover.group.name, 0), mover.group.level.project
         flat = [grad for shard in grads for grad in shard]
-        for (rule, _), grad in zip(held(mover), flat, strict=True) if kept < places else ():
-            rule.state[f"{DIRECTION}{kept + rule.updates % (places - kept)}"].copy_(grad)
+        if kept >= places:
+            return
+        place = kept + self.moves[mover.group.name] % (places - kept)
+        for (rule, _), grad in zip(held(mover), flat, strict=True):
+            rule.state[f"{DIRECTION}{place}"].copy_(grad)
+        self.moves[mover.group.name] += 1
 
     def keep_off(self, group: Group, mover: "Mover | None", before: Sequence[Tensor]) -> None:
         """Takes the kept directions out of a move from `before`. A collective where any are kept."""
@@ -92,12 +99,19 @@ class Tasks:
 
     def weigh(self, group: Group, mover: "Mover | None") -> None:
         """Anchors a group where it is, by how much each weight mattered."""
-        pairs = held(mover)
-        moments = [rule.state.get("exp_avg_sq", torch.ones_like(rule.master)) for rule, _ in pairs]
-        ones = [torch.ones_like(moment) for moment in moments]
-        total, count = self.agreed([dot(moments, ones, mover), dot(ones, ones, mover)], 2).tolist()
-        for (rule, _), moment in zip(pairs, moments, strict=True):
-            new = moment * (count / total) if total else torch.ones_like(moment)
+        pairs, kinds = held(mover), nested_flats(mover)
+        sums = torch.zeros(
+            4, dtype=torch.float64
+        )  # of moments, and how many there are: of nested leaves, and of others
+        for (rule, spans), nested in zip(pairs, kinds, strict=True):
+            for span in spans if "exp_avg_sq" in rule.state else ():
+                moment = rule.state["exp_avg_sq"][span]
+                sums[2 * nested : 2 * nested + 2] += torch.tensor([float(moment.double().sum()), float(moment.numel())])
+        agreed = self.agreed(list(sums), 4).tolist()
+        for (rule, _), nested in zip(pairs, kinds, strict=True):
+            total, count = agreed[2 * nested : 2 * nested + 2]
+            known = "exp_avg_sq" in rule.state and total > 0
+            new = rule.state["exp_avg_sq"] * (count / total) if known else torch.ones_like(rule.master)
             rule.state[IMPORTANCE].copy_(rule.state[IMPORTANCE] + new if self.ended[group.name] else new)
             rule.state[ANCHOR].copy_(rule.master)
 
@@ -130,13 +144,20 @@ class Tasks:
         return total.cpu()
 
     def facts(self) -> dict[str, list[int]]:
-        """What a checkpoint says beside the tensors: tasks ended and directions kept, by group."""
-        return {name: [self.ended[name], self.kept[name]] for name in self.ended}
+        """What a checkpoint says beside the tensors, by group: tasks ended, directions kept, gradients gathered."""
+        return {name: [self.ended[name], self.kept[name], self.moves[name]] for name in self.ended}
 
     def apply_facts(self, facts: Mapping[str, list[int]]) -> None:
-        """Takes over what `facts` gave."""
-        for name in self.ended:
-            self.ended[name], self.kept[name] = facts.get(name, [0, 0])
+        """Takes over what `facts` gave; raises UserError where a level has fewer places than directions kept."""
+        for group in self.groups:
+            name, places = group.name, group.level.project
+            self.ended[name], kept, self.moves[name] = facts.get(name, [0, 0, 0])
+            require(
+                not places or kept <= places,
+                f"levels.{group.level.name}.project={places}, but {kept} directions of earlier tasks are kept; {kept} or "
+                "more would work, or 0 to forget them",
+            )
+            self.kept[name] = kept if places else 0
 
 
 def held(mover: "Mover | None") -> list[tuple[Rule, list[slice]]]:
@@ -145,6 +166,11 @@ def held(mover: "Mover | None") -> list[tuple[Rule, list[slice]]]:
         return []
     spans = [span for shard in mover.counted for span in shard]
     return list(zip([rule for shard in mover.shards for rule in shard.rules], spans, strict=True))
+
+
+def nested_flats(mover: "Mover | None") -> list[bool]:
+    """Whether each of `held` is of leaves that start anew from a slow copy, moments included."""
+    return [flat.kind.nested for shard in mover.shards for flat in shard.flats] if mover else []
 
 
 def directions(mover: "Mover | None", index: int) -> list[Tensor]:

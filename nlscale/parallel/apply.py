@@ -82,8 +82,12 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
     shared = [world.tensor] if run.parallel.sequence else []
     shared += [world.context] if run.parallel.context > 1 else []
     gates = {id(chunk): Gate(chunk.parameters(), shared) for chunk in chunks}
+    sharing = [world.tensor, world.context] + ([world.data] if run.model.inner.shared else [])
+    sharing = [group for group in sharing if group.size() > 1]
     carried = [
-        Carried(chunk, run.train.global_batch // world.replicas // run.train.micro_batch, run.train.micro_batch)
+        Carried(
+            chunk, run.train.global_batch // world.replicas // run.train.micro_batch, run.train.micro_batch, sharing
+        )
         for chunk in (chunks if run.model.reset == "never" else ())
     ]
     forward_backward = scheduled(chunks, run, gates, carried)

@@ -18,7 +18,7 @@ from nlscale.config.errors import StoppedOnPurpose, UserError
 from nlscale.config.read import dump
 from nlscale.runtime.folder import MANIFEST, STATE, Folder, write_durably
 from nlscale.runtime.log import Journal
-from nlscale.train.continual import Change, begin_new, carried, compare, dropped, newly_kept, of_tasks
+from nlscale.train.continual import Change, anchor_new, begin_new, carried, compare, dropped, newly_kept, of_tasks
 from nlscale.train.memories import check_memories, memories
 from nlscale.train.pieces import load, save, stored
 from nlscale.train.split import divided, parts_of, redirected
@@ -119,13 +119,14 @@ class Checkpoints:
             )
         pieces, there = state.shards() | memories(state), stored(path)
         check_memories({key: each for key, each in pieces.items() if not change or key in there}, there)
-        began = newly_kept(state, there)
+        began = newly_kept(state.run.levels, now, there, parts)
         pieces = redirected(pieces, parts, there)
         load({key: each for key, each in pieces.items() if key in there or not (change or of_tasks(key))}, path)
         if change:
             self.report(change, facts)
             facts = carried(facts, change, now)
             begin_new(state.optimizer, change.new, there)
+        anchor_new(state.optimizer, there, parts)
         state.apply_facts(facts | {"loader": None} if moved_on else facts)
         state.optimizer.publish()
         load_windows(state, facts["windows"], path)

@@ -6,19 +6,16 @@ same parameters as before, and closes at its next boundary, whatever the period;
 the journal says which.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nlscale.config.errors import UserError
-from nlscale.config.levels import level_of
+from nlscale.config.levels import Level, level_of
 from nlscale.optim.build import Optimizer
 from nlscale.optim.nested import SLOW
 from nlscale.optim.tasks import ANCHOR, DIRECTION, IMPORTANCE, state_names
-
-if TYPE_CHECKING:
-    from nlscale.train.state import TrainState
 
 FIELDS = ("shape", "level", "clock", "rule", "decay")
 
@@ -85,14 +82,18 @@ def members(lines: Mapping[str, str]) -> dict[str, set[str]]:
 def carried(facts: dict[str, Any], change: Change, now: Mapping[str, str]) -> dict[str, Any]:
     """A checkpoint's facts for the new levels: windows that end are closed, new groups count their members' updates."""
     then, windows, updates = facts["identity"], facts["windows"], dict(facts["updates"])
+    tasks: dict[str, list[int]] = {}
     opened = {name: steps if name in change.kept else 0 for name, steps in windows["open"].items()}
     tokens = [{name: n if name in change.kept else 0 for name, n in each.items()} for each in windows["tokens"]]
     for group, names in members(now).items():
         olds = {group_of(then[name]) for name in names if name in then}
+        known = [facts["tasks"][old] for old in olds if old in facts.get("tasks", {})]
+        if known and len(known) == len(olds):  # of leaves that come together, what all of them have
+            tasks[group] = [max(each[0] for each in known), min(each[1] for each in known), min(e[2] for e in known)]
         for key in (group, f"{group}/nested"):
             before = [updates.get(old + suffix, 0) for old in olds for suffix in ("", "/nested")]
             updates.setdefault(key, max(before, default=0))
-    return {**facts, "windows": {**windows, "open": opened, "tokens": tokens}, "updates": updates}
+    return {**facts, "tasks": tasks, "windows": {**windows, "open": opened, "tokens": tokens}, "updates": updates}
 
 
 def dropped(facts: dict[str, Any], change: Change) -> list[str]:
@@ -105,12 +106,32 @@ def of_tasks(key: str) -> bool:
     return key.startswith(tuple(f"state.{name}" for name in (ANCHOR, IMPORTANCE, DIRECTION)))
 
 
-def newly_kept(state: "TrainState", there: Collection[str]) -> set[str]:
-    """Levels whose switches ask for something of earlier tasks that the checkpoint does not hold."""
-    held: dict[str, set[str]] = {level.name: set() for level in state.run.levels}
-    for kind, _, leaf in (key.removeprefix("state.").partition("/") for key in there if of_tasks(key)):
-        held[level_of(leaf, state.run.levels).name].add(kind)
-    return {level.name for level in state.run.levels if set(state_names(level)) - held[level.name]}
+def newly_kept(
+    levels: Sequence[Level], now: Collection[str], there: Collection[str], parts: Mapping[str, tuple[str, int]]
+) -> set[str]:
+    """Levels whose switches ask for something of earlier tasks that the checkpoint holds of none of their leaves."""
+    found = set()
+    for level in levels:
+        olds = [parts.get(name, (name, 0))[0] for name in now if level_of(name, levels) is level]
+        kinds = {name.rstrip("0123456789") for name in state_names(level)}  # more places are no new switch
+        if any(not any(f"state.{kind}/{old}" in there for old in olds) for kind in map(first_of, kinds)):
+            found.add(level.name)
+    return found
+
+
+def first_of(kind: str) -> str:
+    """The first tensor of a kind of state."""
+    return f"{kind}0" if kind == DIRECTION else kind
+
+
+def anchor_new(optimizer: Optimizer, there: Collection[str], parts: Mapping[str, tuple[str, int]]) -> None:
+    """Anchors leaves that the checkpoint does not anchor where they are; call it once weights are loaded."""
+    for mover in optimizer.movers.values():
+        for fragment in (each for shard in mover.shards for each in optimizer.fragments(shard)):
+            old = parts.get(fragment.leaf.name, (fragment.leaf.name, 0))[0]
+            if ANCHOR in fragment.values and f"state.{ANCHOR}/{old}" not in there:
+                fragment.values[ANCHOR].copy_(fragment.values["weight"])
+                fragment.values[IMPORTANCE].fill_(1)
 
 
 def begin_new(optimizer: Optimizer, new: frozenset[str], there: Collection[str]) -> None:

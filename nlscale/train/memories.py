@@ -68,6 +68,11 @@ def check_memories(pieces: dict[str, Pieces], there: dict[str, Stored]) -> None:
         if not name.startswith(PREFIX):
             continue
         now, then = Stored(tuple(each.shape), each.rectangles[0][1].dtype), there.get(name)
+        if then is not None and then != now and then.shape[1:] == now.shape[1:] and then.dtype == now.dtype:
+            raise UserError(
+                f"{name.removeprefix(PREFIX)}: the checkpoint holds the memories of {then.shape[0]} rows a step; "
+                f"train.global_batch={then.shape[0]} would work, or another run.name"
+            )
         if then != now:
             raise UserError(
                 f"{name.removeprefix(PREFIX)}: the checkpoint holds {then or 'no such memory'}, this run's model has "

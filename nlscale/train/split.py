@@ -26,6 +26,13 @@ def parts_of(now: Mapping[str, str], then: Mapping[str, str], levels: Sequence[L
     Raises UserError where parts do not fill the level that they are of.
     """
     found: Parts = {}
+    held = {name.split(".")[3] for name in then if ".continuum." in name}
+    for level in (each for each in levels if each.of):
+        require(
+            level.of in held or level.name in held,
+            f"levels.{level.name}.of={level.of}: the checkpoint has no such level; it has "
+            f"{', '.join(sorted(held - {'norm', 'gains'}))}",
+        )
     for old in {level.of for level in levels if level.of}:
         members = [level.name for level in levels if level.of == old]
         for name in (name for name in then if f".continuum.{old}." in name and then[name] != now.get(name)):

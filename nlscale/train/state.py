@@ -105,7 +105,9 @@ class TrainState:
         windows, table = self.optimizer.windows, facts["windows"]["tokens"]
         windows.open = {name: int(facts["windows"]["open"].get(name, 0)) for name in windows.groups}
         mine = dealt(len(table), self.world.copy, self.world.copies)
-        windows.tokens.copy_(torch.tensor([sum(table[r].get(name, 0) for r in mine) for name in windows.groups]))
+        windows.tokens.copy_(
+            torch.tensor([sum(table[r].get(name, 0) for r in mine) for name in windows.groups], dtype=torch.float64)
+        )
         self.optimizer.set_updates(facts["updates"])
 
 

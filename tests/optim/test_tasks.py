@@ -145,3 +145,38 @@ def test_row_33_less_of_the_first_task_is_forgotten_at_the_same_loss_on_the_seco
     kept, reached, steps = ranks(1, forgetting, 32, second)[0]
     assert reached <= second and steps < 200
     assert kept < first - 0.05, (first, kept, second, steps)
+
+
+def importances(overrides: list[str], steps: int) -> list[tuple[str, bool, float, int]]:
+    """By flat of the first level: its rule, whether nested, mean importance after a task, places that are filled."""
+    run = tiny(*CONSTANT, *overrides)
+    world, model, optimizer = built(run, torch.float64)
+    for step in range(1, steps + 1):
+        optimizer.step(step, model.forward_backward(usual(run, step, world), True)[2].long())
+    mover = optimizer.movers["fast"]
+    flats = [flat for shard in mover.shards for flat in shard.flats]
+    filled = [
+        sum(bool(rule.state[f"{DIRECTION}{i}"].any()) for i in range(mover.group.level.project))
+        for rule, _ in held(mover)
+    ]
+    optimizer.tasks.end(["fast"])
+    means = [float(torch.cat([r.state["importance"][s] for s in spans]).mean()) for r, spans in held(mover)]
+    kinds = [(flat.kind.rule, flat.kind.nested) for flat in flats]
+    return [(*kind, mean, places) for kind, mean, places in zip(kinds, means, filled, strict=True)]
+
+
+KEEPS = "levels=[{name: fast, period: 1, width: 0.5, anchor: 1.0, project: 3}, {name: slow, period: 2, width: 0.5}]"
+
+
+def test_importance_has_mean_one_among_the_leaves_that_have_moments() -> None:
+    by_flat = ranks(1, importances, [KEEPS, "optim.name=muon"], 5)[0]
+    assert {rule for rule, *_ in by_flat} == {"muon", "adamw"}
+    assert all(mean == pytest.approx(1.0, rel=1e-9) for rule, _, mean, _ in by_flat if rule == "muon")
+    assert all(mean > 1e-2 for _, _, mean, _ in by_flat)
+
+
+def test_nested_levels_that_were_just_reset_are_anchored_and_gather_whole_gradients() -> None:
+    by_flat = ranks(1, importances, [KEEPS, "model.variant=nested"], 8)[0]
+    assert {nested for _, nested, *_ in by_flat} == {True, False}
+    assert all(mean == 1.0 for _, nested, mean, _ in by_flat if nested)
+    assert all(mean > 1e-2 and places == 3 for _, _, mean, places in by_flat)

@@ -11,7 +11,7 @@ from nlscale.config.errors import UserError
 from nlscale.config.run import Run
 from nlscale.data.card import load_card
 from nlscale.data.loader import Loader
-from nlscale.model.row_state import check, mapped
+from nlscale.model.row_state import RowState, check, mapped
 from nlscale.parallel.apply import parallelize
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.runtime.world import join
@@ -210,6 +210,34 @@ def test_rows_without_a_finite_loss_leave_the_memory_as_it_was() -> None:
     assert ranks(1, refused, run)[0] == ([True, False], [True, True])
 
 
+def overflown(run: Run) -> tuple[bool, list[float]]:
+    """Whether memories are finite after a row whose last write is not, and the micro-batches refused after it."""
+    world = join(run.parallel, run.cluster, 0)
+    model = parallelize(run, world)
+    chunk, refusals = model.chunks[0], []
+    begin = chunk.onward
+
+    def spoilt(batch: tuple, before: RowState | None = None, hand_on: bool = False) -> tuple:
+        output, left = begin(batch, before, hand_on)
+        return output, mapped(lambda _, part: part * (float("inf") if world.tensor_rank == 0 else 1.0), "", left)
+
+    chunk.onward = spoilt  # type: ignore[method-assign]
+    model.forward_backward(micro_batches(run, 0, *place(world)), True)
+    chunk.onward = begin  # type: ignore[method-assign]
+    for seed in (1, 2):
+        refusals.append(float(model.forward_backward(micro_batches(run, seed, *place(world)), True)[3]))
+    sound: list[bool] = []
+    for state in model.carried[0].open():
+        mapped(lambda _, part: sound.append(bool(part.isfinite().all())), "", state)
+    return all(sound), refusals
+
+
+@pytest.mark.parametrize(("count", "overrides"), [(1, []), (2, ["parallel.tensor=2"])], ids=["one", "tensor"])
+def test_a_write_that_no_loss_has_seen_does_not_spoil_a_stream(count: int, overrides: list[str]) -> None:
+    run = tiny(*SEEN, *NEVER, "model.mixer=titans", "data.sequence=16", *overrides)
+    assert all(result == (True, [0.0, 0.0]) for result in ranks(count, overflown, run))
+
+
 def strangers(run: Run) -> list[str]:
     """What is said of states of another width, dtype and kind."""
     world = join(run.parallel, run.cluster, 0)
@@ -243,6 +271,7 @@ def test_a_state_of_another_model_or_dtype_is_refused() -> None:
             ["train.precision=bf16"],
             r"the checkpoint holds \(4, 4, 3, 8\) torch.float32, this run's model has .*bfloat16",
         ),
+        (["train.global_batch=8"], "memories of 4 rows a step; train.global_batch=4 would work"),
         (["model.reset=row"], "model.reset=row, but the checkpoint's rows were taken with never"),
     ],
 )
@@ -255,6 +284,7 @@ def test_a_checkpoint_of_other_memories_is_refused(change: list, words: str, pre
 
 REFUSED = {
     "model.mixer=attention": "needs a model.mixer with a memory, or levels with unit: token",
+    "model.attention=causal": "needs model.attention=document: a memory's initial state learns where documents begin",
     "data.shuffle=true": "needs data.shuffle=false",
     "model.inner.form=factors": "model.inner.form=whole",
     "data.sequence=24": "data.sequence=16 or 32: level long moves every 16 tokens",

@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from nlscale.config.run import Run
 from nlscale.data.write import Preparation, prepare
 from nlscale.runtime.folder import Folder, read_lines
+from nlscale.runtime.world import join
 from nlscale.testing import ranks
 from nlscale.train.loop import train
+from nlscale.train.pieces import Pieces, load, stored
 from tests.corpus import small_run, write_corpus
+from tests.tiny import tiny
 
 LEVELS = (
     "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 4, width: 0.25}, "
@@ -121,7 +125,7 @@ def test_a_task_ends_where_the_data_changes(prepared: str, other: str, tmp_path:
     facts = [
         json.loads((Folder(Path(r.folder)).checkpoint(30) / "train_state.json").read_text()) for r in (once, twice)
     ]
-    assert facts[0]["loader"]["step"] == 14 and facts[0]["tasks"] == {"slow": [1, 0], "long": [0, 1]}
+    assert facts[0]["loader"]["step"] == 14 and facts[0]["tasks"] == {"slow": [1, 0, 0], "long": [0, 1, 4]}
     assert facts[1]["tasks"] == facts[0]["tasks"]
     events = [e for e in read_lines(Folder(tmp_path / "twice").events) if e["event"] == "data change"]
     assert [e["step"] for e in events] == [16]
@@ -132,7 +136,61 @@ def test_switches_may_come_on_at_a_resume_on_another_layout(prepared: str, tmp_p
     ranks(2, train, small_run(prepared, tmp_path, KEEPING, "parallel.tensor=2", "train.stop_at=20"))
     ranks(1, train, small_run(prepared, tmp_path, KEEPING))
     facts = json.loads((Folder(tmp_path).checkpoint(30) / "train_state.json").read_text())
-    assert facts["tasks"] == {"slow": [1, 0], "long": [0, 0]}
+    assert facts["tasks"] == {"slow": [1, 0, 0], "long": [0, 0, 2]}
+
+
+def test_a_level_that_is_of_nothing_is_refused(prepared: str, tmp_path: Path) -> None:
+    ranks(1, train, small_run(prepared, tmp_path, ONE, "train.stop_at=2"))
+    with pytest.raises(RuntimeError, match="levels.fast.of=al: the checkpoint has no such level; it has all"):
+        ranks(1, train, small_run(prepared, tmp_path, (PARTED % (4, 8)).replace("of: all", "of: al"), ASKED))
+
+
+def weights_of(run: Run, leaf: str) -> torch.Tensor:
+    """A master in the run's last checkpoint."""
+    path = Folder(Path(run.folder)).checkpoint(Folder(Path(run.folder)).steps()[0])
+    return ranks(1, read_leaf, str(path), leaf)[0]
+
+
+def read_leaf(path: str, leaf: str) -> torch.Tensor:
+    shape = stored(Path(path))[f"weights/{leaf}"].shape
+    value = torch.empty(shape)
+    join(tiny().parallel, tiny().cluster, 0)
+    load({f"weights/{leaf}": Pieces(shape, [((0, 0), value)], False)}, Path(path))
+    return value
+
+
+def test_a_parameter_that_joins_an_anchored_level_is_anchored_where_it_is(prepared: str, tmp_path: Path) -> None:
+    firm = KEEPING.replace("anchor: 3.0", "anchor: 1.0e+9")
+    first = small_run(prepared, tmp_path, firm, "train.stop_at=16")
+    ranks(1, train, first)
+    trained = weights_of(first, "head.weight")
+    joined = small_run(prepared, tmp_path, firm.replace("1.0e+9", "1.0e+9, match: [head.weight]"), ASKED)
+    ranks(2, train, joined)
+    after = weights_of(joined, "head.weight")
+    assert (after - trained).norm() < 1e-3 * trained.norm()
+
+
+def test_what_is_kept_follows_a_level_that_is_parted_or_moves_otherwise(prepared: str, tmp_path: Path) -> None:
+    kept = "levels=[{name: all, anchor: 1.0, project: 4}]"
+    ranks(1, train, small_run(prepared, tmp_path, kept, "train.stop_at=8"))
+    ranks(1, train, small_run(prepared, tmp_path, kept.replace("4}", "6}"), "train.stop_at=10"))
+    parts = ", ".join(f"{{name: {name}, width: 0.5, of: all, anchor: 1.0, project: 6}}" for name in "ab")
+    state = Folder(tmp_path).checkpoint(10) / "train_state.json"
+    before = json.loads(state.read_text())["tasks"]["all"]
+    assert before == [0, 0, 10]
+    ranks(1, train, small_run(prepared, tmp_path, f"levels=[{parts}]", ASKED, "train.stop_at=12"))
+    after = json.loads((Folder(tmp_path).checkpoint(12) / "train_state.json").read_text())["tasks"]
+    assert after == {"a": [0, 0, 12], "b": [0, 0, 12]}
+
+
+def test_fewer_places_than_directions_are_refused(prepared: str, other: str, tmp_path: Path) -> None:
+    many = "levels=[{name: all, project: 4}]"
+    ranks(1, train, small_run(prepared, tmp_path, many, "train.stop_at=8"))
+    ranks(1, train, small_run(other, tmp_path, many, "checkpoint.data=change", "train.stop_at=10"))
+    with pytest.raises(
+        RuntimeError, match="levels.all.project=1, but 2 directions of earlier tasks are kept; 2 or more"
+    ):
+        ranks(1, train, small_run(other, tmp_path, many.replace("4", "1")))
 
 
 ONE = "levels=[{name: all}]"
