@@ -1,11 +1,17 @@
 """Imports are paid here once; ranks are forked from this process."""
 
-from nlscale.runtime.quiet import quiet
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # read once, when triton is first imported: kernels run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from nlscale.runtime.quiet import quiet  # noqa: E402
 
 quiet()
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
 from nlscale.data.write import Preparation, prepare  # noqa: E402
 from tests.corpus import write_corpus  # noqa: E402

@@ -67,6 +67,7 @@ class SelfModifying:
     rate: float = 0.02  # largest inner rate; rate x chunk below 2, as tokens add up; 0: the memory stays as it began
     momentum: bool = True
     erase: bool = True  # Delta Gradient Descent: a write erases along its key first; false: plain gradient descent
+    unit_values: bool = True  # values of length one, as keys are; false: as they come, which can grow without bound
     written: list[str] = field(
         default_factory=lambda: list(MEMORIES)
     )  # memories that move; the others stay as they began

@@ -36,7 +36,6 @@ class SelfModifyingMixer(HeadMixer):
         parts |= ({"momentum": 1} if settings.momentum else {}) | ({"gate": width} if settings.gate else {})
         local = ("gate",) if settings.gate else ()
         super().__init__(model, config, exchange, parts, settings.convolution, ("input",), local)
-        self.erase = float(settings.erase)
         self.settings, hidden = settings, settings.hidden or width
         self.up = nn.ParameterDict({name: self.made(self.held * hidden, width) for name in MEMORIES})
         shapes = dict.fromkeys(("key", "value", "main"), (self.held * width, hidden))
@@ -49,17 +48,23 @@ class SelfModifyingMixer(HeadMixer):
         heads, tail = self.project(x_TBD, scene, before and before.tail)
         momentum = F.logsigmoid(self.gate(heads, "momentum")) if self.settings.momentum else None
         tokens = Tokens(heads["input"], unit(heads["q"]), momentum, scene.starts_BT)
-        rate, keep = (exact(self.exchange.mine(self.squash[name])) for name in ("rate", "keep"))
         o, state = self_modifying(
             tokens,
             (self.settings.makers, self.settings.chunk),
             self.start(),
-            Gates(rate, keep if self.settings.rate else keep + torch.inf, self.settings.rate, self.erase, self.still()),
+            self.gates(),
             before and before.state,
             scene.hand_on,
             self.settings.recompute,
         )
         return self.finish(o, x_TBD, heads), Left(state, tail) if state is not None else None
+
+    def gates(self) -> Gates:
+        """Slow constants of this rank's heads, and what is left out of the rule."""
+        settings = self.settings
+        rate, keep = (exact(self.exchange.mine(self.squash[name])) for name in ("rate", "keep"))
+        keep = keep if settings.rate else keep + torch.inf
+        return Gates(rate, keep, settings.rate, float(settings.erase), settings.unit_values, self.still())
 
     def still(self) -> Still:
         """Which memories stay as they began."""

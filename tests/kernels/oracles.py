@@ -31,16 +31,22 @@ class Five:
     """Self-modifying Titans of one head, exactly as eqs. 83-93 (corrected) say, momentum by the house's rule for W2."""
 
     def __init__(
-        self, memories: Memories, head: int, biases: tuple[float, float, float], erase: bool = True, still: str = ""
+        self,
+        memories: Memories,
+        head: int,
+        biases: tuple[float, float, float],
+        erase: bool = True,
+        still: str = "",
+        unit_values: bool = True,
     ) -> None:
-        """`erase`: whether writes erase along their key; `still`: a memory that is never written."""
+        """`erase`: whether writes erase along their key; `still`: a memory that is never written; else as in `Gates`."""
         names = (("key", "value"), ("rate", "keep"), ("main",))
         self.initial = {
             name: {"up": net.up[0, head, place], "down": net.down[0, head, place]}
             for net, group in zip(memories, names, strict=True)
             for place, name in enumerate(group)
         }
-        self.biases, self.erase, self.unwritten = biases, erase, still
+        self.biases, self.erase, self.unwritten, self.unit_values = biases, erase, still, unit_values
 
     @staticmethod
     def say(name: str, weights: dict[str, Tensor], z: Tensor) -> Tensor:
@@ -68,6 +74,7 @@ class Five:
                 means[name].append(share[t])
             said = {name: self.say(name, anchor[name], x[t]) for name in ("key", "value", "rate", "keep")}
             k, v = said["key"] / said["key"].norm(), said["value"]
+            v = v / v.norm() if self.unit_values else v
             rate = self.biases[2] * torch.sigmoid(said["rate"] + self.biases[0])[0]
             keep = torch.sigmoid(said["keep"] + self.biases[1])[0]
             outputs.append(self.say("main", anchor["main"], q[t]))

@@ -111,6 +111,7 @@ def test_i13_self_modifying_by_chunks_is_the_recurrence(
 
 LEFT_OUT = {
     "erase": (GATES._replace(erase=0.0), {"erase": False}),
+    "unit values": (GATES._replace(unit_values=False), {"unit_values": False}),
     "key": (GATES._replace(still=Still(vectors=torch.tensor([True, False]))), {"still": "key"}),
     "value": (GATES._replace(still=Still(vectors=torch.tensor([False, True]))), {"still": "value"}),
     "keep": (GATES._replace(still=Still(gates=torch.tensor([False, True]))), {"still": "keep"}),
@@ -154,6 +155,23 @@ def test_i13_in_single_precision() -> None:
     o, _ = self_modifying(tokens, (4, 4), single, Gates(GATES[0].float(), GATES[1].float(), GATES[2]))
     exact, _ = self_modifying(inputs(None), (4, 4), FIVE, GATES)
     assert (o - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_values_of_one_length_keep_memories_bounded() -> None:
+    """Values as long as inputs are make targets longer still: the rule as printed runs away within one row."""
+    tokens = Inputs(4 * numbers(1, 1, 1024, 16), F.normalize(numbers(1, 1, 1024, 16, seed=1), dim=-1))
+    nets = [
+        Net(0.25 * numbers(1, 1, n, 16, 16, seed=n), 0.1 * numbers(1, 1, n, o, 16, seed=n))
+        for n, o in ((2, 16), (2, 1), (1, 16))
+    ]
+    gates = Gates(torch.zeros(1).double(), torch.full((1,), 9.0).double(), 0.05)
+    largest = []
+    for unit_values in (True, False):
+        o, state = self_modifying(tokens, (16, 16), Memories(*nets), gates._replace(unit_values=unit_values))
+        assert state is not None
+        weights = torch.cat([part.flatten() for part in (*state.memories.vectors, *state.memories.main, o)])
+        largest.append(float(weights.abs().nan_to_num(torch.inf).max()))
+    assert largest[0] < 4 and largest[1] > 1e6, largest
 
 
 Form = Callable[[Tensor | None, int, int, object], tuple[Tensor, object]]

@@ -2,9 +2,12 @@
 
 Five memories a head: key, value, rate, keep and main. With x_t the token's input and every M at the token's anchor,
 
-    k = M_key(x) / |.|    v = M_value(x)    e = e_max sigmoid(M_rate(x) + b)    a = sigmoid(M_keep(x) + b)
+    k = M_key(x) / |.|    v = M_value(x) / |.|    e = e_max sigmoid(M_rate(x) + b)    a = sigmoid(M_keep(x) + b)
     o = M_main(q)         target of memory M: M(v), taken as given;  gradient g of |M(k) - M(v)|^2 / 2
     W2 <- W2 (a I - e k k^T) - e g,   W1 <- a W1 - e g      Delta Gradient Descent on the layer that k enters
+
+The paper leaves v as long as it comes (`Gates.unit_values` false). Its target M(v) is then long where v is, a memory that
+learns it makes longer values still, and within a few hundred tokens they can grow without bound; of length one they do not.
 
 The anchor is the state before the chunk, or the initial state where the document began inside the chunk. The main memory
 may have shorter chunks than the four that make its keys, values and gates. Momentum (Titans): on W1 token by token, on W2
@@ -77,6 +80,7 @@ class Gates(NamedTuple):
     keep_bias: Tensor
     rate_max: float
     erase: float = 1.0  # see writes_of
+    unit_values: bool = True  # values of length one; false: as the memory says them
     still: Still = Still()
 
 
@@ -110,7 +114,7 @@ def made(tokens: Tokens, initial: Memories, now: Memories, gates: Gates) -> Made
     k, v = look(tokens.fresh, initial.vectors, now.vectors, tokens.x).unbind(2)
     rate, keep = look(tokens.fresh, initial.gates, now.gates, tokens.x).squeeze(-1).unbind(2)
     rate = gates.rate_max * torch.sigmoid(rate + gates.rate_bias[:, None])
-    return Made(unit(k), v, rate, F.logsigmoid(keep + gates.keep_bias[:, None]))
+    return Made(unit(k), unit(v) if gates.unit_values else v, rate, F.logsigmoid(keep + gates.keep_bias[:, None]))
 
 
 def gradients(net: Net, said: Made, writes: Writes, mark: Tensor | float, piece: int) -> list[Tensor]:

@@ -1,0 +1,186 @@
+"""Compilation ahead of time, without a GPU: what the machine code of every kernel and config needs.
+
+    python -m nlscale_kernels.aot [--arch 80 90] [--json FILE] [OPERATOR ...]
+
+prints registers, spilled bytes, shared memory and tensor-core instructions of each kernel x config x architecture, and ends
+with 1 where one breaks its budget. It runs in a process of its own: not under Triton's interpreter.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a block may use
+PRODUCTS = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}  # instructions of tensor cores
+COLUMNS = 512  # of tensor memory on sm_100: a kernel that asks for more compiles to a stub
+OPERATORS = ("level_step", "newton_schulz")
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)")
+
+
+@dataclass(frozen=True)
+class Built:
+    """One kernel's machine code."""
+
+    operator: str
+    kernel: str
+    config: str
+    arch: int
+    registers: int
+    spills: int  # bytes
+    shared: int  # bytes
+    instructions: int
+    products: dict[str, int]  # tensor-core instructions by name
+    seconds: float
+    faults: list[str]  # how it breaks its budget
+
+
+def signature(launch: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """Types, constants and alignment of a launch's arguments, as Triton would see them."""
+    import torch
+
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int8: "i8"}
+    types: dict[str, str] = {}
+    constants = dict(launch.constants)
+    aligned: dict[tuple[int], list[list[Any]]] = {}
+    for place, name in enumerate(launch.kernel.arg_names):
+        given = launch.arguments[place] if place < len(launch.arguments) else None
+        if name in constants or given is None or (isinstance(given, int) and given == 1):
+            constants.setdefault(name, given)
+            types[name] = "constexpr"
+        elif isinstance(given, torch.dtype):
+            types[name], aligned[(place,)] = f"*{names[given]}", [["tt.divisibility", 16]]
+        elif isinstance(given, float):
+            types[name] = "fp32"
+        else:
+            types[name] = "i32" if given < 2**31 else "i64"
+            if given % 16 == 0:
+                aligned[(place,)] = [["tt.divisibility", 16]]
+    return types, constants, aligned
+
+
+def compiled(launch: Any, config: Any, arch: int) -> Any:
+    """The kernel for an architecture."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types, constants, aligned = signature(launch)
+    missing = {name: value for name, value in config.tiles.items() if name in launch.kernel.arg_names}
+    source = ASTSource(launch.kernel, types, {**constants, **missing}, aligned)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def tool(*command: str) -> str:
+    """What a tool that comes with Triton says."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def read(kernel: Any) -> tuple[int, int, dict[str, int]]:
+    """Registers, spilled bytes, and how often each instruction stands in the machine code."""
+    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    arch, dump = kernel.metadata.target.arch, knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        binary, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        binary.write_bytes(kernel.asm["cubin"])
+        source.write_text(kernel.asm["ptx"])
+        found = RESOURCES.search(tool(dump, "--dump-resource-usage", str(binary)))
+        assert found, "cuobjdump named no resources"
+        target = re.search(r"\.target\s+(sm_\w+)", kernel.asm["ptx"])
+        assert target, "the source names no target"
+        said = tool(get_ptxas(arch).path, "-v", f"--gpu-name={target[1]}", str(source), "-o", str(Path(folder, "out")))
+        spilled = SPILLS.search(said)
+        assert spilled, f"ptxas said nothing of spills: {said[:300]}"
+        counts: dict[str, int] = {}
+        for line in tool(dump, "-sass", str(binary)).splitlines():
+            match = INSTRUCTION.match(line)
+            if match:
+                counts[match[1]] = counts.get(match[1], 0) + 1
+                wide = f"{match[1]}.128"
+                counts[wide] = counts.get(wide, 0) + (".128" in match[2])
+    return int(found[1]), int(spilled[1]) + int(spilled[2]), counts
+
+
+def build(operator: str, launch: Any, config: Any, arch: int) -> Built:
+    """Compiles one, and holds it against its budget."""
+    began = time.monotonic()
+    kernel = compiled(launch, config, arch)
+    registers, spills, counts = read(kernel)
+    shared, products = kernel.metadata.shared, {name: counts[name] for name in PRODUCTS[arch] if name in counts}
+    columns = getattr(kernel.metadata, "tmem_size", 0) or 0
+    faults = [
+        fault
+        for fault, holds in (
+            (f"{registers} registers, at most {launch.registers}", registers <= launch.registers),
+            (f"{spills} bytes spilled, at most {launch.spills}", spills <= launch.spills),
+            (f"{shared} bytes of shared memory, at most {SHARED[arch]}", shared <= SHARED[arch]),
+            (f"{columns} columns of tensor memory, at most {COLUMNS}", columns <= COLUMNS),
+            ("no tensor-core instruction", bool(products) or not launch.product),
+            (
+                "no loads and stores of 16 bytes",
+                bool(counts.get("LDG.128") and counts.get("STG.128")) or not launch.stream,
+            ),
+        )
+        if not holds
+    ]
+    said = " ".join(f"{name}={size}" for name, size in config.tiles.items())
+    shape = f"{said} warps={config.warps} stages={config.stages}".strip()
+    seconds = round(time.monotonic() - began, 2)
+    total = sum(count for name, count in counts.items() if "." not in name)
+    return Built(operator, launch.name, shape, arch, registers, spills, shared, total, products, seconds, faults)
+
+
+def all_of(operators: Sequence[str], archs: Sequence[int]) -> Iterator[Built]:
+    """Every kernel and config of these operators."""
+    for operator in operators:
+        for launch in import_module(f"nlscale_kernels.{operator}.triton").launches():
+            for config in launch.configs:
+                for arch in archs:
+                    if config.least <= arch:
+                        yield build(operator, launch, config, arch)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m nlscale_kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("operators", nargs="*", default=OPERATORS, metavar="OPERATOR")
+    parser.add_argument("--arch", nargs="+", type=int, default=[80, 90], choices=sorted(SHARED))
+    parser.add_argument("--json", help="write what was found to this file")
+    given = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    unknown = set(given.operators) - set(OPERATORS)
+    if unknown:
+        parser.error(f"no operator {', '.join(sorted(unknown))}; choose of {', '.join(OPERATORS)}")
+    found = []
+    for built in all_of(given.operators, given.arch):
+        found.append(built)
+        products = " ".join(f"{name} {count}" for name, count in built.products.items())
+        print(
+            f"sm_{built.arch:<4}{built.operator:15}{built.kernel:38}{built.config:38} {built.registers:3} registers "
+            f"{built.spills:4} spilled {built.shared // 1024:4} KiB {built.seconds:5.1f} s  {products}"
+            + "".join(f"\n      over budget: {fault}" for fault in built.faults),
+            flush=True,
+        )
+    if given.json:
+        Path(given.json).write_text(json.dumps([asdict(built) for built in found], indent=1))
+    return int(any(built.faults for built in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

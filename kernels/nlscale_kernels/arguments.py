@@ -1,0 +1,41 @@
+"""What operators say of arguments that they cannot take."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_dtypes(operator: str, allowed: Sequence[torch.dtype], **tensors: Tensor | None) -> None:
+    """Raises ValueError where a tensor has another dtype than these."""
+    for name, tensor in tensors.items():
+        check(
+            tensor is None or tensor.dtype in allowed,
+            f"{operator}: {name} is {tensor is not None and tensor.dtype}; it takes {', '.join(map(str, allowed))}",
+        )
+
+
+def check_alike(operator: str, like: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Raises ValueError where a tensor is not laid out like `like`: its shape, on its device, contiguous."""
+    model = tensors[like]
+    assert model is not None
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check(
+                tensor.shape == model.shape,
+                f"{operator}: {name} has shape {tuple(tensor.shape)}; it must have {like}'s, {tuple(model.shape)}",
+            )
+            check(
+                tensor.device == model.device,
+                f"{operator}: {name} is on {tensor.device}, {like} on {model.device}; move {name} there",
+            )
+            check(
+                tensor.is_contiguous(),
+                f"{operator}: {name} has strides {tensor.stride()}; .contiguous() would do",
+            )

@@ -1,0 +1,121 @@
+"""The operators: the reference on a CPU, Triton on a GPU, and an error that names the argument elsewhere."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nlscale_kernels.arguments import check, check_alike, check_dtypes
+from nlscale_kernels.level_step import reference
+from nlscale_kernels.level_step.table import BLOCK, AdamW, Descend, Momenta
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _form(master: Tensor) -> ModuleType:
+    if not master.is_cuda:
+        return reference
+    from nlscale_kernels.level_step import triton
+
+    return triton
+
+
+def _check(
+    operator: str, like: str, columns: int, table: Tensor, blocks: Tensor | None, **tensors: Tensor | None
+) -> None:
+    """Raises ValueError where arguments do not fit one another."""
+    model = tensors[like]
+    assert model is not None
+    wide = (torch.float32,) if model.is_cuda else (torch.float32, torch.float64)
+    check(model.ndim == 1, f"{operator}: {like} has {model.ndim} axes; it takes flat memory, .view(-1) would do")
+    check_alike(operator, like, tensors)
+    check_dtypes(operator, wide, **{like: model})
+    check_dtypes(operator, (*NARROW, model.dtype), **tensors)
+    check(
+        table.ndim == 2 and table.shape[1] == columns and table.dtype == model.dtype and table.device == model.device,
+        f"{operator}: table is {table.dtype} {tuple(table.shape)} on {table.device}; it must have {columns} columns, in "
+        f"{like}'s dtype {model.dtype} on {model.device} (level_step.table makes it)",
+    )
+    count = -(-model.numel() // BLOCK)
+    check(
+        blocks is None or (blocks.shape == (count,) and blocks.dtype == torch.int32 and blocks.device == model.device),
+        f"{operator}: blocks must be {count} int32 on {model.device}, one for each {BLOCK} elements",
+    )
+
+
+@torch.library.custom_op("nlscale::level_adamw", mutates_args=("master", "gradient", "first", "second", "copy"))
+def adamw(
+    master: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    copy: Tensor | None,
+    table: Tensor,
+    blocks: Tensor | None = None,
+    clear: bool = False,
+) -> Tensor:
+    """See reference.adamw. Raises ValueError for arguments that do not fit."""
+    tensors = {"master": master, "gradient": gradient, "first": first, "second": second, "copy": copy}
+    _check("level_adamw", "master", len(AdamW.__dataclass_fields__), table, blocks, **tensors)
+    check_dtypes("level_adamw", (master.dtype,), first=first, second=second)
+    return _form(master).adamw(master, gradient, first, second, copy, table, blocks, clear)
+
+
+@torch.library.custom_op("nlscale::level_momenta", mutates_args=("gradient", "momentum", "total", "slow"))
+def momenta(
+    gradient: Tensor,
+    momentum: Tensor,
+    total: Tensor | None,
+    slow: Tensor | None,
+    table: Tensor,
+    blocks: Tensor | None = None,
+    clear: bool = False,
+) -> None:
+    """See reference.momenta. Raises ValueError for arguments that do not fit."""
+    tensors = {"gradient": gradient, "momentum": momentum, "total": total, "slow": slow}
+    _check("level_momenta", "momentum", len(Momenta.__dataclass_fields__), table, blocks, **tensors)
+    check_dtypes("level_momenta", (momentum.dtype,), total=total, slow=slow)
+    check((total is None) == (slow is None), "level_momenta: total and slow come together")
+    _form(momentum).momenta(gradient, momentum, total, slow, table, blocks, clear)
+
+
+@torch.library.custom_op("nlscale::level_descend", mutates_args=("master", "copy"))
+def descend(
+    master: Tensor, direction: Tensor, copy: Tensor | None, table: Tensor, blocks: Tensor | None = None
+) -> Tensor:
+    """See reference.descend. Raises ValueError for arguments that do not fit."""
+    tensors = {"master": master, "direction": direction, "copy": copy}
+    _check("level_descend", "master", len(Descend.__dataclass_fields__), table, blocks, **tensors)
+    return _form(master).descend(master, direction, copy, table, blocks)
+
+
+@adamw.register_fake
+def _(
+    master: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    copy: Tensor | None,
+    table: Tensor,
+    blocks: Tensor | None = None,
+    clear: bool = False,
+) -> Tensor:
+    return master.new_empty(-(-master.numel() // BLOCK))
+
+
+@momenta.register_fake
+def _(
+    gradient: Tensor,
+    momentum: Tensor,
+    total: Tensor | None,
+    slow: Tensor | None,
+    table: Tensor,
+    blocks: Tensor | None = None,
+    clear: bool = False,
+) -> None:
+    return None
+
+
+@descend.register_fake
+def _(master: Tensor, direction: Tensor, copy: Tensor | None, table: Tensor, blocks: Tensor | None = None) -> Tensor:
+    return master.new_empty(-(-master.numel() // BLOCK))

@@ -1,0 +1,73 @@
+"""The operators: the reference on a CPU, Triton on a GPU."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlscale_kernels.arguments import check, check_dtypes
+from nlscale_kernels.newton_schulz import reference
+from nlscale_kernels.newton_schulz.reference import by_gram, direct, multiplications
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NARROWEST = 256  # rows below which the Gram form's square products do not fill a GPU
+
+
+@torch.library.custom_op("nlscale::symmetric_product", mutates_args=())
+def symmetric_product(
+    x_KNM: Tensor, y_KNM: Tensor, add_KNN: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+) -> Tensor:
+    """See reference.symmetric_product. Raises ValueError for arguments that do not fit."""
+    name = "symmetric_product"
+    check(x_KNM.ndim == 3, f"{name}: x has shape {tuple(x_KNM.shape)}; it takes K matrices (K, N, M), [None] would do")
+    check(
+        y_KNM.shape == x_KNM.shape and y_KNM.dtype == x_KNM.dtype and y_KNM.device == x_KNM.device,
+        f"{name}: y is {y_KNM.dtype} {tuple(y_KNM.shape)} on {y_KNM.device}; it must be like x, {x_KNM.dtype} "
+        f"{tuple(x_KNM.shape)} on {x_KNM.device}",
+    )
+    square = (*x_KNM.shape[:2], x_KNM.shape[1])
+    check(
+        add_KNN is None or (add_KNN.shape == square and add_KNN.dtype == x_KNM.dtype and add_KNN.is_contiguous()),
+        f"{name}: add must be contiguous, {x_KNM.dtype} {square}",
+    )
+    if not x_KNM.is_cuda:
+        return reference.symmetric_product(x_KNM, y_KNM, add_KNN, alpha, beta)
+    from nlscale_kernels.newton_schulz import triton
+
+    check_dtypes(name, DTYPES, x=x_KNM)
+    return triton.symmetric_product(x_KNM, y_KNM, add_KNN, alpha, beta)
+
+
+@symmetric_product.register_fake
+def _(x_KNM: Tensor, y_KNM: Tensor, add_KNN: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    return x_KNM.new_empty(*x_KNM.shape[:2], x_KNM.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, y, add, ctx.alpha, ctx.beta = inputs
+    ctx.adds = add is not None
+    ctx.save_for_backward(x, y)
+
+
+def _backward(ctx: Any, of_KNN: Tensor) -> tuple[Tensor | None, ...]:
+    x, y = ctx.saved_tensors
+    d_add = ctx.beta * of_KNN if ctx.adds else None
+    return ctx.alpha * (of_KNN @ y), ctx.alpha * (of_KNN.mT @ x), d_add, None, None
+
+
+symmetric_product.register_autograd(_backward, setup_context=_save)
+
+
+def orthogonal(x_KNM: Tensor, iterations: int) -> Tensor:
+    """Each matrix of norm 1 or less, its singular values driven to about 1, by the form that needs fewer products.
+
+    On a GPU in bfloat16, or float16 in the Gram form, whose products' entries stay below 2; in x's own dtype elsewhere.
+    """
+    wide = x_KNM if x_KNM.shape[-2] <= x_KNM.shape[-1] else x_KNM.mT
+    rows, columns = wide.shape[-2:]
+    straight, gram = multiplications(rows, columns, iterations)
+    shorter = gram < straight and rows > NARROWEST
+    narrow = x_KNM.is_cuda and x_KNM.dtype == torch.float32
+    work = wide.to((torch.float16 if shorter else torch.bfloat16) if narrow else wide.dtype)
+    done = (by_gram if shorter else direct)(work, iterations, symmetric_product).to(x_KNM.dtype)
+    return done if wide is x_KNM else done.mT
