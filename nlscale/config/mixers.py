@@ -68,6 +68,7 @@ class SelfModifying:
     momentum: bool = True
     erase: bool = True  # Delta Gradient Descent: a write erases along its key first; false: plain gradient descent
     unit_values: bool = True  # values of length one, as keys are; false: as they come, which can grow without bound
+    clip: float = 1.0  # largest norm of what a chunk adds to a matrix of a memory; 0 switches it off
     written: list[str] = field(
         default_factory=lambda: list(MEMORIES)
     )  # memories that move; the others stay as they began
@@ -76,7 +77,9 @@ class SelfModifying:
 
     def __post_init__(self) -> None:
         positive("model.self_modifying", chunk=self.chunk, convolution=self.convolution)
-        require(self.rate >= 0, f"model.self_modifying.rate={self.rate} must not be negative")
+        for number in ("rate", "clip"):
+            value = getattr(self, number)
+            require(value >= 0, f"model.self_modifying.{number}={value} must not be negative")
         for name in self.written:
             require(
                 name in MEMORIES,

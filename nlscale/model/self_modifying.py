@@ -64,7 +64,8 @@ class SelfModifyingMixer(HeadMixer):
         settings = self.settings
         rate, keep = (exact(self.exchange.mine(self.squash[name])) for name in ("rate", "keep"))
         keep = keep if settings.rate else keep + torch.inf
-        return Gates(rate, keep, settings.rate, float(settings.erase), settings.unit_values, self.still())
+        erase, values = float(settings.erase), settings.unit_values
+        return Gates(rate, keep, settings.rate, erase, values, settings.clip, self.still())
 
     def still(self) -> Still:
         """Which memories stay as they began."""

@@ -38,6 +38,7 @@ class Five:
         erase: bool = True,
         still: str = "",
         unit_values: bool = True,
+        clip: float = 0.0,
     ) -> None:
         """`erase`: whether writes erase along their key; `still`: a memory that is never written; else as in `Gates`."""
         names = (("key", "value"), ("rate", "keep"), ("main",))
@@ -47,6 +48,7 @@ class Five:
             for place, name in enumerate(group)
         }
         self.biases, self.erase, self.unwritten, self.unit_values = biases, erase, still, unit_values
+        self.clip = clip or float("inf")
 
     @staticmethod
     def say(name: str, weights: dict[str, Tensor], z: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ class Five:
         def fresh(name: str) -> dict[str, Tensor]:
             weights = self.initial[name]
             zeros = {f"speed.{n}": torch.zeros_like(w) for n, w in weights.items()}
-            return weights | zeros | {"learnt": torch.zeros_like(weights["up"])}
+            return weights | zeros | {"learnt": torch.zeros_like(weights["up"]), "kept": weights["down"]}
 
         now = {name: fresh(name) for name in self.initial}
         anchor, means, outputs = dict(self.initial), {name: [] for name in now}, []
@@ -69,6 +71,7 @@ class Five:
             for name in now:
                 if t % size[name] == 0:
                     anchor[name], means[name] = {n: now[name][n] for n in ("up", "down")}, []
+                    now[name]["kept"] = now[name]["down"]
                 if starts[t]:
                     now[name], anchor[name], means[name] = fresh(name), self.initial[name], []
                 means[name].append(share[t])
@@ -85,12 +88,18 @@ class Five:
                 g = self.slope(name, anchor[name], k, self.say(name, anchor[name], v))
                 state["speed.down"] = share[t] * state["speed.down"] - rate * g["down"]
                 state["down"] = keep * state["down"] + state["speed.down"]
+                state["kept"] = keep * state["kept"]
                 state["up"], state["learnt"] = state["up"] @ turn, state["learnt"] @ turn - rate * g["up"]
                 if (t + 1) % size[name] == 0:  # W2's momentum goes from chunk to chunk
                     mean = torch.stack(means[name]).mean()
-                    state["speed.up"] = mean * state["speed.up"] + state["learnt"]
+                    moved = mean * state["speed.up"] + state["learnt"]
+                    state["speed.up"] = moved * min(1.0, self.clip / float(moved.norm()))
                     state["up"] = state["up"] + state["speed.up"]
                     state["learnt"] = torch.zeros_like(state["learnt"])
+                    added = state["down"] - state["kept"]
+                    share_kept = min(1.0, self.clip / float(added.norm()))
+                    state["down"] = state["kept"] + share_kept * added
+                    state["speed.down"] = share_kept * state["speed.down"]
         return torch.stack(outputs)
 
     def slope(self, name: str, weights: dict[str, Tensor], k: Tensor, target: Tensor) -> dict[str, Tensor]:

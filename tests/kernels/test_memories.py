@@ -112,6 +112,7 @@ def test_i13_self_modifying_by_chunks_is_the_recurrence(
 LEFT_OUT = {
     "erase": (GATES._replace(erase=0.0), {"erase": False}),
     "unit values": (GATES._replace(unit_values=False), {"unit_values": False}),
+    "clip": (GATES._replace(clip=0.3), {"clip": 0.3}),
     "key": (GATES._replace(still=Still(vectors=torch.tensor([True, False]))), {"still": "key"}),
     "value": (GATES._replace(still=Still(vectors=torch.tensor([False, True]))), {"still": "value"}),
     "keep": (GATES._replace(still=Still(gates=torch.tensor([False, True]))), {"still": "keep"}),
@@ -157,21 +158,24 @@ def test_i13_in_single_precision() -> None:
     assert (o - exact).norm() < 1e-5 * exact.norm()
 
 
-def test_values_of_one_length_keep_memories_bounded() -> None:
-    """Values as long as inputs are make targets longer still: the rule as printed runs away within one row."""
+def test_memories_stay_bounded() -> None:
+    """The rule as printed runs away within one row: long values make targets longer still, large weights steps too long."""
     tokens = Inputs(4 * numbers(1, 1, 1024, 16), F.normalize(numbers(1, 1, 1024, 16, seed=1), dim=-1))
     nets = [
         Net(0.25 * numbers(1, 1, n, 16, 16, seed=n), 0.1 * numbers(1, 1, n, o, 16, seed=n))
         for n, o in ((2, 16), (2, 1), (1, 16))
     ]
     gates = Gates(torch.zeros(1).double(), torch.full((1,), 9.0).double(), 0.05)
-    largest = []
-    for unit_values in (True, False):
-        o, state = self_modifying(tokens, (16, 16), Memories(*nets), gates._replace(unit_values=unit_values))
+
+    def largest(steep: float, **changes: float) -> float:
+        memories = Memories(nets[0]._replace(down=steep * nets[0].down), *nets[1:])
+        o, state = self_modifying(tokens, (16, 16), memories, gates._replace(**changes))
         assert state is not None
         weights = torch.cat([part.flatten() for part in (*state.memories.vectors, *state.memories.main, o)])
-        largest.append(float(weights.abs().nan_to_num(torch.inf).max()))
-    assert largest[0] < 4 and largest[1] > 1e6, largest
+        return float(weights.abs().nan_to_num(torch.inf).max())
+
+    assert largest(1.0, unit_values=False) > 1e6 > 1e5 * largest(1.0)
+    assert largest(40.0) > 1e6 > 1e4 * largest(40.0, clip=1.0)
 
 
 Form = Callable[[Tensor | None, int, int, object], tuple[Tensor, object]]

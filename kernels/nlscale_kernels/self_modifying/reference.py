@@ -81,6 +81,7 @@ class Gates(NamedTuple):
     rate_max: float
     erase: float = 1.0  # see writes_of
     unit_values: bool = True  # values of length one; false: as the memory says them
+    clip: float = 0.0  # largest Frobenius norm of what a chunk adds to a matrix; 0: any
     still: Still = Still()
 
 
@@ -134,8 +135,10 @@ def gradients(net: Net, said: Made, writes: Writes, mark: Tensor | float, piece:
     return total
 
 
-def write(net: Net, speed: Net | None, initial: Net, said: Made, writes: Writes, piece: int) -> tuple[Net, Net | None]:
-    """Memories and momentum after a chunk."""
+def write(
+    net: Net, speed: Net | None, initial: Net, said: Made, writes: Writes, piece: int, clip: float
+) -> tuple[Net, Net | None]:
+    """Memories and momentum after a chunk; see `Gates.clip`."""
     if writes.fresh_BC is None:
         learnt, written, *rest = gradients(net, said, writes, 1.0, piece)
     else:  # a gradient is taken at the token's anchor
@@ -146,10 +149,26 @@ def write(net: Net, speed: Net | None, initial: Net, said: Made, writes: Writes,
     turned = (left.up.flatten(2, 3) @ writes.turn).unflatten(2, left.up.shape[2:4])
     scalars, carried = writes.scalars, writes.carried
     if speed is None or carried is None:
-        return Net(turned + learnt, mix((scalars.whole_BH, left.down), (-1.0, written))), None
-    fast = mix((carried, speed.up), (1.0, learnt))
-    down = mix((scalars.whole_BH, left.down), (scalars.carry_BH, speed.down), (-1.0, written))
-    return Net(turned + fast, down), Net(fast, mix((scalars.left_BH, speed.down), (-1.0, rest[0])))
+        add_up, add_down, then = learnt, written.neg(), None
+    else:
+        add_up = mix((carried, speed.up), (1.0, learnt))
+        add_down = mix((scalars.carry_BH, speed.down), (-1.0, written))
+        then = mix((scalars.left_BH, speed.down), (-1.0, rest[0]))
+    if clip:
+        add_up, share = within(clip, add_up), clip / length(add_down).clamp(min=clip)
+        add_down, then = add_down * share, then if then is None else then * share
+    after = Net(turned + add_up, mix((scalars.whole_BH, left.down), (1.0, add_down)))
+    return after, None if then is None else Net(add_up, then)
+
+
+def length(matrices: Tensor) -> Tensor:
+    """Frobenius norms (..., 1, 1)."""
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+
+
+def within(clip: float, matrices: Tensor) -> Tensor:
+    """Matrices scaled to a norm of `clip` at most."""
+    return matrices * (clip / length(matrices).clamp(min=clip))
 
 
 def held(still: Tensor | None, old: Net, new: Net) -> Net:
@@ -171,14 +190,14 @@ def block(
         outputs.append(look(part.fresh, initial.main, main, part.q)[:, :, 0])
         if not last or (place + 1) * chunk < count:
             writes = writes_of(own.k, own.rate, own.log_keep, part.log_momentum, part.starts, gates.erase)
-            new, main_speed = write(main, main_speed, initial.main, own, writes, chunk)
+            new, main_speed = write(main, main_speed, initial.main, own, writes, chunk, gates.clip)
             main = held(gates.still.main, main, new)
             all_writes.append(writes)
     vectors, vector_speed, gate, gate_speed = now.vectors, speeds[0], now.gates, speeds[1]
     if not last:
         together = joined(all_writes)
-        vectors, vector_speed = write(now.vectors, vector_speed, initial.vectors, said, together, chunk)
-        gate, gate_speed = write(now.gates, gate_speed, initial.gates, said, together, chunk)
+        vectors, vector_speed = write(now.vectors, vector_speed, initial.vectors, said, together, chunk, gates.clip)
+        gate, gate_speed = write(now.gates, gate_speed, initial.gates, said, together, chunk, gates.clip)
         vectors, gate = held(gates.still.vectors, now.vectors, vectors), held(gates.still.gates, now.gates, gate)
     momentum = None
     if vector_speed is not None and gate_speed is not None and main_speed is not None:
