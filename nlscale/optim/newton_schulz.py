@@ -1,27 +1,29 @@
-"""Orthogonalisation by Newton-Schulz iteration (spec 2.10: eqs. 42-44 in their quintic form; Jordan et al., 2024).
+"""Orthogonalisation of matrices that tensor parallelism may cut (spec 2.10, 3.7).
 
-X -> a X + b (X X^T) X + c (X X^T)^2 X drives all singular values to about 1. On a matrix that is cut, the Gram product
-contracts the cut axis, so that an iteration costs one all-reduce of a square matrix.
+The Gram product of a cut matrix contracts the cut axis, so that an iteration costs one all-reduce of a square matrix; where
+handing whole matrices around moves less, each rank iterates on its share of them.
 """
 
 import torch
+from nlscale_kernels.newton_schulz import QUINTIC, orthogonal, symmetric_product
 from torch import Tensor
 
 from nlscale.optim.split import Split
 
-QUINTIC = (3.4445, -4.7750, 2.0315)
 EPS = 1e-7
 
 
 def newton_schulz(x_KOI: Tensor, iterations: int, split: Split) -> Tensor:
     """The nearest orthogonal factor of each matrix, approximately: singular values within about [0.7, 1.2].
 
-    bfloat16 products on a GPU, the input's precision elsewhere. A collective over the split's ranks.
+    Half precision on a GPU, the input's elsewhere. A collective over the split's ranks.
     """
     x = x_KOI / (split.norm(x_KOI) + EPS)
+    if split.axis is None:
+        return orthogonal(x, iterations)
     work = x.bfloat16() if x.is_cuda and x.dtype == torch.float32 else x
     if gathers(split, x_KOI, iterations, work.element_size()):
-        (done,) = split.whole(lambda whole: [iterate(whole, iterations, Split())], work)
+        (done,) = split.whole(lambda whole: [orthogonal(whole, iterations)], work)
     else:
         done = iterate(work, iterations, split)
     return done.to(x_KOI.dtype)
@@ -37,12 +39,10 @@ def gathers(split: Split, x_KOI: Tensor, iterations: int, element: int) -> bool:
 
 
 def iterate(x_KOI: Tensor, iterations: int, split: Split) -> Tensor:
-    """The iterations, by the Gram matrix of the axis that is whole; on whole matrices, of the shorter one."""
+    """The iterations on a cut matrix, by the Gram matrix of the axis that is whole."""
     a, b, c = QUINTIC
-    rows, columns = x_KOI.shape[-2:]
-    by_rows = split.axis == 1 or (split.axis is None and rows <= columns)
+    x = x_KOI if split.axis == 1 else x_KOI.mT
     for _ in range(iterations):
-        gram = split.left(x_KOI, x_KOI) if by_rows else split.right(x_KOI, x_KOI)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x_KOI = torch.baddbmm(x_KOI, *((polynomial, x_KOI) if by_rows else (x_KOI, polynomial)), beta=a)
-    return x_KOI
+        gram = split.sum(symmetric_product(x, x))
+        x = torch.baddbmm(x, symmetric_product(gram, gram, gram, alpha=c, beta=b), x, beta=a)
+    return x if split.axis == 1 else x.mT

@@ -36,13 +36,17 @@ class Split:
         return self._sum(square, self.axis).sqrt_()
 
     def _sum(self, product: Tensor, contracted: int | None) -> Tensor:
-        if self.axis is None:
-            return product
-        if self.axis != contracted:
+        if self.axis is not None and self.axis != contracted:
             raise ValueError(f"axis {self.axis} is cut, but the product contracts axis {contracted}")
-        wide = product.to(torch.promote_types(product.dtype, torch.float32))
+        return self.sum(product)
+
+    def sum(self, part: Tensor) -> Tensor:
+        """The sum over ranks of what each has, in float32 at least."""
+        if self.axis is None:
+            return part
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
         dist.all_reduce(wide, group=self.group)
-        return wide.to(product.dtype)
+        return wide.to(part.dtype)
 
     def whole(self, function: Callable[..., Sequence[Tensor]], *tensors_KOI: Tensor) -> list[Tensor]:
         """function(*whole tensors), each rank on its share of the K matrices; results are cut as the tensors were."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from nlscale_kernels.newton_schulz import QUINTIC
 from torch import Tensor
 
 from nlscale.config.levels import Level
@@ -11,7 +12,7 @@ from nlscale.config.parallel import Parallel
 from nlscale.config.train import Cluster
 from nlscale.optim.layout import Kind
 from nlscale.optim.matrices import Part
-from nlscale.optim.newton_schulz import QUINTIC, gathers, newton_schulz
+from nlscale.optim.newton_schulz import gathers, newton_schulz
 from nlscale.optim.rules import Rule, bind
 from nlscale.optim.shard import parts
 from nlscale.optim.split import Split

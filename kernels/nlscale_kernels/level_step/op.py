@@ -1,6 +1,4 @@
-"""The operators: the reference on a CPU, Triton on a GPU, and an error that names the argument elsewhere."""
-
-from types import ModuleType
+"""The operators: the reference, and Triton on a GPU; arguments that do not fit are named."""
 
 import torch
 from torch import Tensor
@@ -10,14 +8,6 @@ from nlscale_kernels.level_step import reference
 from nlscale_kernels.level_step.table import BLOCK, AdamW, Descend, Momenta
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _form(master: Tensor) -> ModuleType:
-    if not master.is_cuda:
-        return reference
-    from nlscale_kernels.level_step import triton
-
-    return triton
 
 
 def _check(
@@ -43,6 +33,36 @@ def _check(
     )
 
 
+def _check_adamw(
+    master: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    copy: Tensor | None,
+    table: Tensor,
+    blocks: Tensor | None,
+) -> None:
+    tensors = {"master": master, "gradient": gradient, "first": first, "second": second, "copy": copy}
+    _check("level_adamw", "master", len(AdamW.__dataclass_fields__), table, blocks, **tensors)
+    check_dtypes("level_adamw", (master.dtype,), first=first, second=second)
+
+
+def _check_momenta(
+    gradient: Tensor, momentum: Tensor, total: Tensor | None, slow: Tensor | None, table: Tensor, blocks: Tensor | None
+) -> None:
+    tensors = {"gradient": gradient, "momentum": momentum, "total": total, "slow": slow}
+    _check("level_momenta", "momentum", len(Momenta.__dataclass_fields__), table, blocks, **tensors)
+    check_dtypes("level_momenta", (momentum.dtype,), total=total, slow=slow)
+    check((total is None) == (slow is None), "level_momenta: total and slow come together")
+
+
+def _check_descend(
+    master: Tensor, direction: Tensor, copy: Tensor | None, table: Tensor, blocks: Tensor | None
+) -> None:
+    tensors = {"master": master, "direction": direction, "copy": copy}
+    _check("level_descend", "master", len(Descend.__dataclass_fields__), table, blocks, **tensors)
+
+
 @torch.library.custom_op("nlscale::level_adamw", mutates_args=("master", "gradient", "first", "second", "copy"))
 def adamw(
     master: Tensor,
@@ -55,10 +75,8 @@ def adamw(
     clear: bool = False,
 ) -> Tensor:
     """See reference.adamw. Raises ValueError for arguments that do not fit."""
-    tensors = {"master": master, "gradient": gradient, "first": first, "second": second, "copy": copy}
-    _check("level_adamw", "master", len(AdamW.__dataclass_fields__), table, blocks, **tensors)
-    check_dtypes("level_adamw", (master.dtype,), first=first, second=second)
-    return _form(master).adamw(master, gradient, first, second, copy, table, blocks, clear)
+    _check_adamw(master, gradient, first, second, copy, table, blocks)
+    return reference.adamw(master, gradient, first, second, copy, table, blocks, clear)
 
 
 @torch.library.custom_op("nlscale::level_momenta", mutates_args=("gradient", "momentum", "total", "slow"))
@@ -72,11 +90,8 @@ def momenta(
     clear: bool = False,
 ) -> None:
     """See reference.momenta. Raises ValueError for arguments that do not fit."""
-    tensors = {"gradient": gradient, "momentum": momentum, "total": total, "slow": slow}
-    _check("level_momenta", "momentum", len(Momenta.__dataclass_fields__), table, blocks, **tensors)
-    check_dtypes("level_momenta", (momentum.dtype,), total=total, slow=slow)
-    check((total is None) == (slow is None), "level_momenta: total and slow come together")
-    _form(momentum).momenta(gradient, momentum, total, slow, table, blocks, clear)
+    _check_momenta(gradient, momentum, total, slow, table, blocks)
+    reference.momenta(gradient, momentum, total, slow, table, blocks, clear)
 
 
 @torch.library.custom_op("nlscale::level_descend", mutates_args=("master", "copy"))
@@ -84,9 +99,49 @@ def descend(
     master: Tensor, direction: Tensor, copy: Tensor | None, table: Tensor, blocks: Tensor | None = None
 ) -> Tensor:
     """See reference.descend. Raises ValueError for arguments that do not fit."""
-    tensors = {"master": master, "direction": direction, "copy": copy}
-    _check("level_descend", "master", len(Descend.__dataclass_fields__), table, blocks, **tensors)
-    return _form(master).descend(master, direction, copy, table, blocks)
+    _check_descend(master, direction, copy, table, blocks)
+    return reference.descend(master, direction, copy, table, blocks)
+
+
+@adamw.register_kernel("cuda")
+def _(
+    master: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    copy: Tensor | None,
+    table: Tensor,
+    blocks: Tensor | None = None,
+    clear: bool = False,
+) -> Tensor:
+    from nlscale_kernels.level_step import triton
+
+    _check_adamw(master, gradient, first, second, copy, table, blocks)
+    return triton.adamw(master, gradient, first, second, copy, table, blocks, clear)
+
+
+@momenta.register_kernel("cuda")
+def _(
+    gradient: Tensor,
+    momentum: Tensor,
+    total: Tensor | None,
+    slow: Tensor | None,
+    table: Tensor,
+    blocks: Tensor | None = None,
+    clear: bool = False,
+) -> None:
+    from nlscale_kernels.level_step import triton
+
+    _check_momenta(gradient, momentum, total, slow, table, blocks)
+    triton.momenta(gradient, momentum, total, slow, table, blocks, clear)
+
+
+@descend.register_kernel("cuda")
+def _(master: Tensor, direction: Tensor, copy: Tensor | None, table: Tensor, blocks: Tensor | None = None) -> Tensor:
+    from nlscale_kernels.level_step import triton
+
+    _check_descend(master, direction, copy, table, blocks)
+    return triton.descend(master, direction, copy, table, blocks)
 
 
 @adamw.register_fake

@@ -1,4 +1,4 @@
-"""The operators: the reference on a CPU, Triton on a GPU."""
+"""The operators: the reference, and Triton on a GPU; arguments that do not fit are named."""
 
 from typing import Any
 
@@ -18,6 +18,20 @@ def symmetric_product(
     x_KNM: Tensor, y_KNM: Tensor, add_KNN: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
 ) -> Tensor:
     """See reference.symmetric_product. Raises ValueError for arguments that do not fit."""
+    _check(x_KNM, y_KNM, add_KNN)
+    return reference.symmetric_product(x_KNM, y_KNM, add_KNN, alpha, beta)
+
+
+@symmetric_product.register_kernel("cuda")
+def _(x_KNM: Tensor, y_KNM: Tensor, add_KNN: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    from nlscale_kernels.newton_schulz import triton
+
+    _check(x_KNM, y_KNM, add_KNN)
+    check_dtypes("symmetric_product", DTYPES, x=x_KNM)
+    return triton.symmetric_product(x_KNM, y_KNM, add_KNN, alpha, beta)
+
+
+def _check(x_KNM: Tensor, y_KNM: Tensor, add_KNN: Tensor | None) -> None:
     name = "symmetric_product"
     check(x_KNM.ndim == 3, f"{name}: x has shape {tuple(x_KNM.shape)}; it takes K matrices (K, N, M), [None] would do")
     check(
@@ -30,12 +44,6 @@ def symmetric_product(
         add_KNN is None or (add_KNN.shape == square and add_KNN.dtype == x_KNM.dtype and add_KNN.is_contiguous()),
         f"{name}: add must be contiguous, {x_KNM.dtype} {square}",
     )
-    if not x_KNM.is_cuda:
-        return reference.symmetric_product(x_KNM, y_KNM, add_KNN, alpha, beta)
-    from nlscale_kernels.newton_schulz import triton
-
-    check_dtypes(name, DTYPES, x=x_KNM)
-    return triton.symmetric_product(x_KNM, y_KNM, add_KNN, alpha, beta)
 
 
 @symmetric_product.register_fake

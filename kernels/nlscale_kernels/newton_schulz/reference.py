@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-RESTART = 2  # iterations of the Gram form after which the Gram matrix is computed anew
+RESTART = 2  # iterations of the Gram form after which the Gram matrix is computed anew, once
 
 Product = Callable[..., Tensor]
 
@@ -39,12 +39,11 @@ def by_gram(x_KNM: Tensor, iterations: int, product: Product = symmetric_product
     """The same on the Gram matrix R = X X^T alone: with Z = a I + b R + c R^2, X <- Z X is R <- Z R Z.
 
     Z and R are polynomials of one matrix, so all products are symmetric: about 4 N^3 an iteration, whatever M is. Rounding
-    grows with the Gram matrix's small eigenvalues, so X is made and R computed anew after RESTART iterations.
+    grows as the Gram matrix's small eigenvalues do, so X is made and R computed anew after RESTART iterations.
     """
     a, b, c = QUINTIC
-    while iterations:
+    for count in runs(iterations):
         gram, together = product(x_KNM, x_KNM), None
-        count = min(iterations, RESTART) if iterations > RESTART else iterations
         for i in range(count):
             step = product(gram, gram, gram, alpha=c, beta=b)
             step.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -52,15 +51,18 @@ def by_gram(x_KNM: Tensor, iterations: int, product: Product = symmetric_product
             if i + 1 < count:
                 gram = product(step, product(step, gram))
         assert together is not None
-        x_KNM, iterations = together @ x_KNM, iterations - count
+        x_KNM = together @ x_KNM
     return x_KNM
+
+
+def runs(iterations: int) -> list[int]:
+    """Iterations on one Gram matrix."""
+    return [RESTART, iterations - RESTART] if iterations > RESTART else [iterations]
 
 
 def multiplications(rows: int, columns: int, iterations: int) -> tuple[int, int]:
     """Products of numbers of `direct` and of `by_gram` for N x M, where symmetric products cost half."""
     n, m = rows, columns
-    runs = [RESTART, iterations - RESTART] if iterations > RESTART else [iterations]
     square, wide = n**3, n**2 * m
-    # a product of two N x N matrices is N^3, of which a symmetric one needs half
-    gram = sum(wide // 2 + wide + square * (count + (count - 1) + 2 * (count - 1)) // 2 for count in runs)
+    gram = sum(wide // 2 + wide + square * (4 * count - 3) // 2 for count in runs(iterations))
     return iterations * (wide // 2 + square // 2 + wide), gram

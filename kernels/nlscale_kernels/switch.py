@@ -1,0 +1,24 @@
+"""Operators with a kernel for GPUs, and a switch that takes their references instead, to find out which one is wrong."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch._library.custom_ops import CustomOpDef
+
+from nlscale_kernels import level_step, newton_schulz
+
+OPERATORS: dict[str, CustomOpDef] = {
+    "level_step.adamw": level_step.adamw,
+    "level_step.momenta": level_step.momenta,
+    "level_step.descend": level_step.descend,
+    "newton_schulz.symmetric_product": newton_schulz.symmetric_product,
+}
+
+
+@contextmanager
+def kernels(which: str = "fused") -> Iterator[None]:
+    """Within it, GPUs run `fused` kernels or the `reference` of every operator."""
+    with ExitStack() as stack:
+        for operator in OPERATORS.values() if which == "reference" else ():
+            stack.enter_context(operator.set_kernel_enabled("cuda", enabled=False))
+        yield
