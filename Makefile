@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: train test lint bench gpu clean
+.PHONY: train test lint bench gpu kernels clean
 
 train: $(VENV)/installed
 	$(BIN)/nlscale data prepare stdlib --out corpora/stdlib --sequence 256 --tokeniser bpe:4096 --held-out 0.05
@@ -30,7 +30,18 @@ bench: $(VENV)/installed
 
 gpu: $(VENV)/tested
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m nlscale_kernels.tune
+	$(BIN)/nlscale bench kernels
 	$(BIN)/nlscale bench step
+
+# Machine code for more GPUs and by more versions of Triton than `make test` compiles.
+TRITONS := 3.6.0 3.8.0 3.9.0
+kernels: $(VENV)/tested
+	$(BIN)/python -m nlscale_kernels.aot --arch 80 90 100
+	for version in $(TRITONS); do \
+		$(PIP) --no-deps --target $(VENV)/triton-$$version triton==$$version --constraint /dev/null && \
+		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m nlscale_kernels.aot --arch 80 90 100 || exit 1; \
+	done
 
 # torch comes first and alone: asked for by another package, the newest CUDA build would come with gigabytes.
 $(VENV)/installed: setup.py constraints.txt

@@ -17,6 +17,9 @@ class Train:
     micro_batch: int = 1  # sequences a forward pass on one replica
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute: Literal["none", "block"] = "none"  # block: activations inside a block are computed again in backward
+    kernels: Literal["fused", "reference"] = (
+        "fused"  # reference: plain torch in place of every kernel, to find a wrong one
+    )
     evaluate_interval: int = 0  # steps between held-out losses; 0: only at the end
     evaluate_rows: int = 64
 

@@ -99,8 +99,8 @@ class BufferShard(FlatShard):
     @torch.no_grad()
     def gather(self) -> None:
         """Begins to send this rank's part of the weights to every replica."""
-        for group, part, rule in zip(self.buckets, self.parts, self.rules, strict=True):
-            part.copy_(rule.master, non_blocking=True)
+        self.write()
+        for group in self.buckets:
             group.start_param_sync()
         self.sent = True
 

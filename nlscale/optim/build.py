@@ -25,7 +25,7 @@ from nlscale.optim.nested import Anchors
 from nlscale.optim.reduce import POLICIES, Policy
 from nlscale.optim.rules import Rule
 from nlscale.optim.schedule import level_rate
-from nlscale.optim.shard import Fragment, Sharder, counted, fragments, square
+from nlscale.optim.shard import Fragment, Sharder, fragments, square
 from nlscale.optim.tasks import Tasks
 from nlscale.optim.window import Windows
 from nlscale.optim.zero import ZeroShard, forbid_compilation, silence
@@ -138,18 +138,22 @@ class Optimizer:
 
     def update(self, mover: Mover, grads: list[list[Tensor]], scale: float, step: int) -> Tensor:
         """Moves one group's masters; gives the squared norm of the change, float64."""
-        rate, squares = level_rate(self.optim, mover.group.level, step, self.steps), []
-        olds = [shard.before() for shard in mover.shards]
+        rate = level_rate(self.optim, mover.group.level, step, self.steps)
+        if mover.group.name not in self.tasks.movers:
+            pairs = zip(mover.shards, grads, strict=True)
+            return torch.stack([shard.update(given, rate, scale) for shard, given in pairs]).sum()
+        olds = [[rule.master.clone() for rule in shard.rules] for shard in mover.shards]
         for given in grads:
             torch._foreach_mul_(given, scale)
         self.tasks.gather(mover, grads)
         for shard, given in zip(mover.shards, grads, strict=True):
-            shard.update(given, rate)
+            shard.update(given, rate, 1.0)
         self.tasks.pull(mover, rate)
         self.tasks.keep_off(mover.group, mover, [old for before in olds for old in before])
-        for shard, before, spans in zip(mover.shards, olds, mover.counted, strict=True):
+        squares = []
+        for shard, before in zip(mover.shards, olds, strict=True):
             changes = [rule.master - old for rule, old in zip(shard.rules, before, strict=True)]
-            squares.append(square(changes, spans).to(self.world.device))
+            squares.append(square(changes, shard.counted).to(self.world.device))
         return torch.stack(squares).sum()
 
     def bytes_sent(self, moved: Collection[str]) -> dict[str, int]:
@@ -184,6 +188,7 @@ class Optimizer:
         """Makes every rank's weights from the masters, after those were loaded. A collective."""
         for mover in self.movers.values():
             for shard in mover.shards:
+                shard.write(everything=True)
                 shard.gather()
         self.arrive()
 
@@ -237,7 +242,7 @@ def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int |
             shards.append(sharder(group.level, bucket, run, windows, world))
         if shards:
             policies: list[Policy] = [POLICIES[optim.reduce](shard, windows, world) for shard in shards]
-            spans = [[counted(flat, world) for flat in shard.flats] for shard in shards]
+            spans = [shard.counted for shard in shards]
             ruled = [leaf for s in shards for f in s.flats if f.kind.rule == "dgd" for leaf, _ in f.places]
             grams = [Grams(ruled, windows, world)] if ruled and not group.level.frozen else []
             movers[group.name] = Mover(group, shards, policies, spans, grams)

@@ -21,17 +21,17 @@ from nlscale.optim.split import Split
 
 def delta_step(
     master: Tensor, decay: float, parts: Sequence[Part], tensor: dist.ProcessGroup | None, inputs: Mapping[str, Tensor]
-) -> Callable[[Tensor, float, int], None]:
+) -> Callable[[Tensor, float, float, int], None]:
     """The rule on this rank's matrices; `inputs`: leaf name -> G (float32, inputs x inputs)."""
 
     @torch.no_grad()
-    def step(grad: Tensor, rate: float, update: int) -> None:
+    def step(grad: Tensor, rate: float, scale: float, update: int) -> None:
         for part in parts:
             leaf, weight = part.leaf, part.of(master)
             assert leaf is not None
             forget = inputs[leaf.name].to(master).mul(rate)
             forget.diagonal().add_(1)
-            aim = weight * (1 - rate * decay) - rate * part.of(grad)
+            aim = weight * (1 - rate * decay) - rate * scale * part.of(grad)
             solve = along_rows if leaf.meets == 0 else along_columns
             split = Split(tensor, leaf.shard if leaf.shard == leaf.meets else None)
             (moved,) = split.whole(lambda whole, solve=solve, forget=forget: [solve(whole, forget)], aim[None])

@@ -15,7 +15,8 @@ from nlscale.config.run import Run
 from nlscale.optim.layout import Flat, flats
 from nlscale.optim.matrices import Part
 from nlscale.optim.rules import bind
-from nlscale.optim.shard import parts
+from nlscale.optim.shard import counted, parts, square
+from nlscale.optim.tasks import state_names
 from nlscale.optim.window import Windows, window_dtype
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
@@ -49,7 +50,15 @@ class FlatShard:
                 if leaf.value.ndim == 2
             ]
             master = on_host(master) if host else master
-            self.rules.append(bind(flat.kind, master, optim, level, matrices, world.tensor, windows.inputs))
+            alone = not (host or flat.kind.nested or state_names(level))  # nobody but the rule changes the master
+            given_to = (matrices, world.tensor, windows.inputs, own if alone else None)
+            self.rules.append(bind(flat.kind, master, optim, level, *given_to))
+        self.counted = [counted(flat, world) for flat in self.flats]
+        self.whole = [
+            sum(span.stop - span.start for span in spans)
+            == sum(span.stop - span.start for _, _, span in parts(flat, world.copy, world.copies))
+            for flat, spans in zip(self.flats, self.counted, strict=True)
+        ]
 
     def _attach(self) -> None:
         """Moves whole parameters into flat memory; keeps the views that every gather goes through."""
@@ -67,16 +76,34 @@ class FlatShard:
         elements, replicas = sum(flat.elements for flat in self.flats), self.world.copies
         return elements * element * (replicas - 1) // replicas
 
-    def before(self) -> list[Tensor]:
-        """The masters' values before an update: the weights that they were last published as, where these are exact."""
-        pairs = [(rule.master, part) for rule, part in zip(self.rules, self.parts, strict=True)]
-        return [part if part.dtype == m.dtype and part.device == m.device else m.clone() for m, part in pairs]
+    @torch.no_grad()
+    def update(self, grads: Sequence[Tensor], rate: float, scale: float) -> Tensor:
+        """Applies each flat's rule to this rank's part of `scale` x its gradients.
+
+        Gives the squared norm of the change, of what counts here: a float64 scalar.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for i, (rule, grad) in enumerate(zip(self.rules, grads, strict=True)):
+            old = None if rule.tells and (self.whole[i] or not self.counted[i]) else self.before(i)
+            told = rule.step(grad.to(rule.master.device), rate, scale)
+            if old is not None:
+                total += square([rule.master - old], [self.counted[i]]).to(total.device)
+            elif told is not None and self.counted[i]:
+                total += told.sum(dtype=torch.float64).to(total.device)
+        return total
+
+    def before(self, i: int) -> Tensor:
+        """A master's values before an update: the weights that it was last published as, where these are exact."""
+        rule, part = self.rules[i], self.parts[i]
+        exact = part.dtype == rule.master.dtype and part.device == rule.master.device and rule.copy is None
+        return part if exact else rule.master.clone()
 
     @torch.no_grad()
-    def update(self, grads: Sequence[Tensor], rate: float) -> None:
-        """Applies each flat's rule to this rank's part of its mean gradient."""
-        for rule, grad in zip(self.rules, grads, strict=True):
-            rule.step(grad.to(rule.master.device), rate)
+    def write(self, everything: bool = False) -> None:
+        """Writes what this rank sends: masters that no rule wrote itself, or `everything`."""
+        for part, rule in zip(self.parts, self.rules, strict=True):
+            if everything or rule.copy is None:
+                part.copy_(rule.master, non_blocking=True)
 
     def publish(self) -> None:
         """Copies gathered weights into storage that several levels share."""

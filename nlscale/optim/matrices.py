@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from nlscale_kernels import level_step
 from torch import Tensor
 
 from nlscale.config.optim import Matrix
@@ -37,7 +38,8 @@ class Part:
         return flat[self.start : self.start + self.shape[0] * self.shape[1]].view(self.shape)
 
 
-Direction = Callable[[Tensor, dict[str, Tensor], Split, int], Tensor]
+Gather = Callable[[Tensor, dict[str, Tensor], float, int], None]  # (gradients, state, scale, update) on the whole part
+Direction = Callable[[Tensor, dict[str, Tensor], Split, int], Tensor]  # matrices of one shape: scaled gradients, states
 
 
 class Matrices:
@@ -47,13 +49,16 @@ class Matrices:
         self,
         master: Tensor,
         state: dict[str, Tensor],
+        gather: Gather,
         direction: Direction,
         decay: float,
         parts: Sequence[Part],
         group: dist.ProcessGroup | None,
+        copy: Tensor | None,
     ) -> None:
-        """`group`: the tensor-parallel ranks that hold the other cuts of the same matrices."""
-        self.master, self.state, self.direction, self.decay, self.group = master, state, direction, decay, group
+        """`group`: the tensor-parallel ranks that hold the other cuts of the same matrices; `copy`: see rules.bind."""
+        self.master, self.state, self.decay, self.group, self.copy = master, state, decay, group, copy
+        self.gather, self.direction = gather, direction
         shapes: dict[tuple[tuple[int, int], int | None], list[Part]] = {}
         for part in parts:
             shapes.setdefault((part.shape, part.axis), []).append(part)
@@ -63,17 +68,51 @@ class Matrices:
             self.batches += [(axis, alike[k : k + count]) for k in range(0, len(alike), count)]
 
     @torch.no_grad()
-    def __call__(self, grad: Tensor, rate: float, update: int) -> None:
-        """w = (1 - rate decay) w - rate direction(gradient, state). A collective over tensor-parallel ranks."""
-        self.master.mul_(1 - rate * self.decay)
+    def __call__(self, grad: Tensor, rate: float, scale: float, update: int) -> Tensor:
+        """w = (1 - rate decay) w - rate direction(scale x gradient, state): the squared change of each block.
+
+        A collective over tensor-parallel ranks.
+        """
+        self.gather(grad, self.state, scale, update)
+        step = torch.zeros_like(self.master)
         for axis, parts in self.batches:
-            split = Split(self.group, axis)
             state = {name: torch.stack([part.of(flat) for part in parts]) for name, flat in self.state.items()}
-            step = self.direction(torch.stack([part.of(grad) for part in parts]), state, split, update)
+            given = torch.stack([part.of(grad) for part in parts]).to(self.master.dtype) * scale
+            found = self.direction(given, state, Split(self.group, axis), update)
             for k, part in enumerate(parts):
-                part.of(self.master).add_(step[k], alpha=-rate)
+                part.of(step).copy_(found[k])
                 for name, flat in self.state.items():
                     part.of(flat).copy_(state[name][k])
+        rows = [level_step.Descend(1.0, rate, self.decay)]
+        return level_step.descend(self.master, step, self.copy, level_step.table(rows, self.master))
+
+
+def nothing(hyper: Matrix, grad: Tensor, state: dict[str, Tensor], scale: float, update: int) -> None:
+    """What is gathered matrix by matrix is not gathered here."""
+
+
+def gather_muon(hyper: Matrix, grad: Tensor, state: dict[str, Tensor], scale: float, update: int) -> None:
+    """m = b m + g (eqs. 42-44)."""
+    rows = [level_step.Momenta(1.0, scale, hyper.momentum, 1.0)]
+    level_step.momenta(grad, state["momentum"], None, None, level_step.table(rows, state["momentum"]))
+
+
+def gather_m3(hyper: Matrix, grad: Tensor, state: dict[str, Tensor], scale: float, update: int) -> None:
+    """Both momenta are averages; the slow one takes the mean of every `slow_period` gradients (spec 2.10)."""
+    slow, fires = hyper.slow_momentum, float(update % hyper.slow_period == 0)
+    kept = (fires, slow, (1 - slow) / hyper.slow_period)
+    rows = [level_step.Momenta(1.0, scale, hyper.momentum, 1 - hyper.momentum, *kept)]
+    table = level_step.table(rows, state["momentum"])
+    level_step.momenta(grad, state["momentum"], state["sum"], state["slow_momentum"], table)
+
+
+def gather_m3_paper(hyper: Matrix, grad: Tensor, state: dict[str, Tensor], scale: float, update: int) -> None:
+    """Algorithm 1 as printed, with sums of exactly `slow_period` terms: nothing decays."""
+    fires = float(update % hyper.slow_period == 0)
+    rows = [level_step.Momenta(1.0, scale, 1.0, hyper.momentum, fires, 1.0, hyper.slow_momentum)]
+    table = level_step.table(rows, state["momentum"])
+    level_step.momenta(grad, state["momentum"], state["sum"], state["slow_momentum"], table)
+    state["second"].addcmul_(grad, grad, value=scale * scale)
 
 
 def matched(o_KOI: Tensor, split: Split) -> Tensor:
@@ -82,39 +121,26 @@ def matched(o_KOI: Tensor, split: Split) -> Tensor:
 
 
 def muon(hyper: Matrix, g_KOI: Tensor, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
-    """m = b m + g; direction NS(m) (eqs. 42-44)."""
-    state["momentum"].mul_(hyper.momentum).add_(g_KOI)
+    """NS(m)."""
     return matched(newton_schulz(state["momentum"], hyper.iterations, split), split)
 
 
 def m3(hyper: Matrix, g_KOI: Tensor, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
-    """Multi-scale momentum, stable form: both momenta are averages; the slow one moves every `slow_period` updates.
-
-    Direction NS(fast) + a NS(slow); the slow direction is used from the update after it was computed (spec 2.10).
-    """
-    beta, slow = hyper.momentum, hyper.slow_momentum
-    fast = state["momentum"].mul_(beta).add_(g_KOI, alpha=1 - beta)
-    direction = newton_schulz(fast, hyper.iterations, split) + hyper.slow_gain * state["slow_direction"]
-    state["sum"].add_(g_KOI)
-    if update % hyper.slow_period == 0:
-        mean = state["sum"] / hyper.slow_period
-        state["slow_momentum"].mul_(slow).add_(mean, alpha=1 - slow)
-        state["slow_direction"].copy_(newton_schulz(state["slow_momentum"], hyper.iterations, split))
-        state["sum"].zero_()
-    return matched(direction, split)
+    """Multi-scale momentum, stable form: NS(fast) + a NS(slow) (spec 2.10)."""
+    return matched(both_scales(hyper, state, split, update), split)
 
 
 def m3_paper(hyper: Matrix, g_KOI: Tensor, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
-    """Algorithm 1 as printed, with sums of exactly `slow_period` terms: nothing decays; divided by sqrt(V)."""
-    fast = state["momentum"].add_(g_KOI, alpha=hyper.momentum)
-    state["second"].addcmul_(g_KOI, g_KOI)
-    direction = newton_schulz(fast, hyper.iterations, split) + hyper.slow_gain * state["slow_direction"]
-    state["sum"].add_(g_KOI)
+    """Algorithm 1 as printed: the same, divided by sqrt(V)."""
+    return both_scales(hyper, state, split, update) / (state["second"].sqrt() + hyper.eps)
+
+
+def both_scales(hyper: Matrix, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
+    """NS(fast) + a NS(slow); the slow direction is used from the update after it was computed."""
+    direction = newton_schulz(state["momentum"], hyper.iterations, split) + hyper.slow_gain * state["slow_direction"]
     if update % hyper.slow_period == 0:
-        state["slow_momentum"].add_(state["sum"], alpha=hyper.slow_momentum)
         state["slow_direction"].copy_(newton_schulz(state["slow_momentum"], hyper.iterations, split))
-        state["sum"].zero_()
-    return direction / (state["second"].sqrt() + hyper.eps)
+    return direction
 
 
 def delta_momentum(hyper: Matrix, g_KOI: Tensor, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
@@ -157,10 +183,10 @@ def start(hidden: int, like_KOI: Tensor) -> Tensor:
     return values.to(like_KOI).expand(len(like_KOI), -1, -1)
 
 
-MATRICES: dict[str, Callable[..., Tensor]] = {
-    "muon": muon,
-    "m3": m3,
-    "m3_paper": m3_paper,
-    "delta_momentum": delta_momentum,
-    "dmgd": dmgd,
+MATRICES: dict[str, tuple[Callable[..., None], Callable[..., Tensor]]] = {
+    "muon": (gather_muon, muon),
+    "m3": (gather_m3, m3),
+    "m3_paper": (gather_m3_paper, m3_paper),
+    "delta_momentum": (nothing, delta_momentum),
+    "dmgd": (nothing, dmgd),
 }

@@ -1,6 +1,7 @@
 """Update rules on one rank's part of a flat: a float32 master, its gradient, and state that lies like the master.
 
-Every state tensor is as long as the master and laid out like it, so that a checkpoint cuts all of them alike.
+Every state tensor is as long as the master and laid out like it, so that a checkpoint cuts all of them alike. AdamW and the
+matrix rules move the whole part at once by the operators of nlscale_kernels.level_step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from nlscale_kernels import level_step
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -18,6 +20,8 @@ from nlscale.optim.layout import Kind
 from nlscale.optim.matrices import MATRICES, Matrices, Part
 from nlscale.optim.schedule import level_betas, level_decay
 
+Apply = Callable[[Tensor, float, float, int], Tensor | None]  # (gradient, rate, scale, number of this update from 1)
+
 
 @dataclass
 class Rule:
@@ -25,65 +29,55 @@ class Rule:
 
     master: Tensor
     state: dict[str, Tensor]
-    apply: Callable[[Tensor, float, int], None]  # (gradient, rate, number of this update from 1)
+    apply: Apply
     updates: int = 0
+    copy: Tensor | None = None  # the weights that the model computes with, where the rule itself writes them
+    tells: bool = False  # it says how far it moved
 
-    def step(self, grad: Tensor, rate: float) -> None:
-        """Moves the master along the mean gradient `grad`."""
+    def step(self, grad: Tensor, rate: float, scale: float = 1.0) -> Tensor | None:
+        """Moves the master along `scale` x `grad`; gives the squared change of each block, where it is known."""
         self.updates += 1
-        self.apply(grad, rate, self.updates)
+        return self.apply(grad, rate, scale, self.updates)
 
 
-def adamw(master: Tensor, optim: Optim, level: Level, decay: float) -> Rule:
-    """AdamW (Loshchilov and Hutter, 2019) by torch's fused operator."""
-    optimizer = torch.optim.AdamW(
-        [master], lr=optim.lr, betas=level_betas(optim, level), eps=optim.eps, weight_decay=decay, fused=True
-    )
-    state = {"exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-    count = torch.zeros((), dtype=torch.float32, device=master.device)
-    optimizer.state[master] = {"step": count, **state}
+def adamw(master: Tensor, optim: Optim, level: Level, decay: float, copy: Tensor | None) -> Rule:
+    """AdamW (Loshchilov and Hutter, 2019)."""
+    first, second = torch.zeros_like(master), torch.zeros_like(master)
+    betas = level_betas(optim, level)
 
-    def step(grad: Tensor, rate: float, update: int) -> None:
-        count.fill_(update - 1)
-        run(optimizer, master, grad, rate)
+    def step(grad: Tensor, rate: float, scale: float, update: int) -> Tensor:
+        row = level_step.AdamW.at(update, rate, betas, optim.eps, decay, scale)
+        return level_step.adamw(master, grad, first, second, copy, level_step.table([row], master))
 
-    return Rule(master, state, step)
+    return Rule(master, {"exp_avg": first, "exp_avg_sq": second}, step, copy=copy, tells=True)
 
 
-def sgd(master: Tensor, optim: Optim, level: Level, decay: float) -> Rule:
+def sgd(master: Tensor, optim: Optim, level: Level, decay: float, copy: Tensor | None) -> Rule:
     """m = a m + g, w -= lr (m + decay w): momentum as a two-level system (spec 1, row 4; eqs. 33, 34)."""
     momentum = torch.zeros_like(master)
 
-    def step(grad: Tensor, rate: float, update: int) -> None:
-        momentum.mul_(optim.matrix.momentum).add_(grad)
+    def step(grad: Tensor, rate: float, scale: float, update: int) -> None:
+        momentum.mul_(optim.matrix.momentum).add_(grad, alpha=scale)
         master.mul_(1 - rate * decay).add_(momentum, alpha=-rate)
 
     return Rule(master, {"momentum": momentum}, step)
 
 
-def preconditioned(master: Tensor, optim: Optim, level: Level, decay: float) -> Rule:
+def preconditioned(master: Tensor, optim: Optim, level: Level, decay: float, copy: Tensor | None) -> Rule:
     """m = a m + P g with the diagonal P = 1 / (sqrt(E[g^2]) + eps) (spec 2.10; eqs. 46, 47, with a kept)."""
     momentum, second = torch.zeros_like(master), torch.zeros_like(master)
     beta = optim.matrix.second
 
-    def step(grad: Tensor, rate: float, update: int) -> None:
-        second.mul_(beta).addcmul_(grad, grad, value=1 - beta)
-        scale = (second / (1 - beta**update)).sqrt_().add_(optim.matrix.eps)
-        momentum.mul_(optim.matrix.momentum).addcdiv_(grad, scale)
+    def step(grad: Tensor, rate: float, scale: float, update: int) -> None:
+        second.mul_(beta).addcmul_(grad, grad, value=(1 - beta) * scale**2)
+        root = (second / (1 - beta**update)).sqrt_().add_(optim.matrix.eps)
+        momentum.mul_(optim.matrix.momentum).addcdiv_(grad, root, value=scale)
         master.mul_(1 - rate * decay).add_(momentum, alpha=-rate * (1 - optim.matrix.momentum))
 
     return Rule(master, {"momentum": momentum, "second": second}, step)
 
 
-def run(optimizer: torch.optim.Optimizer, master: Tensor, grad: Tensor, rate: float) -> None:
-    """One step of a torch optimizer that holds one tensor."""
-    optimizer.param_groups[0]["lr"] = rate
-    master.grad = grad
-    optimizer.step()
-    master.grad = None
-
-
-ELEMENTS: dict[str, Callable[[Tensor, Optim, Level, float], Rule]] = {
+ELEMENTS: dict[str, Callable[[Tensor, Optim, Level, float, Tensor | None], Rule]] = {
     "adamw": adamw,
     "sgd": sgd,
     "preconditioned": preconditioned,
@@ -98,16 +92,20 @@ def bind(
     parts: Sequence[Part],
     tensor: ProcessGroup | None,
     inputs: Mapping[str, Tensor],
+    copy: Tensor | None = None,
 ) -> Rule:
     """The rule of a flat on this rank's part of it.
 
-    `parts`: the whole matrices there, cut over the ranks of `tensor`; `inputs`: what windows say of a leaf's inputs.
+    `parts`: the whole matrices there, cut over the ranks of `tensor`; `inputs`: what windows say of a leaf's inputs;
+    `copy`: the weights that the model computes with, where nobody else changes the master before they are sent.
     """
     decay = level_decay(optim, level) if kind.decays else 0.0
     if kind.rule not in MATRIX_RULES:
-        return ELEMENTS[kind.rule](master, optim, level, decay)
+        return ELEMENTS[kind.rule](master, optim, level, decay, copy)
     if kind.rule == "dgd":
         return Rule(master, {}, delta_step(master, decay, parts, tensor, inputs))
     state = {name: torch.zeros_like(master) for name in STATES[kind.rule]}
-    direction = partial(MATRICES[kind.rule], optim.matrix)
-    return Rule(master, state, Matrices(master, state, direction, decay, parts, tensor))
+    gather, direction = MATRICES[kind.rule]
+    held = (partial(gather, optim.matrix), partial(direction, optim.matrix))
+    matrices = Matrices(master, state, *held, decay, parts, tensor, copy)
+    return Rule(master, state, matrices, copy=copy, tells=True)

@@ -39,17 +39,18 @@ class Sharder(Protocol):
     leaves: list[Leaf]
     flats: list[Flat]
     rules: list[Rule]
+    counted: list[list[slice]]  # by flat: see `counted`
     bytes_a_reduce: int
     bytes_a_gather: int
 
     def total(self) -> list[Tensor]:
         """This rank's part of the windows' sum over all replicas, one tensor a flat; the windows are zero after."""
 
-    def before(self) -> list[Tensor]:
-        """The masters' values before an update, one tensor a flat."""
+    def update(self, grads: Sequence[Tensor], rate: float, scale: float) -> Tensor:
+        """Applies each flat's rule to `scale` x its gradients; the squared norm of the change that counts here."""
 
-    def update(self, grads: Sequence[Tensor], rate: float) -> None:
-        """Applies each flat's rule to its mean gradient."""
+    def write(self, everything: bool = False) -> None:
+        """Writes what this rank sends, where no rule has done so."""
 
     def gather(self) -> None:
         """Begins to send this rank's part of the weights to every replica."""

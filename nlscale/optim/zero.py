@@ -84,8 +84,8 @@ class ZeroShard(FlatShard):
     @torch.no_grad()
     def gather(self) -> None:
         """Begins to send this rank's part of the weights to every replica."""
-        for weights, part, rule in zip(self.weights, self.parts, self.rules, strict=True):
-            part.copy_(rule.master, non_blocking=True)
+        self.write()
+        for weights, part in zip(self.weights, self.parts, strict=True):
             self.arriving.append(dist.all_gather_into_tensor(weights, part, group=self.world.data, async_op=True))
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from nlscale_kernels.switch import kernels
 
 from nlscale.config.errors import SavedOnSignal, StoppedOnPurpose, require
 from nlscale.config.read import dump
@@ -33,6 +34,12 @@ def train(run: Run) -> None:
     Raises UserError for what the user must mend, SavedOnSignal after a signal, StoppedOnPurpose where going on would
     not help.
     """
+    with kernels(run.train.kernels):
+        train_here(run)
+
+
+def train_here(run: Run) -> None:
+    """The run on this rank, by the operators' chosen forms."""
     world = join(run.parallel, run.cluster, run.train.seed, node_of(run))
     replicas(run, world.size)
     cards, folder = check_data(run.data, run.train.evaluate_rows > 0), Folder(Path(run.folder))

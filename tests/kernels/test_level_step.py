@@ -163,11 +163,15 @@ def arguments(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_operators_are_well_formed(dtype: torch.dtype) -> None:
     given = arguments(dtype)
-    torch.library.opcheck(op.adamw, tuple(given.values()))
-    torch.library.opcheck(op.adamw, (*tuple(given.values())[:4], poisoned(torch.bfloat16), given["table"], None, True))
-    master, rest = given["master"], table([Momenta(1.0, 1.0, 0.9, 0.1)], given["master"])
-    torch.library.opcheck(op.momenta, (numbers(0), master, None, None, rest))
-    torch.library.opcheck(op.descend, (master, numbers(0), None, table([Descend(1.0, 0.1, 0.0)], master)))
+    master, copy = given["master"], poisoned(torch.bfloat16)
+    momenta, descend = table([Momenta(1.0, 1.0, 0.9, 0.1)], master), table([Descend(1.0, 0.1, 0.0)], master)
+    checks = [
+        torch.library.opcheck(op.adamw, tuple(given.values())),
+        torch.library.opcheck(op.adamw, (*tuple(given.values())[:4], copy, given["table"], None, True)),
+        torch.library.opcheck(op.momenta, (numbers(0), master, None, None, momenta)),
+        torch.library.opcheck(op.descend, (master, numbers(0), None, descend)),
+    ]
+    assert all(set(each.values()) == {"SUCCESS"} for each in checks)
 
 
 def test_compiles_whole() -> None:

@@ -23,7 +23,7 @@ def moved(weight: torch.Tensor, grad: torch.Tensor, gram: torch.Tensor, rate: fl
     master = weight.clone()
     leaf = Leaf("w", nn.Parameter(master), meets=meets)
     step = delta_step(master.view(-1), 0.0, [Part(0, tuple(weight.shape), None, leaf)], None, {"w": gram})
-    step(grad.reshape(-1), rate, 1)
+    step(grad.reshape(-1), rate, 1.0, 1)
     return master
 
 

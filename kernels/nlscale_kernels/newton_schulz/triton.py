@@ -73,13 +73,19 @@ def symmetric_kernel(
 
 
 def symmetric_product(
-    x_KNM: Tensor, y_KNM: Tensor, add_KNN: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0
+    x_KNM: Tensor,
+    y_KNM: Tensor,
+    add_KNN: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    config: Config | None = None,
 ) -> Tensor:
-    """As reference.symmetric_product."""
+    """As reference.symmetric_product; without a config, by the one that was tuned for the shape."""
     batch, rows, columns = x_KNM.shape
     out = torch.empty(batch, rows, rows, dtype=x_KNM.dtype, device=x_KNM.device)
     given: tuple[Any, ...] = (x_KNM, y_KNM, add_KNN, out, rows, columns, float(alpha), float(beta))
-    config = SMALL if INTERPRET or rows < 64 else chosen("symmetric_product", CONFIGS, x_KNM.device, rows=rows)
+    small = SMALL if INTERPRET or rows < 64 else None
+    config = config or small or chosen("symmetric_product", CONFIGS, x_KNM.device, rows=rows)
     options = config.options()
     side = triton.cdiv(rows, options["TILE"])
     grid = (side * (side + 1) // 2, batch)

@@ -1,0 +1,132 @@
+"""Fused kernels against torch's own operators, and against what the device copies and multiplies in the same run.
+
+On a GPU; elsewhere the table of machine code that was compiled ahead of time, and every speed is "not measured".
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from statistics import median
+from time import perf_counter
+
+import torch
+from nlscale_kernels import level_step, newton_schulz
+from nlscale_kernels.newton_schulz import reference
+from torch import Tensor
+
+from nlscale.bench.table import Row, at_least, show
+
+Timer = Callable[[Sequence[Callable[[], object]]], list[float]]  # median seconds of each, called in turn
+ROUNDS = 30
+HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def by_events(contestants: Sequence[Callable[[], object]]) -> list[float]:
+    """On a GPU: a megabyte-wise flush of its cache before each call, times between events on the stream."""
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    seen: list[list[float]] = [[] for _ in contestants]
+    for turn in range(ROUNDS + 3):
+        for run, times in zip(contestants, seen, strict=True):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            began.record()
+            run()
+            ended.record()
+            ended.synchronize()
+            if turn >= 3:
+                times.append(began.elapsed_time(ended) / 1e3)
+    return [median(times) for times in seen]
+
+
+def by_clock(contestants: Sequence[Callable[[], object]]) -> list[float]:
+    """On a CPU, to try the table out."""
+    seen: list[list[float]] = [[] for _ in contestants]
+    for _ in range(3):
+        for run, times in zip(contestants, seen, strict=True):
+            began = perf_counter()
+            run()
+            times.append(perf_counter() - began)
+    return [median(times) for times in seen]
+
+
+def levels(elements: int, device: str, timer: Timer) -> list[Row]:
+    """level_step on a shard of a bfloat16 model: bytes a second of those of a copy; against torch's two optimizers."""
+    master = torch.randn(elements, device=device)
+    gradient, copy = master.bfloat16(), master.bfloat16()
+    first, second = torch.zeros_like(master), torch.zeros_like(master)
+    rows = level_step.table([level_step.AdamW.at(1, 1e-3, (0.9, 0.95), 1e-8, 0.1, 0.5)], master)
+
+    def fused() -> None:
+        level_step.adamw(master, gradient, first, second, copy, rows)
+
+    def theirs(**how: bool) -> Callable[[], None]:
+        parameter = torch.nn.Parameter(torch.randn(elements, device=device))
+        optimizer = torch.optim.AdamW([parameter], **HYPER, **how)  # type: ignore[arg-type]
+
+        def step() -> None:
+            parameter.grad = gradient.float().mul_(0.5)
+            optimizer.step()
+            copy.copy_(parameter.detach())
+
+        return step
+
+    resting = level_step.table([level_step.AdamW.at(1, 1e-3, (0.9, 0.95), 1e-8, 0.1), level_step.AdamW.rest()], master)
+    quarter = (torch.arange(-(-elements // level_step.BLOCK), device=device) % 4 > 0).int()
+
+    def one_of_four() -> None:
+        level_step.adamw(master, gradient, first, second, copy, resting, quarter)
+
+    source, target = torch.empty_like(master), torch.empty_like(master)
+    runs = [fused, theirs(foreach=True), theirs(fused=True), one_of_four, lambda: target.copy_(source)]
+    own, foreach, fused_torch, one, copied = timer(runs)
+    rate, copying = 28 * elements / own, 8 * elements / copied
+    return [
+        at_least("level_step, bytes a second / a copy's", rate / 1e12, "TB/s", copying / 1e12, 0.9),
+        at_least("level_step, foreach AdamW and casts / own", foreach, "s", own, 3.0),
+        at_least("level_step, fused AdamW and casts / own", fused_torch, "s", own, 1.35),
+        at_least("level_step, all levels / one of four due", own, "s", one, 3.0),
+    ]
+
+
+def orthogonalisation(side: int, device: str, timer: Timer) -> list[Row]:
+    """Symmetric products, and both forms of Newton-Schulz against plain products."""
+    narrow = torch.bfloat16 if device == "cuda" else torch.float32
+    square = torch.randn(1, side, side, device=device, dtype=narrow) / side
+    wide = torch.randn(1, side, 4 * side, device=device) / side
+
+    def plain(x: Tensor) -> Callable[[], Tensor]:
+        return lambda: reference.direct(x.to(narrow), 5)
+
+    own, whole, direct, dense, gram, dense_wide = timer(
+        [
+            lambda: newton_schulz.symmetric_product(square, square),
+            lambda: square @ square.mT,
+            lambda: reference.direct(square, 5, newton_schulz.symmetric_product),
+            plain(square),
+            lambda: newton_schulz.orthogonal(wide, 5),
+            plain(wide),
+        ]
+    )
+    rate = side**3 / own / 1e12
+    return [
+        at_least(f"X X^T {side}, torch / own ({rate:.0f}T multiplications/s)", whole, "s", own, 1.5),
+        at_least(f"Newton-Schulz {side} x {side}, torch / own", dense, "s", direct, 1.25),
+        at_least(f"Newton-Schulz {side} x {4 * side}, torch / Gram form", dense_wide, "s", gram, 1.7),
+    ]
+
+
+def tables(elements: int, side: int, device: str, timer: Timer) -> list[Row]:
+    """All of them."""
+    return levels(elements, device, timer) + orthogonalisation(side, device, timer)
+
+
+def main(target: str | None) -> int:
+    """Prints the table; 0 if every target is kept."""
+    if torch.cuda.is_available():
+        title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, median of {ROUNDS}, cache flushed between"
+        return show(title, tables(2**28, 4096, "cuda", by_events), target)
+    print("Speeds: not measured, there is no NVIDIA GPU here. Machine code, compiled ahead of time:", flush=True)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "nlscale_kernels.aot", *(["--json", target] if target else [])]
+    return subprocess.run(command, env=environment, check=False).returncode

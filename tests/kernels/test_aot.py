@@ -1,0 +1,68 @@
+"""Every kernel and config as machine code of sm_80 and sm_90, in a process of its own: here triton interprets."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from nlscale_kernels import aot
+from nlscale_kernels.switch import OPERATORS, kernels
+
+
+def compiled(target: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(target.parent / "cache")}
+    command = [sys.executable, "-m", "nlscale_kernels.aot", *arguments, "--json", str(target)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done, json.loads(target.read_text()) if target.exists() else []
+
+
+@pytest.mark.parametrize("operator", aot.OPERATORS)
+def test_machine_code_keeps_its_budget(operator: str, tmp_path: Path) -> None:
+    done, found = compiled(tmp_path / "found.json", operator)
+    assert done.returncode == 0, done.stdout + done.stderr
+    launches = import_module(f"nlscale_kernels.{operator}.triton").launches()
+    expected = sum(config.least <= arch for each in launches for config in each.configs for arch in (80, 90))
+    assert len(found) == expected and not any(each["faults"] for each in found)
+    for each in found:
+        if each["arch"] == 90 and each["kernel"] in {launch.name for launch in launches if launch.product}:
+            assert each["products"].get("HGMMA"), each
+
+
+def test_every_operator_with_a_kernel_is_compiled() -> None:
+    assert {name.split(".")[0] for name in OPERATORS} == set(aot.OPERATORS)
+
+
+def test_a_broken_budget_is_named() -> None:
+    launch = import_module("nlscale_kernels.newton_schulz.triton").launches()[0]
+    assert launch.product and launch.registers == 255 and launch.spills == 0
+    script = (
+        "from dataclasses import replace; from nlscale_kernels import aot; import nlscale_kernels.level_step.triton as t;"
+        "launch = replace(t.launches()[0], registers=8, product=True);"
+        "print(aot.build('level_step', launch, launch.configs[0], 90).faults)"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert "registers, at most 8" in said.stdout and "no tensor-core instruction" in said.stdout
+
+
+def test_the_interpreter_is_refused() -> None:
+    with pytest.raises(SystemExit):
+        aot.main(["level_step"])
+    with pytest.raises(SystemExit):
+        aot.main(["nothing"])
+
+
+def test_the_switch_takes_references_and_gives_kernels_back() -> None:
+    def off() -> set[str]:
+        return {name for name, operator in OPERATORS.items() if "cuda" in operator._disabled_kernel}
+
+    assert all("cuda" in operator._backend_fns for operator in OPERATORS.values())
+    with kernels("reference"):
+        assert off() == set(OPERATORS)
+    with kernels("fused"):
+        assert not off()
+    assert not off()

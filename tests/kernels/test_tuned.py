@@ -1,0 +1,54 @@
+"""Configs come from committed files: the nearest shape's, else the first of the kernel's list."""
+
+import json
+from pathlib import Path
+
+import torch
+from nlscale_kernels import tune
+from nlscale_kernels.newton_schulz import reference, triton
+from nlscale_kernels.triton_build import Config
+from nlscale_kernels.tuned import entries, file_of, nearest
+
+from nlscale.bench import kernels as bench
+
+CONFIGS = [Config({"TILE": 128}, 8, 4), Config({"TILE": 64})]
+KNOWN = [
+    {"shape": {"rows": 1024}, "config": {"tiles": {"TILE": 64}, "warps": 4, "stages": 3}},
+    {"shape": {"rows": 4096}, "config": {"tiles": {"TILE": 256}, "warps": 8, "stages": 3}},
+    {"shape": {"columns": 100}, "config": {"tiles": {"TILE": 1}, "warps": 1, "stages": 1}},
+]
+
+
+def test_the_nearest_shape_as_ratios_go() -> None:
+    assert nearest(KNOWN, CONFIGS, {"rows": 1900}) == Config({"TILE": 64}, 4, 3)
+    assert nearest(KNOWN, CONFIGS, {"rows": 2300}) == Config({"TILE": 256}, 8, 3)
+    assert nearest([], CONFIGS, {"rows": 2300}) == nearest(KNOWN, CONFIGS, {"depth": 1}) == CONFIGS[0]
+
+
+def test_files_are_named_after_device_and_version(tmp_path: Path) -> None:
+    assert file_of("NVIDIA H200", "3.6.0") == "nvidia_h200.triton36.json"
+    (tmp_path / "a.json").write_text(json.dumps({"kernel": KNOWN}))
+    assert entries("a.json", tmp_path)["kernel"] == KNOWN and entries("b.json", tmp_path) == {}
+
+
+def test_tuning_takes_the_fastest_config_that_is_right() -> None:
+    """Times are given, one config is wrong: the kernels run interpreted."""
+    x = torch.randn(1, 40, 40, dtype=torch.float32)
+    configs = [Config({"TILE": tile, "DEPTH": 32}) for tile in (16, 32, 64)]
+    expected = reference.symmetric_product(x.double(), x.double())
+
+    def run(config: Config) -> torch.Tensor:
+        wrong = config.tiles["TILE"] == 64
+        return triton.symmetric_product(x, x, config=config) + wrong
+
+    times = iter((3.0, 2.0, 1.0))
+    chosen = tune.best(configs, run, expected, lambda run: next(times))
+    assert chosen == {"config": {"tiles": {"TILE": 32, "DEPTH": 32}, "warps": 4, "stages": 2}, "microseconds": 2000.0}
+    assert tune.best(configs[2:], run, expected, lambda run: 1.0) is None
+    found = tune.symmetric_products("cpu", [64], 80, lambda run: 1.0)
+    assert found[0]["shape"] == {"rows": 64} and nearest(found, configs, {"rows": 64}).tiles.keys() == {"TILE", "DEPTH"}
+
+
+def test_the_bench_runs_its_contestants() -> None:
+    rows = bench.tables(5000, 16, "cpu", bench.by_clock)
+    assert len(rows) == 7 and all(row.value > 0 and row.ratio for row in rows)
