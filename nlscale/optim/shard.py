@@ -22,6 +22,8 @@ from nlscale.optim.rules import Rule
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 
+RUN = 4096  # elements that are summed in the tensor's own precision
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -92,10 +94,18 @@ def counted(flat: Flat, world: World) -> list[slice]:
 def square(tensors: Sequence[Tensor], spans: Sequence[Sequence[slice]]) -> Tensor:
     """Sum of squares over the spans of each tensor: a float64 scalar."""
     norms = [
-        torch.linalg.vector_norm(tensor[span], dtype=torch.float64)
+        torch.linalg.vector_norm(part, dim=-1).flatten()
         for tensor, held in zip(tensors, spans, strict=True)
         for span in held
+        for part in runs(tensor[span])
     ]
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=tensors[0].device)
-    return torch.stack(norms).square_().sum()
+    return torch.cat(norms).double().square_().sum()
+
+
+def runs(flat: Tensor) -> list[Tensor]:
+    """A flat tensor as rows of RUN elements, and what is left: sums over short rows need no wider copy of the whole."""
+    whole = flat.numel() // RUN * RUN
+    parts = [flat[:whole].view(-1, RUN), flat[whole:]]
+    return [part for part in parts if part.numel()]

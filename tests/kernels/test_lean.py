@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nlscale_kernels.mlp_memory import Net, gathered, lean, read, reference
+from nlscale_kernels.self_modifying.bounded import bounded
 from nlscale_kernels.unit import unit
 from torch import Tensor
 
@@ -36,6 +37,26 @@ def test_gradients_are_the_references(rows: int, count: int, out: int) -> None:
 
 def test_what_the_package_offers_are_the_lean_forms() -> None:
     assert read is lean.read and gathered is lean.gathered
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.5, 100.0])
+@pytest.mark.parametrize("two", [False, True])
+def test_bounded_is_its_formula(limit: float, two: bool) -> None:
+    change, beside = numbers(B, H, M, K), numbers(B, H, M, K + 1)
+    given = (change, beside) if two else (change,)
+    norm = change.square().sum((-2, -1), keepdim=True).sqrt()
+    share = torch.minimum(torch.ones(()), limit / norm) if limit else torch.ones_like(norm)
+    assert limit != 1.5 or int((share < 1).sum()) > 0
+    ours, theirs = [each for each in bounded(limit, *given) if each is not None], [each * share for each in given]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    weights = [numbers(*each.shape).detach() + 1 for each in theirs]
+    slopes = [
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(form, weights, strict=True)), given, retain_graph=True)
+        for form in (ours, theirs)
+    ]
+    for a, b in zip(*slopes, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_unit_is_torchs_normalize_and_rms_norm() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nlscale_kernels.level_step.table import BLOCK, AdamW, Descend, Momenta
 
-PIECE = 64 * BLOCK
+PIECE = 256 * BLOCK
 Row = TypeVar("Row", AdamW, Momenta, Descend)
 
 

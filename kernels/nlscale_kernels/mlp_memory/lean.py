@@ -49,7 +49,7 @@ class Read(torch.autograd.Function):
         d_before = torch.ops.aten.silu_backward(of @ down, before)
         d_up = summed(d_before.mT @ z.unsqueeze(2), up.shape)
         d_z = (d_before @ up).add_(of) if ctx.adds else d_before @ up
-        return d_z.sum(2), d_up, d_down, None
+        return over_memories(d_z), d_up, d_down, None
 
 
 class Gathered(torch.autograd.Function):
@@ -77,7 +77,7 @@ class Gathered(torch.autograd.Function):
         active, rise = rising(before)
         inward = error @ down
         d_back = arrives.unsqueeze(2) @ d_first.mT
-        d_arrives = ((inward * rise) @ d_first).sum(2)
+        d_arrives = over_memories((inward * rise) @ d_first)
         d_inward = d_back * rise
         heard = (active @ d_second.mT).unflatten(-1, (weights.shape[-1], -1))  # (B, H, N, C, W, O)
         d_weights = (heard * error.unsqueeze(-2)).sum((2, -1))
@@ -88,7 +88,7 @@ class Gathered(torch.autograd.Function):
         d_before = d_active.mul_(rise).addcmul_(d_back.mul_(inward), bending(before, active))
         d_up = summed(d_before.mT @ key.unsqueeze(2), up.shape)
         d_key = d_before @ up
-        d_key = (d_key.add_(d_error) if ctx.adds else d_key).sum(2)
+        d_key = over_memories(d_key.add_(d_error) if ctx.adds else d_key)
         return d_key, summed(d_error.neg_(), target.shape), d_arrives, d_weights, d_up, d_down, None
 
 
@@ -109,6 +109,11 @@ def bending(before: Tensor, active: Tensor) -> Tensor:
 def weighed(error: Tensor, weights: Tensor) -> Tensor:
     """Errors (B, H, N, C, O) times each of W weights, side by side: (B, H, N, C, W O)."""
     return (error.unsqueeze(-2) * weights.unsqueeze(2).unsqueeze(-1)).flatten(-2)
+
+
+def over_memories(gradient: Tensor) -> Tensor:
+    """The sum (B, H, C, K) over a head's memories (B, H, N, C, K); of one there is nothing to copy."""
+    return gradient.squeeze(2) if gradient.shape[2] == 1 else gradient.sum(2)
 
 
 def summed(gradient: Tensor, shape: torch.Size) -> Tensor:

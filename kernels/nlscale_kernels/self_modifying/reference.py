@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nlscale_kernels.mlp_memory import Net, gathered, mix, read
+from nlscale_kernels.self_modifying.bounded import bounded
 from nlscale_kernels.self_modifying.writes import Writes, joined, writes_of
 from nlscale_kernels.span import anchored
 from nlscale_kernels.unit import unit
@@ -40,6 +41,8 @@ class Tokens(NamedTuple):
     def runs(self, size: int) -> list["Tokens"]:
         """Runs of `size` tokens; one backward of a split is one copy, of a slice a row of zeros."""
         count = -(-self.x.shape[2] // size)
+        if count == 1:
+            return [self]
         x, q, momentum = ([None] * count if t is None else t.split(size, 2) for t in self[:3])
         starts = [None] * count if self.starts is None else self.starts.split(size, 1)
         return [Tokens(*each) for each in zip(x, q, momentum, starts, strict=True)]  # type: ignore[arg-type]
@@ -95,6 +98,8 @@ class Made(NamedTuple):
 
     def runs(self, size: int) -> list["Made"]:
         """Runs of `size` tokens."""
+        if self.k.shape[2] <= size:
+            return [self]
         return [Made(*each) for each in zip(*(part.split(size, 2) for part in self), strict=True)]
 
 
@@ -128,7 +133,9 @@ def gradients(net: Net, said: Made, writes: Writes, mark: Tensor | float, piece:
     shares += [] if writes.momentum is None else [rate * writes.scalars.hold_BHC]
     reach = -rate.unsqueeze(-1) * writes.reach
     total: list[Tensor] = []
-    for k, v, arrives, *weights in zip(*(x.split(piece, 2) for x in (said.k, said.v, reach, *shares)), strict=True):
+    given = (said.k, said.v, reach, *shares)
+    pieces = zip(*(x.split(piece, 2) for x in given), strict=True) if said.k.shape[2] > piece else [given]
+    for k, v, arrives, *weights in pieces:
         first, second = gathered(net, k, read(net, v), arrives, weights)
         each = [first, *second]
         total = [a + b for a, b in zip(total, each, strict=True)] if total else each
@@ -154,21 +161,10 @@ def write(
         add_up = mix((carried, speed.up), (1.0, learnt))
         add_down = mix((scalars.carry_BH, speed.down), (-1.0, written))
         then = mix((scalars.left_BH, speed.down), (-1.0, rest[0]))
-    if clip:
-        add_up, share = within(clip, add_up), clip / length(add_down).clamp(min=clip)
-        add_down, then = add_down * share, then if then is None else then * share
+    add_up, _ = bounded(clip, add_up)
+    add_down, then = bounded(clip, add_down, then)
     after = Net(turned + add_up, mix((scalars.whole_BH, left.down), (1.0, add_down)))
     return after, None if then is None else Net(add_up, then)
-
-
-def length(matrices: Tensor) -> Tensor:
-    """Frobenius norms (..., 1, 1)."""
-    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
-
-
-def within(clip: float, matrices: Tensor) -> Tensor:
-    """Matrices scaled to a norm of `clip` at most."""
-    return matrices * (clip / length(matrices).clamp(min=clip))
 
 
 def held(still: Tensor | None, old: Net, new: Net) -> Net:
