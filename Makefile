@@ -31,15 +31,15 @@ bench: $(VENV)/installed
 gpu: $(VENV)/tested
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m nlscale_kernels.tune
-	$(BIN)/nlscale bench kernels
 	$(BIN)/nlscale bench step
+	$(BIN)/nlscale bench kernels
 
 # Machine code for more GPUs and by more versions of Triton than `make test` compiles.
 TRITONS := 3.6.0 3.8.0 3.9.0
 kernels: $(VENV)/tested
 	$(BIN)/python -m nlscale_kernels.aot --arch 80 90 100
 	for version in $(TRITONS); do \
-		$(PIP) --no-deps --target $(VENV)/triton-$$version triton==$$version --constraint /dev/null && \
+		$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton-$$version triton==$$version && \
 		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m nlscale_kernels.aot --arch 80 90 100 || exit 1; \
 	done
 

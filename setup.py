@@ -22,7 +22,10 @@ setup(
         "nlscale_configs": "configs",
         "nlscale_launch": "launch",
     },
-    package_data={"nlscale_configs": [f"{folder}/*.yaml" for folder in CONFIG_FOLDERS]},
+    package_data={
+        "nlscale_configs": [f"{folder}/*.yaml" for folder in CONFIG_FOLDERS],
+        "nlscale_kernels": ["tuned/*.json"],
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "megatron-core>=0.16.1,<0.17; python_version < '3.12'",

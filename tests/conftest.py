@@ -1,10 +1,11 @@
 """Imports are paid here once; ranks are forked from this process."""
 
 import os
+import sys
 
 import torch
 
-if not torch.cuda.is_available():  # read once, when triton is first imported: kernels run in its interpreter
+if "gpu" not in sys.argv:  # read once, when triton is first imported: but for `-m gpu`, kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
 from nlscale.runtime.quiet import quiet  # noqa: E402
@@ -27,6 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
+        elif item.get_closest_marker("gpu") and os.environ.get("TRITON_INTERPRET") == "1":
+            item.add_marker(pytest.mark.skip(reason="`pytest -m gpu` runs it: here triton interprets"))
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,8 @@ class Optim:
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.{name}={value} must lie between 0 and 1")
         require(max(self.beta1, self.beta2) < 1, "optim.beta1 and optim.beta2 must be below 1")
-        for name in ("weight_decay", "clip", "kappa", "eps", "offload"):
+        require(self.eps > 0, f"optim.eps={self.eps} must be above 0")
+        for name in ("weight_decay", "clip", "kappa", "offload"):
             require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative")
         require(self.bucket >= 1, f"optim.bucket={self.bucket} must be at least 1")
         require(self.node is None or self.node >= 1, f"optim.node={self.node} must be at least 1")

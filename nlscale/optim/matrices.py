@@ -39,7 +39,8 @@ class Part:
 
 
 Gather = Callable[[Tensor, dict[str, Tensor], float, int], None]  # (gradients, state, scale, update) on the whole part
-Direction = Callable[[Tensor, dict[str, Tensor], Split, int], Tensor]  # matrices of one shape: scaled gradients, states
+# Of matrices of one shape: the momentum that was gathered, or where nothing is the scaled gradients; states, split, update.
+Direction = Callable[[Tensor, dict[str, Tensor], Split, int], Tensor]
 
 
 class Matrices:
@@ -49,7 +50,7 @@ class Matrices:
         self,
         master: Tensor,
         state: dict[str, Tensor],
-        gather: Gather,
+        gather: Gather | None,
         direction: Direction,
         decay: float,
         parts: Sequence[Part],
@@ -73,22 +74,24 @@ class Matrices:
 
         A collective over tensor-parallel ranks.
         """
-        self.gather(grad, self.state, scale, update)
+        if self.gather is not None:
+            self.gather(grad, self.state, scale, update)
         step = torch.zeros_like(self.master)
         for axis, parts in self.batches:
             state = {name: torch.stack([part.of(flat) for part in parts]) for name, flat in self.state.items()}
-            given = torch.stack([part.of(grad) for part in parts]).to(self.master.dtype) * scale
-            found = self.direction(given, state, Split(self.group, axis), update)
+            gradients = None
+            if self.gather is None:
+                gradients = torch.stack([part.of(grad) for part in parts]).to(self.master.dtype) * scale
+            found = self.direction(
+                state["momentum"] if gradients is None else gradients, state, Split(self.group, axis), update
+            )
+            changed = [name for name, stacked in state.items() if stacked._version]  # in place
             for k, part in enumerate(parts):
                 part.of(step).copy_(found[k])
-                for name, flat in self.state.items():
-                    part.of(flat).copy_(state[name][k])
+                for name in changed:
+                    part.of(self.state[name]).copy_(state[name][k])
         rows = [level_step.Descend(1.0, rate, self.decay)]
         return level_step.descend(self.master, step, self.copy, level_step.table(rows, self.master))
-
-
-def nothing(hyper: Matrix, grad: Tensor, state: dict[str, Tensor], scale: float, update: int) -> None:
-    """What is gathered matrix by matrix is not gathered here."""
 
 
 def gather_muon(hyper: Matrix, grad: Tensor, state: dict[str, Tensor], scale: float, update: int) -> None:
@@ -120,24 +123,24 @@ def matched(o_KOI: Tensor, split: Split) -> Tensor:
     return o_KOI * (0.2 * max(split.shape(o_KOI)) ** 0.5)
 
 
-def muon(hyper: Matrix, g_KOI: Tensor, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
+def muon(hyper: Matrix, m_KOI: Tensor, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
     """NS(m)."""
-    return matched(newton_schulz(state["momentum"], hyper.iterations, split), split)
+    return matched(newton_schulz(m_KOI, hyper.iterations, split), split)
 
 
-def m3(hyper: Matrix, g_KOI: Tensor, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
+def m3(hyper: Matrix, m_KOI: Tensor, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
     """Multi-scale momentum, stable form: NS(fast) + a NS(slow) (spec 2.10)."""
-    return matched(both_scales(hyper, state, split, update), split)
+    return matched(both_scales(hyper, m_KOI, state, split, update), split)
 
 
-def m3_paper(hyper: Matrix, g_KOI: Tensor, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
+def m3_paper(hyper: Matrix, m_KOI: Tensor, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
     """Algorithm 1 as printed: the same, divided by sqrt(V)."""
-    return both_scales(hyper, state, split, update) / (state["second"].sqrt() + hyper.eps)
+    return both_scales(hyper, m_KOI, state, split, update) / (state["second"].sqrt() + hyper.eps)
 
 
-def both_scales(hyper: Matrix, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
+def both_scales(hyper: Matrix, m_KOI: Tensor, state: dict[str, Tensor], split: Split, update: int) -> Tensor:
     """NS(fast) + a NS(slow); the slow direction is used from the update after it was computed."""
-    direction = newton_schulz(state["momentum"], hyper.iterations, split) + hyper.slow_gain * state["slow_direction"]
+    direction = newton_schulz(m_KOI, hyper.iterations, split) + hyper.slow_gain * state["slow_direction"]
     if update % hyper.slow_period == 0:
         state["slow_direction"].copy_(newton_schulz(state["slow_momentum"], hyper.iterations, split))
     return direction
@@ -183,10 +186,10 @@ def start(hidden: int, like_KOI: Tensor) -> Tensor:
     return values.to(like_KOI).expand(len(like_KOI), -1, -1)
 
 
-MATRICES: dict[str, tuple[Callable[..., None], Callable[..., Tensor]]] = {
+MATRICES: dict[str, tuple[Callable[..., None] | None, Callable[..., Tensor]]] = {
     "muon": (gather_muon, muon),
     "m3": (gather_m3, m3),
     "m3_paper": (gather_m3_paper, m3_paper),
-    "delta_momentum": (nothing, delta_momentum),
-    "dmgd": (nothing, dmgd),
+    "delta_momentum": (None, delta_momentum),
+    "dmgd": (None, dmgd),
 }

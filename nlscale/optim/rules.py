@@ -106,6 +106,6 @@ def bind(
         return Rule(master, {}, delta_step(master, decay, parts, tensor, inputs))
     state = {name: torch.zeros_like(master) for name in STATES[kind.rule]}
     gather, direction = MATRICES[kind.rule]
-    held = (partial(gather, optim.matrix), partial(direction, optim.matrix))
+    held = (gather and partial(gather, optim.matrix), partial(direction, optim.matrix))
     matrices = Matrices(master, state, *held, decay, parts, tensor, copy)
     return Rule(master, state, matrices, copy=copy, tells=True)

@@ -25,8 +25,8 @@ def state(elements: int, narrow: torch.dtype = torch.bfloat16) -> dict[str, Tens
     return {**given, "copy": made[0].to(narrow), "table": level_step.table(ROWS, made[0]), "blocks": blocks}
 
 
-def near(given: Tensor, expected: Tensor, relative: float) -> None:
-    assert float((given.double() - expected.double()).norm()) <= relative * float(expected.double().norm())
+def near(given: Tensor, expected: Tensor, relative: float) -> bool:
+    return float((given.double() - expected.double()).norm()) <= relative * float(expected.double().norm())
 
 
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16, torch.float16])
@@ -35,9 +35,9 @@ def test_level_step_is_its_reference_and_the_same_twice(narrow: torch.dtype) -> 
     wide = {name: value.double() if name in (*NAMES, "gradient", "table") else value for name, value in theirs.items()}
     told, said, expected = level_step.adamw(**mine), level_step.adamw(**again), reference.adamw(**wide)
     for name in NAMES:
-        near(mine[name], wide[name], 1e-6)
+        assert near(mine[name], wide[name], 1e-6)
         assert torch.equal(mine[name], again[name])
-    near(told, expected, 1e-5)
+    assert near(told, expected, 1e-5)
     assert torch.equal(told, said) and torch.equal(mine["copy"], again["copy"])
 
 
@@ -85,16 +85,32 @@ def test_symmetric_product(config: object, dtype: torch.dtype, shape: tuple[int,
     x = (torch.randn(shape, generator=generator, device="cuda") / shape[-1] ** 0.5).to(dtype)
     for each in (x, x.mT.contiguous().mT):
         given = triton.symmetric_product(each, each, config=config)
-        near(given, products.symmetric_product(each.double(), each.double()), 4e-3)
+        assert near(given, products.symmetric_product(each.double(), each.double()), 4e-3)
         assert torch.equal(given, given.mT) and torch.equal(given, triton.symmetric_product(each, each, config=config))
 
 
 @pytest.mark.parametrize("shape", [(1, 1024, 1024), (2, 1024, 4096), (1, 4096, 1024)])
-def test_orthogonal_ends_near_one(shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonal_is_its_polynomial_in_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(shape, generator=generator, device="cuda")
-    values = torch.linalg.svdvals(newton_schulz.orthogonal(x / x.norm(dim=(-2, -1), keepdim=True), 5))
-    assert float(values.min()) > 0.5 and float(values.max()) < 1.3
+    x = x / x.norm(dim=(-2, -1), keepdim=True)
+    wide = x.double() if shape[1] <= shape[2] else x.double().mT
+    expected = products.direct(wide, 5)
+    assert near(newton_schulz.orthogonal(x.to(dtype), 5), expected if shape[1] <= shape[2] else expected.mT, 5e-2)
+
+
+def test_float64_is_the_references_on_a_gpu_too() -> None:
+    x = torch.randn(1, 40, 90, device="cuda", dtype=torch.float64)
+    assert near(newton_schulz.symmetric_product(x, x), x @ x.mT, 1e-14)
+    mine, theirs = ({**state(5000), "gradient": state(5000)["master"]} for _ in range(2))
+    wide = [
+        {name: each.double() if name not in ("copy", "blocks") else each for name, each in s.items()}
+        for s in (mine, theirs)
+    ]
+    level_step.adamw(**wide[0])
+    reference.adamw(**wide[1])
+    assert torch.equal(wide[0]["master"], wide[1]["master"])
 
 
 @pytest.mark.parametrize(
@@ -102,6 +118,6 @@ def test_orthogonal_ends_near_one(shape: tuple[int, int, int]) -> None:
 )
 def test_compiles_whole_and_is_switched_off(call: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(1, 256, 512, device="cuda", dtype=torch.bfloat16) / 512
-    near(torch.compile(call, fullgraph=True)(x), call(x), 1e-2)
+    assert near(torch.compile(call, fullgraph=True)(x), call(x), 1e-2)
     with kernels("reference"):
-        near(call(x), call(x.double()), 2e-2)
+        assert near(call(x), call(x.double()), 2e-2)

@@ -28,7 +28,10 @@ def test_machine_code_keeps_its_budget(operator: str, tmp_path: Path) -> None:
     expected = sum(config.least <= arch for each in launches for config in each.configs for arch in (80, 90))
     assert len(found) == expected and not any(each["faults"] for each in found)
     for each in found:
-        if each["arch"] == 90 and each["kernel"] in {launch.name for launch in launches if launch.product}:
+        wide = (
+            each["kernel"] in {launch.name for launch in launches if launch.product} and "TILE=32" not in each["config"]
+        )
+        if each["arch"] == 90 and wide:
             assert each["products"].get("HGMMA"), each
 
 

@@ -8,6 +8,7 @@ from nlscale_kernels import tune
 from nlscale_kernels.newton_schulz import reference, triton
 from nlscale_kernels.triton_build import Config
 from nlscale_kernels.tuned import entries, file_of, nearest
+from triton import OutOfResources
 
 from nlscale.bench import kernels as bench
 
@@ -45,6 +46,12 @@ def test_tuning_takes_the_fastest_config_that_is_right() -> None:
     chosen = tune.best(configs, run, expected, lambda run: next(times))
     assert chosen == {"config": {"tiles": {"TILE": 32, "DEPTH": 32}, "warps": 4, "stages": 2}, "microseconds": 2000.0}
     assert tune.best(configs[2:], run, expected, lambda run: 1.0) is None
+    assert tune.best(configs, lambda config: expected * float("nan"), expected, lambda run: 1.0) is None
+
+    def too_large(config: Config) -> torch.Tensor:
+        raise OutOfResources(300000, 200000, "shared memory")
+
+    assert tune.best(configs, too_large, expected, lambda run: 1.0) is None
     found = tune.symmetric_products("cpu", [64], 80, lambda run: 1.0)
     assert found[0]["shape"] == {"rows": 64} and nearest(found, configs, {"rows": 64}).tiles.keys() == {"TILE", "DEPTH"}
 

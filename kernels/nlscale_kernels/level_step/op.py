@@ -8,6 +8,7 @@ from nlscale_kernels.level_step import reference
 from nlscale_kernels.level_step.table import BLOCK, AdamW, Descend, Momenta
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
+WIDE = (torch.float32, torch.float64)  # the kernels compute in float32; float64 is the reference's, on a GPU too
 
 
 def _check(
@@ -16,10 +17,9 @@ def _check(
     """Raises ValueError where arguments do not fit one another."""
     model = tensors[like]
     assert model is not None
-    wide = (torch.float32,) if model.is_cuda else (torch.float32, torch.float64)
     check(model.ndim == 1, f"{operator}: {like} has {model.ndim} axes; it takes flat memory, .view(-1) would do")
     check_alike(operator, like, tensors)
-    check_dtypes(operator, wide, **{like: model})
+    check_dtypes(operator, WIDE, **{like: model})
     check_dtypes(operator, (*NARROW, model.dtype), **tensors)
     check(
         table.ndim == 2 and table.shape[1] == columns and table.dtype == model.dtype and table.device == model.device,
@@ -117,7 +117,8 @@ def _(
     from nlscale_kernels.level_step import triton
 
     _check_adamw(master, gradient, first, second, copy, table, blocks)
-    return triton.adamw(master, gradient, first, second, copy, table, blocks, clear)
+    form = reference if master.dtype == torch.float64 else triton
+    return form.adamw(master, gradient, first, second, copy, table, blocks, clear)
 
 
 @momenta.register_kernel("cuda")
@@ -133,7 +134,8 @@ def _(
     from nlscale_kernels.level_step import triton
 
     _check_momenta(gradient, momentum, total, slow, table, blocks)
-    triton.momenta(gradient, momentum, total, slow, table, blocks, clear)
+    form = reference if momentum.dtype == torch.float64 else triton
+    form.momenta(gradient, momentum, total, slow, table, blocks, clear)
 
 
 @descend.register_kernel("cuda")
@@ -141,7 +143,8 @@ def _(master: Tensor, direction: Tensor, copy: Tensor | None, table: Tensor, blo
     from nlscale_kernels.level_step import triton
 
     _check_descend(master, direction, copy, table, blocks)
-    return triton.descend(master, direction, copy, table, blocks)
+    form = reference if master.dtype == torch.float64 else triton
+    return form.descend(master, direction, copy, table, blocks)
 
 
 @adamw.register_fake

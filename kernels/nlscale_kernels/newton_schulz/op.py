@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import check, check_dtypes
+from nlscale_kernels.arguments import check
 from nlscale_kernels.newton_schulz import reference
 from nlscale_kernels.newton_schulz.reference import by_gram, direct, multiplications
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)  # that the kernel takes; wider ones are multiplied by torch
 NARROWEST = 256  # rows below which the Gram form's square products do not fill a GPU
 
 
@@ -27,7 +27,8 @@ def _(x_KNM: Tensor, y_KNM: Tensor, add_KNN: Tensor | None = None, alpha: float 
     from nlscale_kernels.newton_schulz import triton
 
     _check(x_KNM, y_KNM, add_KNN)
-    check_dtypes("symmetric_product", DTYPES, x=x_KNM)
+    if x_KNM.dtype not in DTYPES:
+        return reference.symmetric_product(x_KNM, y_KNM, add_KNN, alpha, beta)
     return triton.symmetric_product(x_KNM, y_KNM, add_KNN, alpha, beta)
 
 
@@ -74,8 +75,8 @@ def orthogonal(x_KNM: Tensor, iterations: int) -> Tensor:
     wide = x_KNM if x_KNM.shape[-2] <= x_KNM.shape[-1] else x_KNM.mT
     rows, columns = wide.shape[-2:]
     straight, gram = multiplications(rows, columns, iterations)
-    shorter = gram < straight and rows > NARROWEST
-    narrow = x_KNM.is_cuda and x_KNM.dtype == torch.float32
+    shorter = gram < straight and rows >= NARROWEST
+    narrow = x_KNM.is_cuda and x_KNM.dtype != torch.float64
     work = wide.to((torch.float16 if shorter else torch.bfloat16) if narrow else wide.dtype)
     done = (by_gram if shorter else direct)(work, iterations, symmetric_product).to(x_KNM.dtype)
     return done if wide is x_KNM else done.mT

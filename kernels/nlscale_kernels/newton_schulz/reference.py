@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-RESTART = 2  # iterations of the Gram form after which the Gram matrix is computed anew, once
+RESTART = 3  # iterations of the Gram form on one Gram matrix, at most; the last run is the longest
 
 Product = Callable[..., Tensor]
 
@@ -39,7 +39,8 @@ def by_gram(x_KNM: Tensor, iterations: int, product: Product = symmetric_product
     """The same on the Gram matrix R = X X^T alone: with Z = a I + b R + c R^2, X <- Z X is R <- Z R Z.
 
     Z and R are polynomials of one matrix, so all products are symmetric: about 4 N^3 an iteration, whatever M is. Rounding
-    grows as the Gram matrix's small eigenvalues do, so X is made and R computed anew after RESTART iterations.
+    leaves small eigenvalues of R below zero, which each iteration on R multiplies by a^2, so X is made and R computed anew
+    after every RESTART iterations at most.
     """
     a, b, c = QUINTIC
     for count in runs(iterations):
@@ -57,7 +58,8 @@ def by_gram(x_KNM: Tensor, iterations: int, product: Product = symmetric_product
 
 def runs(iterations: int) -> list[int]:
     """Iterations on one Gram matrix."""
-    return [RESTART, iterations - RESTART] if iterations > RESTART else [iterations]
+    count = -(-iterations // RESTART)
+    return [(iterations + i) // count for i in range(count)]
 
 
 def multiplications(rows: int, columns: int, iterations: int) -> tuple[int, int]:

@@ -47,7 +47,7 @@ def symmetric_kernel(
     j = place - i * (i + 1) // 2
     x += matrix * x_batch
     y += matrix * y_batch
-    size = rows.to(tl.int64)
+    size = tl.cast(rows, tl.int64)
     out += matrix * size * size
     at_i = (i * TILE + tl.arange(0, TILE)).to(tl.int64)
     at_j = (j * TILE + tl.arange(0, TILE)).to(tl.int64)
@@ -103,4 +103,8 @@ def launches() -> list[Launch]:
             found.append(
                 Launch(f"symmetric_product {name}{way}", symmetric_kernel, arguments, constants, CONFIGS, product=True)
             )
+    one = (torch.bfloat16, torch.bfloat16, None, torch.bfloat16, 1, 4096, 1.0, 0.0, 4096, 4096, 1, 4096, 4096, 1)
+    found.append(
+        Launch("symmetric_product of one row", symmetric_kernel, one, {"UPCAST": False}, [SMALL], product=True)
+    )
     return found
