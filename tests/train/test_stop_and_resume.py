@@ -69,7 +69,7 @@ def losses(run: Run) -> list[float]:
 
 def final_state(run: Run) -> dict[str, dict]:
     """Sizes and digests of the last checkpoint's shards: every master weight and moment of every rank."""
-    files = json.loads((Folder(Path(run.folder)).checkpoint(30) / "manifest.json").read_text())["files"]
+    files = json.loads((Folder(Path(run.folder)).checkpoint(run.train.steps) / "manifest.json").read_text())["files"]
     return {name: facts for name, facts in files.items() if name.endswith(".distcp")}
 
 
