@@ -22,7 +22,7 @@ from nlscale.optim.rules import Rule
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 
-RUN = 4096  # elements that are summed in the tensor's own precision
+PIECE = 2**16  # elements that a CPU widens at a time: the wider copy stays in its cache
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,11 @@ def counted(flat: Flat, world: World) -> list[slice]:
 def square(tensors: Sequence[Tensor], spans: Sequence[Sequence[slice]]) -> Tensor:
     """Sum of squares over the spans of each tensor: a float64 scalar."""
     norms = [
-        torch.linalg.vector_norm(part, dim=-1).flatten()
+        torch.linalg.vector_norm(piece, dtype=torch.float64)
         for tensor, held in zip(tensors, spans, strict=True)
         for span in held
-        for part in runs(tensor[span])
+        for piece in tensor[span].split(len(tensor) if tensor.is_cuda else PIECE)
     ]
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=tensors[0].device)
-    return torch.cat(norms).double().square_().sum()
-
-
-def runs(flat: Tensor) -> list[Tensor]:
-    """A flat tensor as rows of RUN elements, and what is left: sums over short rows need no wider copy of the whole."""
-    whole = flat.numel() // RUN * RUN
-    parts = [flat[:whole].view(-1, RUN), flat[whole:]]
-    return [part for part in parts if part.numel()]
+    return torch.stack(norms).square_().sum()
