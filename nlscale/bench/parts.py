@@ -35,9 +35,12 @@ ARMS: dict[str, list[str]] = {
     "without erasing (DGD)": ["model.self_modifying.erase=false"],
     "keys' memory never written": ["model.self_modifying.written=[value,rate,keep,main]"],
     "values' memory never written": ["model.self_modifying.written=[key,rate,keep,main]"],
+    "without momentum": ["model.self_modifying.momentum=false"],
+    "one level that moves every step": ["use.levels=plain"],
     CONTINUUM: INSIDE,
     "the same levels, which do not move there": [*INSIDE, "model.inner.lr=0"],
 }
+BESIDE = ("without momentum", "one level that moves every step")  # shown, without a target
 
 
 def trained(overrides: list[str], folder: str) -> float:
@@ -72,16 +75,17 @@ def main(target: str | None) -> int:
             for place, (name, said) in enumerate(ARMS.items())
         }
         losses = {key: job.result() for key, job in jobs.items()}
-    rows = []
-    for name in ARMS:
-        base = CONTINUUM if name == list(ARMS)[-1] else WHOLE
-        found = [losses[name, seed] for seed in SEEDS]
-        worth = [losses[name, seed] - losses[base, seed] for seed in SEEDS]
-        said = ", ".join(f"{each:+.4f}" for each in worth)
-        full = name in (WHOLE, CONTINUUM)
-        label = name if full else f"{name} ({said})"
-        baseline = None if full else mean(losses[base, seed] for seed in SEEDS)
-        rows.append(
-            Row(label, mean(found), "held-out loss", baseline, None, "" if full else "above", full or mean(worth) > 0)
-        )
-    return show(f"What the parts of HOPE are worth, means of {len(SEEDS)} seeds (differences by seed)", rows, target)
+    title = f"What the parts of HOPE are worth, means of {len(SEEDS)} seeds (differences by seed)"
+    return show(title, [row(name, losses) for name in ARMS], target)
+
+
+def row(name: str, losses: dict[tuple[str, int], float]) -> Row:
+    """An arm's held-out loss, and whether the part that it goes without is worth anything."""
+    found = mean(losses[name, seed] for seed in SEEDS)
+    if name in (WHOLE, CONTINUUM):
+        return Row(name, found, "held-out loss", None, None, "", True)
+    base = CONTINUUM if name == list(ARMS)[-1] else WHOLE
+    worth = [losses[name, seed] - losses[base, seed] for seed in SEEDS]
+    label = f"{name} ({', '.join(f'{each:+.4f}' for each in worth)})"
+    baseline, wanted = mean(losses[base, seed] for seed in SEEDS), name not in BESIDE
+    return Row(label, found, "held-out loss", baseline, None, "above" if wanted else "", not wanted or mean(worth) > 0)
