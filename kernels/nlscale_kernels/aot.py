@@ -23,7 +23,7 @@ from typing import Any
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a block may use
 PRODUCTS = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}  # instructions of tensor cores
 COLUMNS = 512  # of tensor memory on sm_100: a kernel that asks for more compiles to a stub
-OPERATORS = ("level_step", "newton_schulz")
+OPERATORS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/triton.py")))
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)")
@@ -77,8 +77,7 @@ def compiled(launch: Any, config: Any, arch: int) -> Any:
     from triton.compiler import ASTSource
 
     types, constants, aligned = signature(launch)
-    missing = {name: value for name, value in config.tiles.items() if name in launch.kernel.arg_names}
-    source = ASTSource(launch.kernel, types, {**constants, **missing}, aligned)
+    source = ASTSource(launch.kernel, types, {**constants, **config.tiles}, aligned)
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 

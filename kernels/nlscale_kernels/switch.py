@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from torch._library.custom_ops import CustomOpDef
+from torch.library import CustomOpDef
 
 from nlscale_kernels import level_step, newton_schulz
 

@@ -7,48 +7,39 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from statistics import median
-from time import perf_counter
 
 import torch
 from nlscale_kernels import level_step, newton_schulz
 from nlscale_kernels.newton_schulz import reference
 from torch import Tensor
 
-from nlscale.bench.table import Row, at_least, show
+from nlscale.bench.table import Row, alternating, at_least, show
 
 Timer = Callable[[Sequence[Callable[[], object]]], list[float]]  # median seconds of each, called in turn
 ROUNDS = 30
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def by_events(contestants: Sequence[Callable[[], object]]) -> list[float]:
-    """On a GPU: flushes of its cache before each call, long enough to hide the launch; time between events on the stream."""
+def on_gpu(contestants: Sequence[Callable[[], object]]) -> list[float]:
+    """Times between events on the stream; flushes of the cache before each call are long enough to hide its launch."""
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    seen: list[list[float]] = [[] for _ in contestants]
-    for turn in range(ROUNDS + 3):
-        for run, times in zip(contestants, seen, strict=True):
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for _ in range(3):
-                flush.zero_()
-            began.record()
-            run()
-            ended.record()
-            ended.synchronize()
-            if turn >= 3:
-                times.append(began.elapsed_time(ended) / 1e3)
-    return [median(times) for times in seen]
+
+    def seconds(run: Callable[[], object]) -> float:
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(3):
+            flush.zero_()
+        began.record()
+        run()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3
+
+    return alternating(contestants, ROUNDS, 3, seconds)
 
 
-def by_clock(contestants: Sequence[Callable[[], object]]) -> list[float]:
-    """On a CPU, to try the table out."""
-    seen: list[list[float]] = [[] for _ in contestants]
-    for _ in range(3):
-        for run, times in zip(contestants, seen, strict=True):
-            began = perf_counter()
-            run()
-            times.append(perf_counter() - began)
-    return [median(times) for times in seen]
+def on_cpu(contestants: Sequence[Callable[[], object]]) -> list[float]:
+    """On the host's clock, to try the table out."""
+    return alternating(contestants, 3, 0)
 
 
 def levels(elements: int, device: str, timer: Timer) -> list[Row]:
@@ -126,7 +117,7 @@ def main(target: str | None) -> int:
     """Prints the table; 0 if every target is kept."""
     if torch.cuda.is_available():
         title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, median of {ROUNDS}, cache flushed between"
-        return show(title, tables(2**28, 4096, "cuda", by_events), target)
+        return show(title, tables(2**28, 4096, "cuda", on_gpu), target)
     print("Speeds: not measured, there is no NVIDIA GPU here. Machine code, compiled ahead of time:", flush=True)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "nlscale_kernels.aot", *(["--json", target] if target else [])]

@@ -25,10 +25,7 @@ MODEL = [
     *("train.steps=1000", "train.global_batch=8", "train.micro_batch=8", "train.evaluate_rows=256"),
     *("train.evaluate_interval=0", "checkpoint.interval=1000000", "log.wandb=disabled"),
 ]
-INSIDE = [
-    "levels=[{name: quick, period: 64, unit: token, width: 0.25}, {name: calm, period: 128, unit: token, width: 0.25},"
-    "{name: fast, period: 1, width: 0.25}, {name: slow, period: 16, width: 0.25}]"
-]
+INSIDE = ["use.levels=inside"]
 WHOLE, CONTINUUM = "the whole rule", "a continuum inside the row"
 ARMS: dict[str, list[str]] = {
     WHOLE: [],

@@ -49,15 +49,26 @@ def exactly(name: str, value: float, unit: str, wanted: float) -> Row:
     return Row(name, value, unit, None, None, f"= {wanted:g}", value == wanted)
 
 
-def alternating(contestants: Sequence[Callable[[], object]], rounds: int, warmup: int = 2) -> list[float]:
+def by_clock(run: Callable[[], object]) -> float:
+    """Seconds of one call on the host's clock."""
+    began = perf_counter()
+    run()
+    return perf_counter() - began
+
+
+def alternating(
+    contestants: Sequence[Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    seconds: Callable[[Callable[[], object]], float] = by_clock,
+) -> list[float]:
     """Median seconds of each contestant, called in turn, so that a noisy machine disturbs all alike."""
     times: list[list[float]] = [[] for _ in contestants]
     for turn in range(warmup + rounds):
         for run, seen in zip(contestants, times, strict=True):
-            began = perf_counter()
-            run()
+            taken = seconds(run)
             if turn >= warmup:
-                seen.append(perf_counter() - began)
+                seen.append(taken)
     return [median(seen) for seen in times]
 
 

@@ -242,10 +242,9 @@ def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int |
             shards.append(sharder(group.level, bucket, run, windows, world))
         if shards:
             policies: list[Policy] = [POLICIES[optim.reduce](shard, windows, world) for shard in shards]
-            spans = [shard.counted for shard in shards]
             ruled = [leaf for s in shards for f in s.flats if f.kind.rule == "dgd" for leaf, _ in f.places]
             grams = [Grams(ruled, windows, world)] if ruled and not group.level.frozen else []
-            movers[group.name] = Mover(group, shards, policies, spans, grams)
+            movers[group.name] = Mover(group, shards, policies, grams)
     anchors = Anchors(run.levels if run.model.variant == "nested" else [], optim.slow_weight, movers)
     tasks = Tasks(every, movers, world)
     return Optimizer(optim, steps or run.train.steps, world, windows, every, movers, anchors, tasks)

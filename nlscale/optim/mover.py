@@ -29,8 +29,12 @@ class Mover:
     group: Group
     shards: list[Sharder]
     policies: list[Policy]
-    counted: list[list[list[slice]]]  # by shard, by flat: what norms count
     grams: list[Grams]  # inputs of matrices that follow the delta rule
+
+    @property
+    def counted(self) -> list[list[list[slice]]]:
+        """By shard, by flat: what norms count."""
+        return [shard.counted for shard in self.shards]
 
     @property
     def leaves(self) -> list[Leaf]:

@@ -100,9 +100,8 @@ class Tasks:
     def weigh(self, group: Group, mover: "Mover | None") -> None:
         """Anchors a group where it is, by how much each weight mattered."""
         pairs, kinds = held(mover), nested_flats(mover)
-        sums = torch.zeros(
-            4, dtype=torch.float64
-        )  # of moments, and how many there are: of nested leaves, and of others
+        # Sums of moments, and how many there are: of leaves that are not nested, and of those that are.
+        sums = torch.zeros(4, dtype=torch.float64)
         for (rule, spans), nested in zip(pairs, kinds, strict=True):
             for span in spans if "exp_avg_sq" in rule.state else ():
                 moment = rule.state["exp_avg_sq"][span]

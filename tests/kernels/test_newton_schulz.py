@@ -40,7 +40,7 @@ def test_orthogonal_takes_either_way_round(shape: tuple[int, int, int]) -> None:
     x = scaled(*shape, dtype=torch.float32)
     rows, columns = sorted(shape[1:])
     straight, gram = multiplications(rows, columns, 5)
-    assert (gram < straight) == (shape[1:] != (12, 40) and columns > 4 * rows) or rows < 256
+    assert gram < straight  # but below 256 rows the direct form is taken all the same
     torch.testing.assert_close(orthogonal(x, 5), by_singular_values(x.double(), 5).float(), rtol=1e-3, atol=2e-4)
 
 

@@ -57,5 +57,5 @@ def test_tuning_takes_the_fastest_config_that_is_right() -> None:
 
 
 def test_the_bench_runs_its_contestants() -> None:
-    rows = bench.tables(5000, 16, "cpu", bench.by_clock)
+    rows = bench.tables(5000, 16, "cpu", bench.on_cpu)
     assert len(rows) == 7 and all(row.value > 0 and row.ratio for row in rows)

@@ -42,4 +42,4 @@ class Bounded(torch.autograd.Function):
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Sums of products (..., 1, 1) over the last two axes."""
-    return (a.flatten(-2).unsqueeze(-2) @ b.flatten(-2).unsqueeze(-1)).to(a.dtype)
+    return a.flatten(-2).unsqueeze(-2) @ b.flatten(-2).unsqueeze(-1)
