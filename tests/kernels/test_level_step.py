@@ -174,6 +174,24 @@ def test_operators_are_well_formed(dtype: torch.dtype) -> None:
     assert all(set(each.values()) == {"SUCCESS"} for each in checks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_a_gpu_runs_is_checked_and_is_the_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function that is registered for GPUs, interpreted; float64 goes to the reference."""
+    on_gpu, mine, theirs = op.adamw._backend_fns["cuda"], arguments(dtype), arguments(dtype)
+    called = []
+    for form in (triton, reference):
+        plain = form.adamw
+        monkeypatch.setattr(
+            form, "adamw", lambda *a, form=form, plain=plain, **k: called.append(form) or plain(*a, **k)
+        )
+    on_gpu(*mine.values())
+    reference.adamw(**theirs)
+    assert called[0] is (reference if dtype == torch.float64 else triton)
+    near(mine["master"], theirs["master"], 1e-6)
+    with pytest.raises(ValueError, match="first has shape"):
+        on_gpu(*(mine | {"first": mine["first"][:5]}).values())
+
+
 def test_compiles_whole() -> None:
     def step(given: dict[str, Any]) -> Tensor:
         return level_step.adamw(**given).sum()

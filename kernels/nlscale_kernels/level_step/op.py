@@ -1,5 +1,8 @@
 """The operators: the reference, and Triton on a GPU; arguments that do not fit are named."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,7 +43,8 @@ def _check_adamw(
     second: Tensor,
     copy: Tensor | None,
     table: Tensor,
-    blocks: Tensor | None,
+    blocks: Tensor | None = None,
+    clear: bool = False,
 ) -> None:
     tensors = {"master": master, "gradient": gradient, "first": first, "second": second, "copy": copy}
     _check("level_adamw", "master", len(AdamW.__dataclass_fields__), table, blocks, **tensors)
@@ -48,7 +52,13 @@ def _check_adamw(
 
 
 def _check_momenta(
-    gradient: Tensor, momentum: Tensor, total: Tensor | None, slow: Tensor | None, table: Tensor, blocks: Tensor | None
+    gradient: Tensor,
+    momentum: Tensor,
+    total: Tensor | None,
+    slow: Tensor | None,
+    table: Tensor,
+    blocks: Tensor | None = None,
+    clear: bool = False,
 ) -> None:
     tensors = {"gradient": gradient, "momentum": momentum, "total": total, "slow": slow}
     _check("level_momenta", "momentum", len(Momenta.__dataclass_fields__), table, blocks, **tensors)
@@ -57,7 +67,7 @@ def _check_momenta(
 
 
 def _check_descend(
-    master: Tensor, direction: Tensor, copy: Tensor | None, table: Tensor, blocks: Tensor | None
+    master: Tensor, direction: Tensor, copy: Tensor | None, table: Tensor, blocks: Tensor | None = None
 ) -> None:
     tensors = {"master": master, "direction": direction, "copy": copy}
     _check("level_descend", "master", len(Descend.__dataclass_fields__), table, blocks, **tensors)
@@ -103,77 +113,26 @@ def descend(
     return reference.descend(master, direction, copy, table, blocks)
 
 
-@adamw.register_kernel("cuda")
-def _(
-    master: Tensor,
-    gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
-    copy: Tensor | None,
-    table: Tensor,
-    blocks: Tensor | None = None,
-    clear: bool = False,
-) -> Tensor:
-    from nlscale_kernels.level_step import triton
+def _on_gpu(name: str, check_all: Callable[..., None]) -> Callable[..., Tensor | None]:
+    """The Triton form of an operator; float64 is the reference's there, too."""
 
-    _check_adamw(master, gradient, first, second, copy, table, blocks)
-    form = reference if master.dtype == torch.float64 else triton
-    return form.adamw(master, gradient, first, second, copy, table, blocks, clear)
+    def kernel(*given: Any, **named: Any) -> Tensor | None:
+        from nlscale_kernels.level_step import triton
+
+        check_all(*given, **named)
+        wide = any(isinstance(each, Tensor) and each.dtype == torch.float64 for each in given)
+        return getattr(reference if wide else triton, name)(*given, **named)
+
+    return kernel
 
 
-@momenta.register_kernel("cuda")
-def _(
-    gradient: Tensor,
-    momentum: Tensor,
-    total: Tensor | None,
-    slow: Tensor | None,
-    table: Tensor,
-    blocks: Tensor | None = None,
-    clear: bool = False,
-) -> None:
-    from nlscale_kernels.level_step import triton
-
-    _check_momenta(gradient, momentum, total, slow, table, blocks)
-    form = reference if momentum.dtype == torch.float64 else triton
-    form.momenta(gradient, momentum, total, slow, table, blocks, clear)
-
-
-@descend.register_kernel("cuda")
-def _(master: Tensor, direction: Tensor, copy: Tensor | None, table: Tensor, blocks: Tensor | None = None) -> Tensor:
-    from nlscale_kernels.level_step import triton
-
-    _check_descend(master, direction, copy, table, blocks)
-    form = reference if master.dtype == torch.float64 else triton
-    return form.descend(master, direction, copy, table, blocks)
-
-
-@adamw.register_fake
-def _(
-    master: Tensor,
-    gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
-    copy: Tensor | None,
-    table: Tensor,
-    blocks: Tensor | None = None,
-    clear: bool = False,
-) -> Tensor:
+def _told(master: Tensor, *rest: Any, **named: Any) -> Tensor:
     return master.new_empty(-(-master.numel() // BLOCK))
 
 
-@momenta.register_fake
-def _(
-    gradient: Tensor,
-    momentum: Tensor,
-    total: Tensor | None,
-    slow: Tensor | None,
-    table: Tensor,
-    blocks: Tensor | None = None,
-    clear: bool = False,
-) -> None:
-    return None
-
-
-@descend.register_fake
-def _(master: Tensor, direction: Tensor, copy: Tensor | None, table: Tensor, blocks: Tensor | None = None) -> Tensor:
-    return master.new_empty(-(-master.numel() // BLOCK))
+adamw.register_kernel("cuda")(_on_gpu("adamw", _check_adamw))
+momenta.register_kernel("cuda")(_on_gpu("momenta", _check_momenta))
+descend.register_kernel("cuda")(_on_gpu("descend", _check_descend))
+adamw.register_fake(_told)
+descend.register_fake(_told)
+momenta.register_fake(lambda *given, **named: None)
