@@ -15,8 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +146,35 @@ def build(operator: str, launch: Any, config: Any, arch: int) -> Built:
     return Built(operator, launch.name, shape, arch, registers, spills, shared, total, products, seconds, faults)
 
 
+def launches_of(operator: str) -> Sequence[Any]:
+    """What an operator's kernels are launched as."""
+    found: Sequence[Any] = import_module(f"nlscale_kernels.{operator}.triton").launches()
+    return found
+
+
+def build_at(place: tuple[str, int, int, int]) -> Built:
+    """One of `places`."""
+    operator, launch, config, arch = place
+    chosen = launches_of(operator)[launch]
+    return build(operator, chosen, chosen.configs[config], arch)
+
+
+def places(operators: Sequence[str], archs: Sequence[int]) -> list[tuple[str, int, int, int]]:
+    """Operator, launch, config and architecture of every kernel."""
+    return [
+        (operator, i, j, arch)
+        for operator in operators
+        for i, launch in enumerate(launches_of(operator))
+        for j, config in enumerate(launch.configs)
+        for arch in archs
+        if config.least <= arch
+    ]
+
+
 def all_of(operators: Sequence[str], archs: Sequence[int]) -> Iterator[Built]:
-    """Every kernel and config of these operators."""
-    for operator in operators:
-        for launch in import_module(f"nlscale_kernels.{operator}.triton").launches():
-            for config in launch.configs:
-                for arch in archs:
-                    if config.least <= arch:
-                        yield build(operator, launch, config, arch)
+    """Every kernel and config of these operators, one process a core."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        yield from pool.map(build_at, places(operators, archs))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,11 +6,14 @@ from contextlib import ExitStack, contextmanager
 from torch.library import CustomOpDef
 
 from nlscale_kernels import level_step, newton_schulz
+from nlscale_kernels.linear_memory import op as linear_memory
 
 OPERATORS: dict[str, CustomOpDef] = {
     "level_step.adamw": level_step.adamw,
     "level_step.momenta": level_step.momenta,
     "level_step.descend": level_step.descend,
+    "linear_memory.matrix_memory": linear_memory.matrix_memory,
+    "linear_memory.backward": linear_memory.backward,
     "newton_schulz.symmetric_product": newton_schulz.symmetric_product,
 }
 

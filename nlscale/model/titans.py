@@ -255,7 +255,7 @@ class TitansContext(HeadMixer):
         q, k = (turned(each, places) for each in (part["q"], part["k"]))
         k = torch.cat([turned(recalled @ inside["context_k"].mT, places), k], 2)
         v = torch.cat([recalled @ inside["context_v"].mT, part["v"]], 2)
-        own = span.between_BHCC.new_ones(span.between_BHCC.shape[-2:]).tril().bool()
+        own = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
         if starts_BC is not None:
             document_BC = starts_BC.cumsum(1)
             own = own & (document_BC[:, :, None] == document_BC[:, None])[:, None]

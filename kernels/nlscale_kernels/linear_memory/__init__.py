@@ -1,6 +1,6 @@
-"""Matrix memories: linear attention and the gated delta rule."""
+"""Matrix memories: linear attention, the gated delta rule, Delta Gradient Descent."""
 
-from nlscale_kernels.linear_memory.reference import (
+from nlscale_kernels.linear_memory.memory import (
     RULES,
     Affine,
     Tokens,
@@ -10,5 +10,6 @@ from nlscale_kernels.linear_memory.reference import (
     linear_memory,
     serial,
 )
+from nlscale_kernels.linear_memory.op import matrix_memory
 
-__all__ = ["RULES", "Affine", "Tokens", "affine", "compose", "erasures", "linear_memory", "serial"]
+__all__ = ["RULES", "Affine", "Tokens", "affine", "compose", "erasures", "linear_memory", "matrix_memory", "serial"]

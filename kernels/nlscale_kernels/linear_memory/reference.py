@@ -1,140 +1,179 @@
-"""A memory that is a matrix: linear attention and the gated delta rule, token by token and by chunks (spec 1, rows 6, 7).
+"""The chunk form of every matrix memory whose writes are rank one a token, and its gradients written out (README.md).
 
-    linear   M_t = a_t M_{t-1}                + e_t v_t k_t^T       one gradient step on -<M k, v>
-    delta    M_t = M_{t-1} (a_t I - e_t k k^T) + e_t v_t k_t^T      one gradient step on |M k - v|^2 / 2, with decay
-    o_t = M_t q_t
+With a chunk's anchor S (V, K) and its tokens' shares as diagonal matrices,
 
-B rows, H heads, T tokens, C tokens of a chunk, K key width, V value width; a_t is the share kept, e_t the rate.
+    A = erase (between * K K^T), strictly lower      u = (I + A)^-1 (rate V - hears K S^T)
+    o = share Q S^T + (through * Q K^T) u            S <- whole S + base initial + (after u)^T K
+
+`erase`, `rate`, `hears`, `share`, `after` say which rule it is (memory.py). `between` and `through` are
+2^(earlier_t - total_i) for i < t and 2^(total_t - total_i) for i <= t, of tokens of one document.
+
+B rows, H heads, T tokens, N chunks of C tokens, K key width, V value width, S scalars a token, E a chunk.
 """
 
-from collections.abc import Callable
+from math import log
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nlscale_kernels.span import Span, anchored, span_of
+from nlscale_kernels.span import between
+
+LN2 = log(2)
 
 
-class Tokens(NamedTuple):
-    """What a run of tokens brings; keys, values, queries (B, H, T, .), gates (B, H, T), starts (B, T) or None."""
+class Scalars(NamedTuple):
+    """A token's, in the order in which they are stacked: (S, B, H, T)."""
+
+    erase: Tensor  # how much of what the memory says to its key a token takes away when it comes
+    rate: Tensor  # how much of its value it writes
+    hears: Tensor  # how much of what the chunk's anchor says to its key it takes away
+    earlier: Tensor  # log2 of the share left before it, counted from the chunk's begin
+    total: Tensor  # the same with its own share
+    share: Tensor  # how much its query hears of the anchor
+    after: Tensor  # how much of its write is there at the chunk's end
+
+
+class Given(NamedTuple):
+    """What the operator is given."""
+
+    q: Tensor  # (B, H, T, K)
+    k: Tensor  # (B, H, T, K)
+    v: Tensor  # (B, H, T, V)
+    scalars: Tensor  # (S, B, H, T)
+    ends: Tensor  # (2, B, H, N): whole and base of each chunk
+    document: Tensor | None  # (B, T): numbers that differ between the documents of a chunk; None: one document
+    initial: Tensor  # (H, V, K)
+    state: Tensor  # (B, H, V, K)
+    solves: bool  # false: erase is zero
+    hears: bool  # false: hears is zero
+
+
+class Chunks(NamedTuple):
+    """The same by chunks (B, H, N, C, .), scalars as diagonal matrices, and what follows without any state."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    rate: Tensor
-    log_keep: Tensor
-    starts: Tensor | None = None
-
-    def chunks(self, size: int) -> list["Tokens"]:
-        """Runs of `size` tokens; raises ValueError where it does not divide."""
-        tokens = self.k.shape[2]
-        if tokens % size:
-            raise ValueError(f"{tokens} tokens are no multiple of the chunk of {size}")
-        parts = [part.split(size, 2) for part in self[:5]]
-        starts = self.starts.split(size, 1) if self.starts is not None else [None] * (tokens // size)
-        return [Tokens(*each) for each in zip(*parts, starts, strict=True)]
+    at: Scalars
+    whole: Tensor  # (B, H, N, 1, 1)
+    base: Tensor
+    between: Tensor  # (C, C)
+    products: Tensor  # between * K K^T
+    scores: Tensor  # through * Q K^T
+    through: Tensor
+    anchor: Tensor  # (I + A)^-1 hears K: what the anchor's columns are multiplied by
+    fresh: Tensor  # (I + A)^-1 rate V
 
 
-def erasures(span: Span, rate_BHC: Tensor, k_BHCK: Tensor) -> Tensor:
-    """L of I + L, strict_lower(diag(e) (D * K K^T)): what the delta rule's erasures do to one another (spec 2.6, V9)."""
-    return span.between_BHCC * ((rate_BHC.unsqueeze(-1) * k_BHCK) @ k_BHCK.mT)
+def cut(x: Tensor, like: Tensor) -> Tensor:
+    """(B, H, T, ...) as (B, H, N, C, ...); `like`: ends."""
+    return x.unflatten(2, (like.shape[-1], -1))
 
 
-def solved(span: Span, rate_BHC: Tensor, k_BHCK: Tensor, right: Tensor) -> Tensor:
-    """(I + L)^-1 right; the solver takes the diagonal for ones."""
-    return torch.linalg.solve_triangular(erasures(span, rate_BHC, k_BHCK), right, upper=False, unitriangular=True)
+def chunks_of(given: Given) -> Chunks:
+    """Of all chunks at once."""
+    q, k, v = (cut(x, given.ends) for x in given[:3])
+    at = Scalars(*given.scalars.unflatten(-1, k.shape[2:4]).unsqueeze(-1).unbind(0))
+    whole, base = given.ends[..., None, None].unbind(0)
+    document = None if given.document is None else given.document.unflatten(-1, k.shape[2:4])
+    total, earlier = at.total.squeeze(-1), at.earlier.squeeze(-1)
+    through = between(total, total, document, 0)
+    scores, anchor, fresh = through * (q @ k.mT), at.hears * k, at.rate * v
+    if not given.solves:
+        return Chunks(q, k, v, at, whole, base, through, scores, scores, through, anchor, fresh)
+    before = between(earlier, total, document, -1)
+    products = before * (k @ k.mT)
+    right = torch.cat([anchor, fresh], -1)
+    solved = torch.linalg.solve_triangular(at.erase * products, right, upper=False, unitriangular=True)
+    anchor, fresh = solved.split([k.shape[-1], v.shape[-1]], -1)
+    return Chunks(q, k, v, at, whole, base, before, products, scores, through, anchor, fresh)
 
 
-def linear_writes(tokens: Tokens, span: Span, anchor_BHCV: Tensor) -> Tensor:
-    """u_t of M_t = share of the anchor + sum of shares of u_i k_i^T, for linear attention."""
-    return tokens.rate.unsqueeze(-1) * tokens.v
+def states_of(given: Given, c: Chunks) -> tuple[Tensor, Tensor, Tensor]:
+    """The states before each chunk (B, H, N, V, K), the writes u (B, H, N, C, V), the state after the last chunk."""
+    state, states, writes = given.state, [], []
+    for n in range(c.k.shape[2]):
+        u = c.fresh[:, :, n] - c.anchor[:, :, n] @ state.mT if given.hears else c.fresh[:, :, n]
+        states.append(state)
+        writes.append(u)
+        state = c.whole[:, :, n] * state + (c.at.after[:, :, n] * u).mT @ c.k[:, :, n]
+        state = state if given.document is None else state + c.base[:, :, n] * given.initial
+    return torch.stack(states, 2), torch.stack(writes, 2), state
 
 
-def delta_writes(tokens: Tokens, span: Span, anchor_BHCV: Tensor) -> Tensor:
-    """The same for the delta rule; `anchor`: what each token's anchor says to its key."""
-    right = tokens.v - span.before_BHC.unsqueeze(-1) * anchor_BHCV
-    return solved(span, tokens.rate, tokens.k, tokens.rate.unsqueeze(-1) * right)
+def matrix_memory(given: Given) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, T, V) and the state (B, H, V, K) after the last token."""
+    c = chunks_of(given)
+    states, u, last = states_of(given, c)
+    return (c.at.share * (c.q @ states.mT) + c.scores @ u).flatten(2, 3), last
 
 
-Writes = Callable[[Tokens, Span, Tensor], Tensor]
-RULES: dict[str, Writes] = {"linear": linear_writes, "delta": delta_writes}
+class Gradients(NamedTuple):
+    """Of the inputs, in their order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scalars: Tensor
+    ends: Tensor
+    initial: Tensor
+    state: Tensor
 
 
-def linear_memory(
-    rule: str, tokens: Tokens, chunk: int, initial_HVK: Tensor, state_BHVK: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, T, V) and the state (B, H, V, K) after the last token, by chunks.
-
-    `initial`: what a document begins with; `state`: what earlier tokens of the rows left, None: nothing.
-    """
-    initial = initial_HVK.unsqueeze(0)
-    state = initial if state_BHVK is None else state_BHVK
-    outputs = []
-    for each in tokens.chunks(chunk):
-        span = span_of(each.log_keep, each.starts)
-        heard = anchored(span.fresh_BC, each.k @ initial.mT, each.k @ state.mT)
-        u = RULES[rule](each, span, heard)
-        asked = anchored(span.fresh_BC, each.q @ initial.mT, each.q @ state.mT)
-        share = (span.before_BHC * span.keep_BHC).unsqueeze(-1)
-        outputs.append(share * asked + (span.through_BHCC * (each.q @ each.k.mT)) @ u)
-        renewed = None if span.fresh_BC is None else span.fresh_BC[:, -1]
-        left = anchored(renewed, initial, state)
-        state = span.whole_BH[..., None, None] * left + (span.after_BHC.unsqueeze(-1) * u).mT @ each.k
-    return torch.cat(outputs, 2), state
+def carried(given: Given, c: Chunks, d_o: Tensor, d_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the state after each chunk, of the writes, of the state before the first chunk."""
+    count = c.k.shape[2]
+    d_state, d_states, d_writes = d_last, [d_last] * count, [d_last] * count
+    read, shared = c.scores.mT @ d_o, c.at.share * d_o
+    for n in reversed(range(count)):
+        d_states[n] = d_state
+        d_writes[n] = read[:, :, n] + c.at.after[:, :, n] * (c.k[:, :, n] @ d_state.mT)
+        d_state = c.whole[:, :, n] * d_state + shared[:, :, n].mT @ c.q[:, :, n]
+        d_state = d_state - d_writes[n].mT @ c.anchor[:, :, n] if given.hears else d_state
+    return torch.stack(d_states, 2), torch.stack(d_writes, 2), d_state
 
 
-class Affine(NamedTuple):
-    """What a run of tokens does to any state: M -> M kept + added (spec V21)."""
-
-    kept: Tensor  # (B, H, K, K)
-    added: Tensor  # (B, H, V, K)
-
-
-def compose(first: Affine, then: Affine) -> Affine:
-    """Both runs, one after the other."""
-    return Affine(first.kept @ then.kept, first.added @ then.kept + then.added)
-
-
-def affine(rule: str, tokens: Tokens, chunk: int, initial_HVK: Tensor) -> Affine:
-    """The map of a whole run, so that ranks that hold parts of a row need to hear of one another only once."""
-    total: Affine | None = None
-    width = tokens.k.shape[-1]
-    unit = torch.eye(width, dtype=tokens.k.dtype, device=tokens.k.device)
-    initial = initial_HVK.unsqueeze(0)
-    for each in tokens.chunks(chunk):
-        span = span_of(each.log_keep, each.starts)
-        nothing = torch.zeros_like(each.v)
-        after = span.after_BHC.unsqueeze(-1)
-        heard = anchored(span.fresh_BC, each.k @ initial.mT, nothing)
-        added = (after * RULES[rule](each, span, heard)).mT @ each.k
-        kept = span.whole_BH[..., None, None] * unit
-        if rule == "delta":  # what tokens whose anchor is the state erase of it
-            erase = solved(span, each.rate, each.k, (each.rate * span.before_BHC).unsqueeze(-1) * each.k)
-            kept = kept - erase.mT @ (after * each.k)
-        if span.fresh_BC is not None:
-            renewed = span.fresh_BC[:, -1]
-            fresh = span.whole_BH[..., None, None] * initial
-            added = added + anchored(renewed, fresh, torch.zeros_like(fresh))
-            kept = anchored(renewed, torch.zeros_like(kept), kept)
-        step = Affine(kept, added)
-        total = step if total is None else compose(total, step)
-    assert total is not None
-    return total
+def solved(given: Given, c: Chunks, d_anchor: Tensor, d_fresh: Tensor) -> tuple[Tensor, Tensor, Scalars]:
+    """Gradients of keys, values and scalars from those of (I + A)^-1 hears K and (I + A)^-1 rate V."""
+    none = torch.zeros_like(c.at.rate)
+    d_erase = d_hears = d_earlier = d_total = none
+    if given.solves:
+        right, matrix = torch.cat([d_anchor, d_fresh], -1), c.at.erase * c.products
+        right = torch.linalg.solve_triangular(matrix.mT, right, upper=True, unitriangular=True)
+        d_anchor, d_fresh = right.split([c.k.shape[-1], c.v.shape[-1]], -1)
+    d_k = torch.zeros_like(c.k)
+    if given.hears:
+        d_k, d_hears = c.at.hears * d_anchor, (d_anchor * c.k).sum(-1, keepdim=True)
+    if given.solves:
+        d_matrix = -(d_anchor @ c.anchor.mT + d_fresh @ c.fresh.mT)  # of A; products are zero above its diagonal
+        turned = d_matrix * c.products
+        d_erase, turned = turned.sum(-1, keepdim=True), turned * c.at.erase
+        d_earlier, d_total = LN2 * turned.sum(-1, keepdim=True), -LN2 * turned.sum(-2).unsqueeze(-1)
+        d_products = d_matrix * c.between * c.at.erase
+        d_k = d_k + d_products @ c.k + d_products.mT @ c.k
+    d_rate = (d_fresh * c.v).sum(-1, keepdim=True)
+    return d_k, c.at.rate * d_fresh, Scalars(d_erase, d_rate, d_hears, d_earlier, d_total, none, none)
 
 
-def serial(rule: str, tokens: Tokens, initial_HVK: Tensor, state_BHVK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The recurrence itself, token by token: the form that the others are held against."""
-    rows = tokens.k.shape[0]
-    initial = initial_HVK.expand(rows, *initial_HVK.shape)
-    state = initial if state_BHVK is None else state_BHVK
-    outputs = []
-    for t in range(tokens.k.shape[2]):
-        if tokens.starts is not None:
-            state = torch.where(tokens.starts[:, t, None, None, None], initial, state)
-        q, k, v = (part[:, :, t] for part in (tokens.q, tokens.k, tokens.v))
-        rate, keep = tokens.rate[:, :, t, None, None], tokens.log_keep[:, :, t, None, None].exp()
-        write = v if rule == "linear" else v - (state @ k.unsqueeze(-1)).squeeze(-1)
-        state = keep * state + rate * write.unsqueeze(-1) * k.unsqueeze(-2)
-        outputs.append((state @ q.unsqueeze(-1)).squeeze(-1))
-    return torch.stack(outputs, 2), state
+def gradients(given: Given, d_o: Tensor, d_last: Tensor) -> Gradients:
+    """From the gradients of outputs and of the last state; nothing but what was given was kept."""
+    c, d_o = chunks_of(given), cut(d_o, given.ends)
+    states, u, _ = states_of(given, c)
+    ends, d_u, d_state = carried(given, c, d_o, d_last)
+    asked, arrived, d_scores = d_o @ states, u @ ends, d_o @ u.mT
+    d_products, turned = d_scores * c.through, d_scores * c.scores
+    d_k, d_v, at = solved(given, c, -(d_u @ states), d_u)
+    d_q = c.at.share * asked + d_products @ c.k
+    d_k = d_k + d_products.mT @ c.q + c.at.after * arrived
+    at = at._replace(
+        total=at.total + LN2 * (turned.sum(-1) - turned.sum(-2)).unsqueeze(-1),
+        share=(c.q * asked).sum(-1, keepdim=True),
+        after=(c.k * arrived).sum(-1, keepdim=True),
+    )
+    d_whole = (ends * states).sum((-2, -1))
+    d_base, d_initial = torch.zeros_like(d_whole), torch.zeros_like(given.initial)
+    if given.document is not None:
+        d_base, d_initial = (ends * given.initial.unsqueeze(1)).sum((-2, -1)), (c.base * ends).sum((0, 2))
+    d_q, d_k, d_v = (x.flatten(2, 3) for x in (d_q, d_k, d_v))
+    return Gradients(d_q, d_k, d_v, torch.stack(at).flatten(3), torch.stack([d_whole, d_base]), d_initial, d_state)

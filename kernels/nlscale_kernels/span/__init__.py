@@ -1,5 +1,5 @@
 """Decay inside a chunk of tokens, with documents that begin in it."""
 
-from nlscale_kernels.span.reference import Filter, Span, anchored, filtered, span_of
+from nlscale_kernels.span.reference import Filter, Span, anchored, between, filtered, span_of
 
-__all__ = ["Filter", "Span", "anchored", "filtered", "span_of"]
+__all__ = ["Filter", "Span", "anchored", "between", "filtered", "span_of"]

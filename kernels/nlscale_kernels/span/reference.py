@@ -18,46 +18,65 @@ LOG2E = 1 / log(2)  # powers of 2 are faster than powers of e
 
 @dataclass(frozen=True)
 class Span:
-    """The shares of one chunk. A token's anchor is the state at the chunk's begin or, where its document began in the
-    chunk, the initial state.
+    """The shares of one chunk, or of many side by side (N before C). A token's anchor is the state at the chunk's begin
+    or, where its document began in the chunk, the initial state.
     """
 
     keep_BHC: Tensor  # a_t
-    between_BHCC: Tensor  # of the write of token i (column) when token t (row) comes; 0 unless i < t, one document
-    before_BHC: Tensor  # of the anchor when token t comes
+    total_BHC: Tensor  # log2 of what is left at token t of the chunk's begin, t's own share included
+    earlier_BHC: Tensor  # the same before token t
+    before_BHC: Tensor  # share of the anchor when token t comes
     after_BHC: Tensor  # of the write of token t at the chunk's end; 0 where a later document began
     whole_BH: Tensor  # of the last token's anchor at the chunk's end
-    fresh_BC: Tensor | None  # true where the anchor is the initial state; None: nowhere
-    last_BC: Tensor | None  # true for the tokens of the chunk's last document; None: all
+    document_BC: Tensor | None  # how many documents began in the chunk, up to each token; None: no document begins
+
+    @property
+    def fresh_BC(self) -> Tensor | None:
+        """True where the anchor is the initial state; None: nowhere."""
+        return None if self.document_BC is None else self.document_BC > 0
+
+    @property
+    def last_BC(self) -> Tensor | None:
+        """True for the tokens of the chunk's last document; None: all."""
+        return None if self.document_BC is None else self.document_BC == self.document_BC[..., -1:]
+
+    @property
+    def between_BHCC(self) -> Tensor:
+        """Of the write of token i (column) when token t (row) comes; 0 unless i < t, one document."""
+        return between(self.earlier_BHC, self.total_BHC, self.document_BC, -1)
 
     @property
     def through_BHCC(self) -> Tensor:
         """Of the write of token i when token t has decayed and written, t = i included."""
-        own = torch.eye(self.keep_BHC.shape[-1], dtype=self.keep_BHC.dtype, device=self.keep_BHC.device)
-        return self.between_BHCC * self.keep_BHC.unsqueeze(-1) + own
+        return between(self.total_BHC, self.total_BHC, self.document_BC, 0)
+
+
+def between(row_BHC: Tensor, column_BHC: Tensor, document_BC: Tensor | None, diagonal: int) -> Tensor:
+    """2^(row - column) where the column's token is no later (`diagonal` 0) or earlier (-1), in one document; else 0."""
+    tokens = row_BHC.shape[-1]
+    allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=row_BHC.device).tril(diagonal)
+    if document_BC is not None:
+        allowed = allowed & (document_BC.unsqueeze(-1) == document_BC.unsqueeze(-2)).unsqueeze(1)
+    return (row_BHC.unsqueeze(-1) + floor(allowed, row_BHC.dtype) - column_BHC.unsqueeze(-2)).exp2()
 
 
 def span_of(log_keep_BHC: Tensor, starts_BC: Tensor | None) -> Span:
-    """The shares of a chunk from log a_t (at most 0); `starts` is true at a document's first token, None: nowhere."""
+    """The shares of a chunk from log a_t (at most 0); `starts` is true at a document's first token, None: nowhere.
+
+    Of many chunks at once: (B, H, N, C) and (B, N, C).
+    """
     log_BHC = log_keep_BHC * LOG2E
     total = log_BHC.cumsum(-1)
-    earlier = total - log_BHC  # log of the shares of all tokens before t
-    tokens = log_BHC.shape[-1]
-    allowed = torch.ones(tokens, tokens, dtype=torch.bool, device=total.device).tril(-1)
-    fresh, last, base = None, None, torch.zeros_like(total[..., :1])
+    earlier = total - log_BHC
+    document, base, after = None, torch.zeros_like(total[..., :1]), total[..., -1:] - total
     if starts_BC is not None:
-        document_BC = starts_BC.cumsum(-1)
-        allowed = allowed & (document_BC[:, :, None] == document_BC[:, None, :]).unsqueeze(1)
-        fresh = document_BC > 0
-        place = torch.arange(tokens, device=total.device)
+        document = starts_BC.cumsum(-1, dtype=torch.int32)
+        place = torch.arange(total.shape[-1], device=total.device)
         first_BC = torch.where(starts_BC, place, 0).cummax(-1).values  # where each token's document begins, or 0
         base = earlier.gather(-1, first_BC.unsqueeze(1).expand_as(total))
-        last = document_BC == document_BC[:, -1:]
-    between = (earlier.unsqueeze(-1) + floor(allowed, total.dtype) - total.unsqueeze(-2)).exp2()
-    after = total[..., -1:] - total
-    after = after if last is None else after.masked_fill(~last.unsqueeze(1), -torch.inf)
+        after = after.masked_fill((document != document[..., -1:]).unsqueeze(1), -torch.inf)
     whole = (total[..., -1] - base[..., -1]).exp2()
-    return Span(log_BHC.exp2(), between, (earlier - base).exp2(), after.exp2(), whole, fresh, last)
+    return Span(log_BHC.exp2(), total, earlier, (earlier - base).exp2(), after.exp2(), whole, document)
 
 
 def floor(allowed: Tensor, dtype: torch.dtype) -> Tensor:
