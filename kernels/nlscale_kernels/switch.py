@@ -12,7 +12,7 @@ OPERATORS: dict[str, CustomOpDef] = {
     "level_step.adamw": level_step.adamw,
     "level_step.momenta": level_step.momenta,
     "level_step.descend": level_step.descend,
-    "linear_memory.matrix_memory": linear_memory.matrix_memory,
+    "linear_memory.forward": linear_memory.forward,
     "linear_memory.backward": linear_memory.backward,
     "newton_schulz.symmetric_product": newton_schulz.symmetric_product,
 }

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nlscale_kernels.linear_memory import RULES, Tokens, linear_memory, matrix_memory, op, reference, serial
+from nlscale_kernels.linear_memory import RULES, Tokens, linear_memory, op, reference, serial
 from nlscale_kernels.linear_memory import triton as forward
 from nlscale_kernels.linear_memory import triton_backward as backward
 from nlscale_kernels.linear_memory.memory import prepared
@@ -161,10 +161,10 @@ def test_inverse_of_matrices_that_powers_would_not_survive(size: int) -> None:
 def test_operator_is_well_formed_and_twice_differentiable() -> None:
     this = given("delta", 3, count=6, width=2, values=3)
     leaves = [x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in this]
-    torch.library.opcheck(op.matrix_memory, tuple(leaves))
+    torch.library.opcheck(op.forward, tuple(leaves))
     torch.library.opcheck(op.backward, (*(x.detach() if isinstance(x, Tensor) else x for x in leaves), *ends(this)))
-    assert torch.autograd.gradcheck(matrix_memory, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(matrix_memory, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(op.forward, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(op.forward, leaves, fast_mode=True)
 
 
 def test_what_a_gpu_runs_is_the_operator() -> None:
@@ -172,7 +172,7 @@ def test_what_a_gpu_runs_is_the_operator() -> None:
     this = to(given("delta", 8, count=16), torch.float32)
     d_o, d_last = (x.float() for x in ends(this))
     expected = (*reference.matrix_memory(wide(this)), *reference.gradients(wide(this), d_o.double(), d_last.double()))
-    mine = (*op.matrix_memory._backend_fns["cuda"](*this), *op.backward._backend_fns["cuda"](*this, d_o, d_last))
+    mine = (*op.forward._backend_fns["cuda"](*this), *op.backward._backend_fns["cuda"](*this, d_o, d_last))
     for given_, theirs in zip(mine, expected, strict=True):
         near(given_, theirs, 1e-5)
 
@@ -205,11 +205,11 @@ def test_compiles_whole() -> None:
 )
 def test_bad_arguments_are_named(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        op.matrix_memory(*given("delta", 6)._replace(**change))
+        op.forward(*given("delta", 6)._replace(**change))
 
 
 @pytest.mark.parametrize(("kinds", "words"), [({"width": 130}, "key width of 130"), ({"count": 129}, "chunk of 129")])
 def test_sizes_without_a_kernel_are_named(kinds: dict[str, int], words: str) -> None:
     this = to(given("linear", kinds.get("count", 24), **kinds), torch.float32)
     with pytest.raises(ValueError, match=words):
-        op.matrix_memory._backend_fns["cuda"](*this)
+        op.forward._backend_fns["cuda"](*this)

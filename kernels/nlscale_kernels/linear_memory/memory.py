@@ -107,7 +107,7 @@ def linear_memory(
     where the chunk does not divide the tokens.
     """
     given, told = prepared(rule, tokens, chunk, initial_HVK, state_BHVK)
-    o, state = matrix_memory(*given)
+    o, state = matrix_memory(given)
     return o if told is None else o + told, state
 
 

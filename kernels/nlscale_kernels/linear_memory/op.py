@@ -14,7 +14,7 @@ WIDEST = 128  # tokens of a chunk and width of keys that the kernels have tiles 
 
 
 @torch.library.custom_op("nlscale::matrix_memory", mutates_args=())
-def matrix_memory(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -73,7 +73,7 @@ def _backward_on_gpu(*arguments: Any) -> tuple[Tensor, ...]:
     return triton_backward.gradients(given, d_o, d_last)
 
 
-matrix_memory.register_kernel("cuda")(_forward_on_gpu)
+forward.register_kernel("cuda")(_forward_on_gpu)
 backward.register_kernel("cuda")(_backward_on_gpu)
 
 
@@ -118,7 +118,7 @@ def _check_sizes(given: Given) -> None:
         )
 
 
-@matrix_memory.register_fake
+@forward.register_fake
 def _(*given: Any) -> tuple[Tensor, Tensor]:
     return given[2].new_empty(given[2].shape), given[7].new_empty(given[7].shape)
 
@@ -144,4 +144,17 @@ def _backward(ctx: Any, d_o: Tensor, d_last: Tensor) -> tuple[Tensor | None, ...
     return q, k, v, scalars, ends, None, initial, state, None, None
 
 
-matrix_memory.register_autograd(_backward, setup_context=_save)
+forward.register_autograd(_backward, setup_context=_save)
+
+
+def matrix_memory(given: Given) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, T, V) and the state (B, H, V, K) after the last token.
+
+    On a GPU, and where torch.compile traces, the operator, which keeps its inputs alone; else the reference, for which
+    autograd keeps what backward needs.
+    """
+    if given.k.is_cuda or torch.compiler.is_compiling():
+        o, state = forward(*given)
+        return o, state
+    _check(given)
+    return reference.matrix_memory(given)

@@ -60,10 +60,9 @@ class Chunks(NamedTuple):
     base: Tensor
     between: Tensor  # (C, C)
     products: Tensor  # between * K K^T
-    scores: Tensor  # through * Q K^T
+    A: Tensor  # erase products
     through: Tensor
-    anchor: Tensor  # (I + A)^-1 hears K: what the anchor's columns are multiplied by
-    fresh: Tensor  # (I + A)^-1 rate V
+    scores: Tensor  # through * Q K^T
 
 
 def cut(x: Tensor, like: Tensor) -> Tensor:
@@ -79,25 +78,25 @@ def chunks_of(given: Given) -> Chunks:
     document = None if given.document is None else given.document.unflatten(-1, k.shape[2:4])
     total, earlier = at.total.squeeze(-1), at.earlier.squeeze(-1)
     through = between(total, total, document, 0)
-    scores, anchor, fresh = through * (q @ k.mT), at.hears * k, at.rate * v
+    scores = through * (q @ k.mT)
     if not given.solves:
-        return Chunks(q, k, v, at, whole, base, through, scores, scores, through, anchor, fresh)
+        return Chunks(q, k, v, at, whole, base, through, through, through, through, scores)
     before = between(earlier, total, document, -1)
     products = before * (k @ k.mT)
-    right = torch.cat([anchor, fresh], -1)
-    solved = torch.linalg.solve_triangular(at.erase * products, right, upper=False, unitriangular=True)
-    anchor, fresh = solved.split([k.shape[-1], v.shape[-1]], -1)
-    return Chunks(q, k, v, at, whole, base, before, products, scores, through, anchor, fresh)
+    return Chunks(q, k, v, at, whole, base, before, products, at.erase * products, through, scores)
 
 
 def states_of(given: Given, c: Chunks) -> tuple[Tensor, Tensor, Tensor]:
     """The states before each chunk (B, H, N, V, K), the writes u (B, H, N, C, V), the state after the last chunk."""
     state, states, writes = given.state, [], []
+    kept, hears, fresh = c.at.after * c.k, c.at.hears * c.k, c.at.rate * c.v
     for n in range(c.k.shape[2]):
-        u = c.fresh[:, :, n] - c.anchor[:, :, n] @ state.mT if given.hears else c.fresh[:, :, n]
+        u = fresh[:, :, n] - hears[:, :, n] @ state.mT if given.hears else fresh[:, :, n]
+        if given.solves:
+            u = torch.linalg.solve_triangular(c.A[:, :, n], u, upper=False, unitriangular=True)
         states.append(state)
         writes.append(u)
-        state = c.whole[:, :, n] * state + (c.at.after[:, :, n] * u).mT @ c.k[:, :, n]
+        state = c.whole[:, :, n] * state + u.mT @ kept[:, :, n]
         state = state if given.document is None else state + c.base[:, :, n] * given.initial
     return torch.stack(states, 2), torch.stack(writes, 2), state
 
@@ -122,48 +121,48 @@ class Gradients(NamedTuple):
 
 
 def carried(given: Given, c: Chunks, d_o: Tensor, d_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the state after each chunk, of the writes, of the state before the first chunk."""
+    """Gradients of the state after each chunk, of (I + A) u, of the state before the first chunk."""
     count = c.k.shape[2]
-    d_state, d_states, d_writes = d_last, [d_last] * count, [d_last] * count
-    read, shared = c.scores.mT @ d_o, c.at.share * d_o
+    d_state, d_states, d_rights = d_last, [d_last] * count, [d_last] * count
+    read, kept, hears = c.scores.mT @ d_o, c.at.after * c.k, c.at.hears * c.k
+    asked = (c.at.share * d_o).mT @ c.q
     for n in reversed(range(count)):
-        d_states[n] = d_state
-        d_writes[n] = read[:, :, n] + c.at.after[:, :, n] * (c.k[:, :, n] @ d_state.mT)
-        d_state = c.whole[:, :, n] * d_state + shared[:, :, n].mT @ c.q[:, :, n]
-        d_state = d_state - d_writes[n].mT @ c.anchor[:, :, n] if given.hears else d_state
-    return torch.stack(d_states, 2), torch.stack(d_writes, 2), d_state
+        right = read[:, :, n] + kept[:, :, n] @ d_state.mT
+        if given.solves:
+            right = torch.linalg.solve_triangular(c.A[:, :, n].mT, right, upper=True, unitriangular=True)
+        d_states[n], d_rights[n] = d_state, right
+        d_state = c.whole[:, :, n] * d_state + asked[:, :, n]
+        d_state = d_state - right.mT @ hears[:, :, n] if given.hears else d_state
+    return torch.stack(d_states, 2), torch.stack(d_rights, 2), d_state
 
 
-def solved(given: Given, c: Chunks, d_anchor: Tensor, d_fresh: Tensor) -> tuple[Tensor, Tensor, Scalars]:
-    """Gradients of keys, values and scalars from those of (I + A)^-1 hears K and (I + A)^-1 rate V."""
+def solved(given: Given, c: Chunks, u: Tensor, states: Tensor, d_right: Tensor) -> tuple[Tensor, Tensor, Scalars]:
+    """Gradients of keys, values and scalars from that of (I + A) u = rate V - hears K S^T."""
     none = torch.zeros_like(c.at.rate)
     d_erase = d_hears = d_earlier = d_total = none
-    if given.solves:
-        right, matrix = torch.cat([d_anchor, d_fresh], -1), c.at.erase * c.products
-        right = torch.linalg.solve_triangular(matrix.mT, right, upper=True, unitriangular=True)
-        d_anchor, d_fresh = right.split([c.k.shape[-1], c.v.shape[-1]], -1)
     d_k = torch.zeros_like(c.k)
     if given.hears:
-        d_k, d_hears = c.at.hears * d_anchor, (d_anchor * c.k).sum(-1, keepdim=True)
+        of_key = d_right @ states
+        d_k, d_hears = -c.at.hears * of_key, -(of_key * c.k).sum(-1, keepdim=True)
     if given.solves:
-        d_matrix = -(d_anchor @ c.anchor.mT + d_fresh @ c.fresh.mT)  # of A; products are zero above its diagonal
-        turned = d_matrix * c.products
+        d_A = -d_right @ u.mT  # products are zero above the diagonal
+        turned = d_A * c.products
         d_erase, turned = turned.sum(-1, keepdim=True), turned * c.at.erase
         d_earlier, d_total = LN2 * turned.sum(-1, keepdim=True), -LN2 * turned.sum(-2).unsqueeze(-1)
-        d_products = d_matrix * c.between * c.at.erase
-        d_k = d_k + d_products @ c.k + d_products.mT @ c.k
-    d_rate = (d_fresh * c.v).sum(-1, keepdim=True)
-    return d_k, c.at.rate * d_fresh, Scalars(d_erase, d_rate, d_hears, d_earlier, d_total, none, none)
+        d_products = d_A * c.between * c.at.erase
+        d_k = d_k + (d_products + d_products.mT) @ c.k
+    d_rate = (d_right * c.v).sum(-1, keepdim=True)
+    return d_k, c.at.rate * d_right, Scalars(d_erase, d_rate, d_hears, d_earlier, d_total, none, none)
 
 
 def gradients(given: Given, d_o: Tensor, d_last: Tensor) -> Gradients:
     """From the gradients of outputs and of the last state; nothing but what was given was kept."""
     c, d_o = chunks_of(given), cut(d_o, given.ends)
     states, u, _ = states_of(given, c)
-    ends, d_u, d_state = carried(given, c, d_o, d_last)
+    ends, d_right, d_state = carried(given, c, d_o, d_last)
     asked, arrived, d_scores = d_o @ states, u @ ends, d_o @ u.mT
     d_products, turned = d_scores * c.through, d_scores * c.scores
-    d_k, d_v, at = solved(given, c, -(d_u @ states), d_u)
+    d_k, d_v, at = solved(given, c, u, states, d_right)
     d_q = c.at.share * asked + d_products @ c.k
     d_k = d_k + d_products.mT @ c.q + c.at.after * arrived
     at = at._replace(
