@@ -7,6 +7,7 @@ from torch.library import CustomOpDef
 
 from nlscale_kernels import level_step, newton_schulz
 from nlscale_kernels.linear_memory import op as linear_memory
+from nlscale_kernels.mlp_memory import op as mlp_memory
 
 OPERATORS: dict[str, CustomOpDef] = {
     "level_step.adamw": level_step.adamw,
@@ -14,6 +15,10 @@ OPERATORS: dict[str, CustomOpDef] = {
     "level_step.descend": level_step.descend,
     "linear_memory.forward": linear_memory.forward,
     "linear_memory.backward": linear_memory.backward,
+    **{
+        f"mlp_memory.{name}": getattr(mlp_memory, name)
+        for name in ("active", "returned", "second", "errors", "of_errors")
+    },
     "newton_schulz.symmetric_product": newton_schulz.symmetric_product,
 }
 

@@ -16,18 +16,20 @@ def numbers(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, B])
 @pytest.mark.parametrize(("count", "out"), [(2, K), (2, 1), (1, K)])
-def test_gradients_are_the_references(rows: int, count: int, out: int) -> None:
-    net = Net(numbers(rows, H, count, M, K), numbers(rows, H, count, out, M))
+def test_gradients_are_the_references(rows: int, count: int, out: int, activation: str) -> None:
+    inner = 2 * M if activation == "swiglu" else M
+    net = Net(numbers(rows, H, count, inner, K), numbers(rows, H, count, out, M))
     key, arrives = numbers(B, H, C, K), numbers(B, H, C, 3)
     weights = [numbers(B, H, C), numbers(B, H, C) + 1]
     for target in (numbers(B, H, count, C, out), numbers(B, H, 1, C, out)):
         given = [*net, key, target, arrives, *weights]
         results = []
         for form in (lean, reference):
-            first, second = form.gathered(net, key, target, arrives, weights)
-            said = form.read(net, key)
+            first, second = form.gathered(net, key, target, arrives, weights, activation)
+            said = form.read(net, key, activation)
             outputs = [first, *second, said]
             total = sum((each * numbers(*each.shape).detach()).sum() for each in outputs)
             results.append(outputs + list(torch.autograd.grad(total, given)))

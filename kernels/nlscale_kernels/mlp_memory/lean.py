@@ -1,4 +1,4 @@
-"""The memories' two functions with gradients written out: they keep W2's products alone and add in place.
+"""The memories' two functions with gradients written out: they keep W2's products alone; glue.py lies between products.
 
 Names are those of reference.py; d... is the gradient of the loss with respect to ...; once differentiable.
 """
@@ -7,23 +7,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nlscale_kernels.mlp_memory.op import glue_for
 from nlscale_kernels.mlp_memory.reference import Net
 
 
-def read(net: Net, z: Tensor) -> Tensor:
+def read(net: Net, z: Tensor, activation: str = "silu") -> Tensor:
     """What the memories say to z (B, H, C, K): (B, H, N, C, O)."""
-    return Read.apply(z, net.up, net.down, net.adds)
+    said: Tensor = Read.apply(z, net.up, net.down, net.adds, activation)
+    return said
 
 
 def gathered(
-    net: Net, key: Tensor, target: Tensor, arrives: Tensor, weights: Sequence[Tensor]
+    net: Net, key: Tensor, target: Tensor, arrives: Tensor, weights: Sequence[Tensor], activation: str = "silu"
 ) -> tuple[Tensor, list[Tensor]]:
     """Sums over the tokens of a chunk (reference.py has the shapes)."""
-    first, second = Gathered.apply(key, target, arrives, torch.stack(list(weights), -1), net.up, net.down, net.adds)
+    given = (key, target, arrives, torch.stack(list(weights), -1), *net, net.adds, activation)
+    first, second = Gathered.apply(*given)
     return first, list(second.split(net.down.shape[-2], -2))
 
 
@@ -31,25 +33,26 @@ class Read(torch.autograd.Function):
     """read, keeping W2 z and its activation."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, up: Tensor, down: Tensor, adds: bool) -> Tensor:
+    def forward(ctx: Any, z: Tensor, up: Tensor, down: Tensor, adds: bool, activation: str) -> Tensor:
         """(B, H, N, C, O)."""
+        glue = glue_for(z, activation)
         before = z.unsqueeze(2) @ up.mT
-        active = F.silu(before)
+        active = glue.active(before)
         said = active @ down.mT
         ctx.save_for_backward(z, up, down, before, active)
-        ctx.adds = adds
+        ctx.adds, ctx.activation = adds, activation
         return said.add_(z.unsqueeze(2)) if adds else said
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, of: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of z, W2 and W1."""
         z, up, down, before, active = ctx.saved_tensors
         d_down = summed(of.mT @ active, down.shape)
-        d_before = torch.ops.aten.silu_backward(of @ down, before)
+        d_before = glue_for(z, ctx.activation).returned(before, of @ down)
         d_up = summed(d_before.mT @ z.unsqueeze(2), up.shape)
         d_z = (d_before @ up).add_(of) if ctx.adds else d_before @ up
-        return over_memories(d_z), d_up, d_down, None
+        return over_memories(d_z), d_up, d_down, None, None
 
 
 class Gathered(torch.autograd.Function):
@@ -57,58 +60,42 @@ class Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, key: Tensor, target: Tensor, arrives: Tensor, weights: Tensor, up: Tensor, down: Tensor, adds: bool
+        ctx: Any,
+        key: Tensor,
+        target: Tensor,
+        arrives: Tensor,
+        weights: Tensor,
+        up: Tensor,
+        down: Tensor,
+        adds: bool,
+        activation: str,
     ) -> tuple[Tensor, Tensor]:
-        """(B, H, N, M, A) and (B, H, N, W O, M)."""
+        """(B, H, N, I, A) and (B, H, N, W O, M)."""
+        glue = glue_for(key, activation)
         before = key.unsqueeze(2) @ up.mT
-        active, rise = rising(before)
-        error = (active @ down.mT).sub_(target)
-        error = error.add_(key.unsqueeze(2)) if adds else error
-        back = (error @ down).mul_(rise)
+        active, rise = glue.rise(before)
+        error, weighed = glue.errors(active @ down.mT, target, key if adds else None, weights)
+        back = glue.pulled(rise, error @ down)
         ctx.save_for_backward(key, target, arrives, weights, up, down, before, error)
-        ctx.adds = adds
-        return back.mT @ arrives.unsqueeze(2), weighed(error, weights).mT @ active
+        ctx.adds, ctx.activation = adds, activation
+        return back.mT @ arrives.unsqueeze(2), weighed.mT @ active
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of all tensors."""
         key, target, arrives, weights, up, down, before, error = ctx.saved_tensors
-        active, rise = rising(before)
-        inward = error @ down
-        d_back = arrives.unsqueeze(2) @ d_first.mT
-        d_arrives = over_memories((inward * rise) @ d_first)
-        d_inward = d_back * rise
-        heard = (active @ d_second.mT).unflatten(-1, (weights.shape[-1], -1))  # (B, H, N, C, W, O)
-        d_weights = (heard * error.unsqueeze(-2)).sum((2, -1))
-        d_error = (heard * weights.unsqueeze(2).unsqueeze(-1)).sum(-2).add_(d_inward @ down.mT)
-        spread = torch.cat([weighed(error, weights), d_error], -1)
+        glue = glue_for(key, ctx.activation)
+        active, pulled, pushed, bent, kept = glue.second(before, error @ down, arrives.unsqueeze(2) @ d_first.mT)
+        d_arrives = over_memories(pulled @ d_first)
+        d_weights, d_error, spread = glue.of_errors(active @ d_second.mT, error, weights, pushed @ down.mT)
         d_active = spread @ torch.cat([d_second, down.expand(*d_second.shape[:3], *down.shape[3:])], -2)
-        d_down = summed(error.mT @ d_inward + d_error.mT @ active, down.shape)
-        d_before = d_active.mul_(rise).addcmul_(d_back.mul_(inward), bending(before, active))
+        d_down = summed(error.mT @ pushed + d_error.mT @ active, down.shape)
+        d_before = glue.last(kept, d_active, bent)
         d_up = summed(d_before.mT @ key.unsqueeze(2), up.shape)
         d_key = d_before @ up
         d_key = over_memories(d_key.add_(d_error) if ctx.adds else d_key)
-        return d_key, summed(d_error.neg_(), target.shape), d_arrives, d_weights, d_up, d_down, None
-
-
-def rising(before: Tensor) -> tuple[Tensor, Tensor]:
-    """s(h) = h g and s'(h) = g + s (1 - g), g the sigmoid of h."""
-    gate = torch.sigmoid(before)
-    active = before * gate
-    return active, torch.addcmul(active, active, gate, value=-1).add_(gate)
-
-
-def bending(before: Tensor, active: Tensor) -> Tensor:
-    """s''(h) = g (1 - g) (2 + h - 2 s)."""
-    gate = torch.sigmoid(before)
-    rest = torch.sub(before, active, alpha=2).add_(2)
-    return torch.addcmul(gate, gate, gate, value=-1).mul_(rest)
-
-
-def weighed(error: Tensor, weights: Tensor) -> Tensor:
-    """Errors (B, H, N, C, O) times each of W weights, side by side: (B, H, N, C, W O)."""
-    return (error.unsqueeze(-2) * weights.unsqueeze(2).unsqueeze(-1)).flatten(-2)
+        return d_key, summed(d_error.neg_(), target.shape), d_arrives, d_weights, d_up, d_down, None, None
 
 
 def over_memories(gradient: Tensor) -> Tensor:

@@ -1,0 +1,198 @@
+"""What lies between a memory's products as operators: torch's form, and Triton on a GPU.
+
+None has a gradient of its own: lean.py calls them in its forward and backward. Arguments that do not fit are named.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlscale_kernels.arguments import check, check_dtypes
+from nlscale_kernels.mlp_memory import glue
+from nlscale_kernels.mlp_memory.glue import ACTIVATIONS, TORCH, Glue, Second
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # the kernels'; float64 is torch's, on a GPU too
+
+
+@torch.library.custom_op("nlscale::mlp_active", mutates_args=())
+def active(before: Tensor, kind: str) -> Tensor:
+    """s(before): (..., I) -> (..., M)."""
+    _check_kind(kind, before)
+    return ACTIVATIONS[kind].active(before)
+
+
+@torch.library.custom_op("nlscale::mlp_returned", mutates_args=())
+def returned(before: Tensor, inward: Tensor, beside: Tensor | None, kind: str) -> Tensor:
+    """J^T inward, + beside: (..., I)."""
+    _check_inner(kind, before, inward=inward)
+    found = ACTIVATIONS[kind].returned(before, inward.clone())
+    return found if beside is None else found.add_(beside)
+
+
+@torch.library.custom_op("nlscale::mlp_second", mutates_args=())
+def second(before: Tensor, inward: Tensor, d_back: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """glue.Second without what is kept."""
+    _check_inner(kind, before, inward=inward)
+    _check_like("mlp_second", before, before.shape, d_back=d_back)
+    found = ACTIVATIONS[kind].second(before, inward.clone(), d_back.clone())
+    return found.active, found.pulled, found.pushed, found.bent
+
+
+@torch.library.custom_op("nlscale::mlp_errors", mutates_args=())
+def errors(heard: Tensor, target: Tensor, key: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """See glue.errors."""
+    _check_errors(heard, target, key, weights)
+    return glue.errors(heard.clone(), target, key, weights)
+
+
+@torch.library.custom_op("nlscale::mlp_of_errors", mutates_args=())
+def of_errors(heard: Tensor, error: Tensor, weights: Tensor, through: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See glue.of_errors."""
+    _check_of_errors(heard, error, weights, through)
+    return glue.of_errors(heard, error, weights, through.clone())
+
+
+@active.register_fake
+def _(before: Tensor, kind: str) -> Tensor:
+    return before.new_empty(*before.shape[:-1], _units(kind, before))
+
+
+@returned.register_fake
+def _(before: Tensor, inward: Tensor, beside: Tensor | None, kind: str) -> Tensor:
+    return before.new_empty(before.shape)
+
+
+@second.register_fake
+def _(before: Tensor, inward: Tensor, d_back: Tensor, kind: str) -> tuple[Tensor, ...]:
+    narrow = (*before.shape[:-1], _units(kind, before))
+    return tuple(before.new_empty(shape) for shape in (narrow, before.shape, narrow, before.shape))
+
+
+@errors.register_fake
+def _(heard: Tensor, target: Tensor, key: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return heard.new_empty(heard.shape), heard.new_empty(*heard.shape[:-1], heard.shape[-1] * weights.shape[-1])
+
+
+@of_errors.register_fake
+def _(heard: Tensor, error: Tensor, weights: Tensor, through: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = error.shape[-1] * (weights.shape[-1] + 1)
+    return weights.new_empty(weights.shape), error.new_empty(error.shape), error.new_empty(*error.shape[:-1], wide)
+
+
+def _units(kind: str, before: Tensor) -> int:
+    return before.shape[-1] // 2 if kind == "swiglu" else before.shape[-1]
+
+
+def _check_kind(kind: str, before: Tensor) -> None:
+    check(kind in ACTIVATIONS, f"mlp_memory: no activation {kind}; choose of {', '.join(ACTIVATIONS)}")
+    check_dtypes("mlp_memory", (*NARROW, torch.float64), before=before)
+    even = kind != "swiglu" or before.shape[-1] % 2 == 0
+    check(even, f"mlp_memory: swiglu halves {before.shape[-1]} columns; they must be even")
+
+
+def _check_inner(kind: str, before: Tensor, **tensors: Tensor) -> None:
+    _check_kind(kind, before)
+    _check_like("mlp_memory", before, (*before.shape[:-1], _units(kind, before)), **tensors)
+
+
+def _check_like(operator: str, like: Tensor, shape: Sequence[int], **tensors: Tensor) -> None:
+    for each, tensor in tensors.items():
+        check(
+            tensor.shape == shape and tensor.dtype == like.dtype and tensor.device == like.device,
+            f"{operator}: {each} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be {like.dtype} "
+            f"{tuple(shape)} on {like.device}",
+        )
+
+
+def _check_errors(heard: Tensor, target: Tensor, key: Tensor | None, weights: Tensor) -> None:
+    check(heard.ndim == 5, f"mlp_errors: heard has shape {tuple(heard.shape)}; it takes (B, H, N, C, O)")
+    B, H, N, C, width = heard.shape
+    check_dtypes("mlp_errors", (*NARROW, torch.float64), heard=heard)
+    check_dtypes("mlp_errors", (heard.dtype,), target=target, key=key, weights=weights)
+    check(
+        target.shape in ((B, H, N, C, width), (B, H, 1, C, width)),
+        f"mlp_errors: target has shape {tuple(target.shape)}; it must have {(B, H, N, C, width)}, or 1 for N",
+    )
+    check(
+        key is None or key.shape == (B, H, C, width),
+        f"mlp_errors: key has shape {key is not None and tuple(key.shape)}; it must have {(B, H, C, width)}",
+    )
+    check(
+        weights.shape[:-1] == (B, H, C),
+        f"mlp_errors: weights have shape {tuple(weights.shape)}; they must have {(B, H, C)} and one number a weight",
+    )
+
+
+def _check_of_errors(heard: Tensor, error: Tensor, weights: Tensor, through: Tensor) -> None:
+    _check_errors(error, error, None, weights)
+    _check_like("mlp_of_errors", error, error.shape, through=through)
+    wide = (*error.shape[:-1], error.shape[-1] * weights.shape[-1])
+    check(
+        heard.shape == wide and heard.dtype == error.dtype,
+        f"mlp_of_errors: heard is {heard.dtype} {tuple(heard.shape)}; it must be {error.dtype} {wide}",
+    )
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "active": lambda before, kind: _check_kind(kind, before),
+    "returned": lambda before, inward, beside, kind: _check_inner(kind, before, inward=inward),
+    "second": lambda before, inward, d_back, kind: _check_inner(kind, before, inward=inward),
+    "errors": _check_errors,
+    "of_errors": _check_of_errors,
+}
+
+
+def _on_gpu(operator: Any, name: str) -> None:
+    """What CUDA tensors go to: the kernel of this name, or torch's form where its first argument is of another dtype."""
+
+    def run(*given: Any) -> Any:
+        from nlscale_kernels.mlp_memory import triton
+
+        if given[0].dtype not in NARROW:
+            return operator._init_fn(*given)
+        CHECKS[name](*given)
+        return getattr(triton, name)(*given)
+
+    operator.register_kernel("cuda")(run)
+
+
+_on_gpu(active, "active")
+_on_gpu(returned, "returned")
+_on_gpu(second, "second")
+_on_gpu(errors, "errors")
+_on_gpu(of_errors, "of_errors")
+
+
+def _rise(before: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    return active(before, kind), before
+
+
+def _second(before: Tensor, inward: Tensor, d_back: Tensor, kind: str) -> Second:
+    said, pulled, pushed, bent = second(before, inward, d_back, kind)
+    return Second(said, pulled, pushed, bent, before)
+
+
+def _glue(kind: str) -> Glue:
+    """By operators; what is kept of W2 z is itself, and the kernels make its curve anew."""
+    return Glue(
+        partial(active, kind=kind),
+        lambda before, inward: returned(before, inward, None, kind),
+        partial(_rise, kind=kind),
+        lambda before, inward: returned(before, inward, None, kind),
+        partial(_second, kind=kind),
+        lambda before, d_active, bent: returned(before, d_active, bent, kind),
+        errors,
+        of_errors,
+    )
+
+
+OPERATORS = {kind: _glue(kind) for kind in ACTIVATIONS}
+
+
+def glue_for(x: Tensor, activation: str) -> Glue:
+    """Operators on a GPU and where torch.compile traces; else torch's, which writes over what is no longer needed."""
+    check(activation in TORCH, f"mlp_memory: no activation {activation}; choose of {', '.join(TORCH)}")
+    return (OPERATORS if x.is_cuda or torch.compiler.is_compiling() else TORCH)[activation]

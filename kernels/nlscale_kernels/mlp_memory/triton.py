@@ -1,0 +1,281 @@
+"""What lies between a memory's products, each in one pass: bytes in, float32, bytes out."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nlscale_kernels.triton_build import INTERPRET, Config, Launch
+
+TILE = 1024  # elements of a program
+WIDEST = 4096  # columns of an error that a program can hold
+
+
+@triton.jit
+def curve(h, GELU: tl.constexpr):
+    """s, s' and s'' of GELU or SiLU."""
+    if GELU:
+        below = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476))
+        density = tl.exp(-0.5 * h * h) * 0.3989422804014327
+        return h * below, below + h * density, density * (2.0 - h * h)
+    else:
+        gate = tl.sigmoid(h)
+        value = h * gate
+        return value, gate + value * (1.0 - gate), gate * (1.0 - gate) * (2.0 + h - 2.0 * value)
+
+
+@triton.jit
+def place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows, columns and mask of a tile."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return row, column, (row < rows) & (column < columns)
+
+
+@triton.jit
+def active_kernel(
+    before,
+    out,
+    rows,
+    units,
+    GELU: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """s(before)."""
+    row, column, mask = place(rows, units, ROWS, COLUMNS)
+    at = row * units * (1 + GATED) + column
+    value, _, _ = curve(tl.load(before + at, mask=mask, other=0.0).to(tl.float32), GELU)
+    if GATED:
+        value *= tl.load(before + at + units, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * units + column, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def returned_kernel(
+    before,
+    inward,
+    beside,
+    out,
+    rows,
+    units,
+    GELU: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """J^T inward, + beside."""
+    row, column, mask = place(rows, units, ROWS, COLUMNS)
+    at = row * units * (1 + GATED) + column
+    value, rise, _ = curve(tl.load(before + at, mask=mask, other=0.0).to(tl.float32), GELU)
+    of = tl.load(inward + row * units + column, mask=mask, other=0.0).to(tl.float32)
+    mine = rise * of
+    if GATED:
+        mine *= tl.load(before + at + units, mask=mask, other=0.0).to(tl.float32)
+        second = value * of
+        if beside is not None:
+            second += tl.load(beside + at + units, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + at + units, second.to(out.dtype.element_ty), mask=mask)
+    if beside is not None:
+        mine += tl.load(beside + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at, mine.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def second_kernel(
+    before,
+    inward,
+    d_back,
+    active,
+    pulled,
+    pushed,
+    bent,
+    rows,
+    units,
+    GELU: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """glue.Second."""
+    narrow: tl.constexpr = before.dtype.element_ty
+    row, column, mask = place(rows, units, ROWS, COLUMNS)
+    at = row * units * (1 + GATED) + column
+    spot = row * units + column
+    value, rise, bend = curve(tl.load(before + at, mask=mask, other=0.0).to(tl.float32), GELU)
+    of = tl.load(inward + spot, mask=mask, other=0.0).to(tl.float32)
+    back = tl.load(d_back + at, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(before + at + units, mask=mask, other=0.0).to(tl.float32)
+        back_up = tl.load(d_back + at + units, mask=mask, other=0.0).to(tl.float32)
+        tl.store(active + spot, (value * up).to(narrow), mask=mask)
+        tl.store(pulled + at, (rise * up * of).to(narrow), mask=mask)
+        tl.store(pulled + at + units, (value * of).to(narrow), mask=mask)
+        tl.store(pushed + spot, (rise * up * back + value * back_up).to(narrow), mask=mask)
+        tl.store(bent + at, ((bend * up * back + rise * back_up) * of).to(narrow), mask=mask)
+        tl.store(bent + at + units, (rise * back * of).to(narrow), mask=mask)
+    else:
+        tl.store(active + spot, value.to(narrow), mask=mask)
+        tl.store(pulled + spot, (rise * of).to(narrow), mask=mask)
+        tl.store(pushed + spot, (rise * back).to(narrow), mask=mask)
+        tl.store(bent + spot, (bend * of * back).to(narrow), mask=mask)
+
+
+@triton.jit
+def errors_kernel(
+    heard,
+    target,
+    key,
+    weights,
+    error,
+    weighed,
+    rows,
+    memories,
+    targets,
+    tokens,
+    width,
+    WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A program: some rows (B H N C) of all columns O."""
+    narrow: tl.constexpr = heard.dtype.element_ty
+    row, column, mask = place(rows, width, ROWS, COLUMNS)
+    head, memory = row // (tokens * memories), (row // tokens) % memories
+    token = head * tokens + row % tokens
+    aim = (head * targets + memory % targets) * tokens + row % tokens
+    value = tl.load(heard + row * width + column, mask=mask, other=0.0).to(tl.float32)
+    value -= tl.load(target + aim * width + column, mask=mask, other=0.0).to(tl.float32)
+    if key is not None:
+        value += tl.load(key + token * width + column, mask=mask, other=0.0).to(tl.float32)
+    tl.store(error + row * width + column, value.to(narrow), mask=mask)
+    for w in tl.static_range(WEIGHTS):
+        weight = tl.load(weights + token * WEIGHTS + w, mask=row < rows, other=0.0).to(tl.float32)
+        tl.store(weighed + (row * WEIGHTS + w) * width + column, (value * weight).to(narrow), mask=mask)
+
+
+@triton.jit
+def of_errors_kernel(
+    heard,
+    error,
+    weights,
+    through,
+    d_weights,
+    d_error,
+    spread,
+    rows,
+    memories,
+    tokens,
+    width,
+    WEIGHTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The same rows; d_weights a memory (B, H, N, C, W)."""
+    narrow: tl.constexpr = heard.dtype.element_ty
+    row, column, mask = place(rows, width, ROWS, COLUMNS)
+    token = row // (tokens * memories) * tokens + row % tokens
+    value = tl.load(error + row * width + column, mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(through + row * width + column, mask=mask, other=0.0).to(tl.float32)
+    here = row * (WEIGHTS + 1)
+    for w in tl.static_range(WEIGHTS):
+        said = tl.load(heard + (row * WEIGHTS + w) * width + column, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weights + token * WEIGHTS + w, mask=row < rows, other=0.0).to(tl.float32)
+        summed = tl.sum(said * value, 1)[:, None]
+        tl.store(d_weights + row * WEIGHTS + w, summed, mask=row < rows)
+        total += said * weight
+        tl.store(spread + (here + w) * width + column, (value * weight).to(narrow), mask=mask)
+    tl.store(d_error + row * width + column, total.to(narrow), mask=mask)
+    tl.store(spread + (here + WEIGHTS) * width + column, total.to(narrow), mask=mask)
+
+
+def tiles(columns: int, whole: bool) -> Config:
+    """Rows and columns of a program; `whole`: all columns."""
+    wide = triton.next_power_of_2(columns)
+    wide = wide if whole else min(wide, 128)
+    tile = 64 if INTERPRET else TILE
+    return Config({"ROWS": max(1, tile // wide), "COLUMNS": wide}, warps=4, stages=1)
+
+
+def grid_of(config: Config, rows: int, columns: int) -> tuple[int, int]:
+    """Programs for all tiles."""
+    return triton.cdiv(rows, config.tiles["ROWS"]), triton.cdiv(columns, config.tiles["COLUMNS"])
+
+
+def inner(before: Tensor, kind: str) -> tuple[tuple[int, int], Config, dict[str, bool]]:
+    """Rows and units, their tiles, and which curve."""
+    gated = kind == "swiglu"
+    units = before.shape[-1] // (1 + gated)
+    return (before.shape[:-1].numel(), units), tiles(units, False), {"GELU": kind == "gelu", "GATED": gated}
+
+
+def active(before: Tensor, kind: str) -> Tensor:
+    """As op.active."""
+    before, (sizes, config, which) = before.contiguous(), inner(before, kind)
+    out = before.new_empty(*before.shape[:-1], sizes[1])
+    active_kernel[grid_of(config, *sizes)](before, out, *sizes, **which, **config.options())
+    return out
+
+
+def returned(before: Tensor, inward: Tensor, beside: Tensor | None, kind: str) -> Tensor:
+    """As op.returned."""
+    before, inward, (sizes, config, which) = before.contiguous(), inward.contiguous(), inner(before, kind)
+    beside = beside if beside is None else beside.contiguous()
+    out = torch.empty_like(before)
+    returned_kernel[grid_of(config, *sizes)](before, inward, beside, out, *sizes, **which, **config.options())
+    return out
+
+
+def second(before: Tensor, inward: Tensor, d_back: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As op.second."""
+    before, inward, d_back = (x.contiguous() for x in (before, inward, d_back))
+    sizes, config, which = inner(before, kind)
+    said = tuple(torch.empty_like(x) for x in (inward, before, inward, before))
+    second_kernel[grid_of(config, *sizes)](before, inward, d_back, *said, *sizes, **which, **config.options())
+    return said  # type: ignore[return-value]
+
+
+def errors(heard: Tensor, target: Tensor, key: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """As op.errors."""
+    heard, target, weights = (x.contiguous() for x in (heard, target, weights))
+    key = key if key is None else key.contiguous()
+    (*_, memories, tokens, width), count = heard.shape, weights.shape[-1]
+    rows, config = heard.shape[:-1].numel(), tiles(width, True)
+    error, weighed = torch.empty_like(heard), heard.new_empty(*heard.shape[:-1], count * width)
+    sizes = (rows, memories, target.shape[2], tokens, width)
+    given = (heard, target, key, weights, error, weighed, *sizes)
+    errors_kernel[grid_of(config, rows, width)](*given, WEIGHTS=count, **config.options())
+    return error, weighed
+
+
+def of_errors(heard: Tensor, error: Tensor, weights: Tensor, through: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As op.of_errors."""
+    heard, error, weights, through = (x.contiguous() for x in (heard, error, weights, through))
+    (*_, memories, tokens, width), count = error.shape, weights.shape[-1]
+    rows, config = error.shape[:-1].numel(), tiles(width, True)
+    d_weights = torch.empty(*error.shape[:-1], count, dtype=torch.float32, device=error.device)
+    d_error, spread = torch.empty_like(error), error.new_empty(*error.shape[:-1], (count + 1) * width)
+    given = (heard, error, weights, through, d_weights, d_error, spread, rows, memories, tokens, width)
+    of_errors_kernel[grid_of(config, rows, width)](*given, WEIGHTS=count, **config.options())
+    return d_weights.sum(2).to(weights.dtype), d_error, spread
+
+
+def launches() -> list[Launch]:
+    """What is compiled ahead of time: 256 units of a memory of 64, in float32 and bfloat16; gate memories of width 1."""
+    found, sizes, elements = [], (2**20, 256), tiles(256, False)
+    for narrow in (torch.float32, torch.bfloat16):
+        for kind, which in (("silu", (False, False)), ("gelu", (True, False)), ("swiglu", (False, True))):
+            curves, name = dict(zip(("GELU", "GATED"), which, strict=True)), f"{kind} {str(narrow)[6:]}"
+            for kernel, count in ((active_kernel, 2), (returned_kernel, 4), (second_kernel, 7)):
+                given = (*[narrow] * count, *sizes)
+                short = kernel.__name__.removesuffix("_kernel")
+                found.append(Launch(f"{short} {name}", kernel, given, curves, [elements], stream=True))
+        for width in (64, 1):
+            name, weights = f"{width} {str(narrow)[6:]}", {"WEIGHTS": 2}
+            given = (*[narrow] * 6, 2**20, 2, 1, 512, width)
+            config = tiles(width, True)
+            found.append(Launch(f"errors {name}", errors_kernel, given, weights, [config], stream=width > 1))
+            given = (*[narrow] * 4, torch.float32, narrow, narrow, 2**20, 2, 512, width)
+            found.append(Launch(f"of_errors {name}", of_errors_kernel, given, weights, [config], stream=width > 1))
+    return found
