@@ -44,6 +44,7 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
+        "fla": ["fla-core>=0.6,<0.7; sys_platform == 'linux'"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "import-linter>=2.1"],
     },
     entry_points={"console_scripts": ["nlscale = nlscale.cli:main"]},

@@ -8,11 +8,14 @@ from torch.library import CustomOpDef
 from nlscale_kernels import level_step, newton_schulz
 from nlscale_kernels.linear_memory import op as linear_memory
 from nlscale_kernels.mlp_memory import op as mlp_memory
+from nlscale_kernels.self_modifying import op as self_modifying
 
 OPERATORS: dict[str, CustomOpDef] = {
     "level_step.adamw": level_step.adamw,
     "level_step.momenta": level_step.momenta,
     "level_step.descend": level_step.descend,
+    "self_modifying.reach": self_modifying.reach,
+    "self_modifying.backward": self_modifying.backward,
     "linear_memory.forward": linear_memory.forward,
     "linear_memory.backward": linear_memory.backward,
     **{

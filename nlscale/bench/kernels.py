@@ -13,9 +13,9 @@ from nlscale_kernels import level_step, newton_schulz
 from nlscale_kernels.newton_schulz import reference
 from torch import Tensor
 
-from nlscale.bench.table import Row, alternating, at_least, show
+from nlscale.bench.memory_kernels import Shape, matrix_memories, mlp_memories
+from nlscale.bench.table import Row, Timer, alternating, at_least, show
 
-Timer = Callable[[Sequence[Callable[[], object]]], list[float]]  # median seconds of each, called in turn
 ROUNDS = 30
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -109,8 +109,12 @@ def orthogonalisation(side: int, device: str, timer: Timer) -> list[Row]:
 
 
 def tables(elements: int, side: int, device: str, timer: Timer) -> list[Row]:
-    """All of them."""
-    return levels(elements, device, timer) + orthogonalisation(side, device, timer)
+    """All of them; sizes of memories follow `side`."""
+    found = levels(elements, device, timer) + orthogonalisation(side, device, timer)
+    found += matrix_memories(Shape(4, 16, side, 128), device, timer)
+    for chunk in (side // 16, side // 4, side // 2):
+        found += mlp_memories(chunk, side // 4, device, timer)
+    return found
 
 
 def main(target: str | None) -> int:

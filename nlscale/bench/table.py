@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+Timer = Callable[[Sequence[Callable[[], object]]], list[float]]  # median seconds of each, called in turn
 PACKAGES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "triton")
 
 

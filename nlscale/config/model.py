@@ -55,6 +55,10 @@ class Model:
             f"model.gains=true needs model.variant=independent; {self.variant} chains its levels",
         )
         require(
+            self.linear.kernels == "own" or self.mixer == "delta",
+            f"model.linear.kernels={self.linear.kernels} needs model.mixer=delta, not {self.mixer}; own would work",
+        )
+        require(
             self.heads % self.key_value_heads == 0,
             f"model.heads={self.heads} must be a multiple of model.kv_heads={self.key_value_heads}; "
             f"kv_heads in {divisors(self.heads)} would work",

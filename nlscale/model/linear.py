@@ -4,14 +4,16 @@ Under context parallelism tokens stay where they are: what a run of tokens does 
 rank tells the others its own, and takes up the state that the ranks before it leave (spec 3.9, V21).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from nlscale_kernels.linear_memory import Affine, Tokens, affine, compose, linear_memory
+from nlscale_kernels.linear_memory import Affine, Tokens, affine, compose, fla, linear_memory
 from nlscale_kernels.unit import unit
 from torch import Tensor
 
+from nlscale.config.errors import require
 from nlscale.config.model import Model
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, Heads, exact, tail_of
@@ -26,6 +28,18 @@ class Matrix(NamedTuple):
     tail: Heads | None
 
 
+Memory = Callable[..., tuple[Tensor, Tensor]]
+
+
+def memory_of(model: Model) -> Memory:
+    """Whose kernels compute it; raises UserError where they are not installed."""
+    if model.linear.kernels == "own":
+        return linear_memory
+    require(torch.cuda.is_available(), "model.linear.kernels=fla needs an NVIDIA GPU; own would work")
+    require(fla.available(), 'model.linear.kernels=fla needs fla-core: pip install "nlscale[fla]"; own would work')
+    return fla.by_fla
+
+
 class LinearMixer(HeadMixer):
     """x + out(memory(norm(x))) with a matrix a head."""
 
@@ -34,7 +48,7 @@ class LinearMixer(HeadMixer):
         parts |= {"rate": 1, "keep": 1, "gate": model.head_width}
         convolved = ("q", "k", "v")
         super().__init__(model, config, Exchange(), parts, model.linear.convolution, convolved, ("gate",))
-        self.rate = model.linear.rate
+        self.rate, self.memory = model.linear.rate, memory_of(model)
         self.row, self.rule, self.chunk = exchange, model.mixer, model.linear.chunk
         self.start = self.made(self.held * self.width, self.width)
 
@@ -54,7 +68,7 @@ class LinearMixer(HeadMixer):
         )
         initial = exact(self.start).unflatten(0, (self.held, self.width))
         state = self.incoming(tokens, initial, before and before.state)
-        o, state = linear_memory(self.rule, tokens, self.chunk, initial, state)
+        o, state = self.memory(self.rule, tokens, self.chunk, initial, state)
         left = Matrix(self.row.last(state), tail) if scene.hand_on else None
         return self.finish(o, x_TBD, heads), left
 

@@ -23,7 +23,7 @@ from torch import Tensor
 pytestmark = pytest.mark.gpu
 ROWS = [AdamW.at(3, 0.02, (0.9, 0.95), 1e-8, 0.1, 0.25), AdamW.rest()]
 NAMES = ("master", "first", "second")
-LIMITS = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # relative norms; float32 multiplies as tf32
+LIMITS = {torch.float32: 5e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # relative norms; float32 multiplies as tf32
 NAMED = ("o", "last", *Gradients._fields)
 KNOWN = (
     forward.APPLY,

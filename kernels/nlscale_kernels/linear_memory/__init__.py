@@ -6,10 +6,9 @@ from nlscale_kernels.linear_memory.memory import (
     Tokens,
     affine,
     compose,
-    erasures,
     linear_memory,
     serial,
 )
 from nlscale_kernels.linear_memory.op import matrix_memory
 
-__all__ = ["RULES", "Affine", "Tokens", "affine", "compose", "erasures", "linear_memory", "matrix_memory", "serial"]
+__all__ = ["RULES", "Affine", "Tokens", "affine", "compose", "linear_memory", "matrix_memory", "serial"]

@@ -123,11 +123,6 @@ def compose(first: Affine, then: Affine) -> Affine:
     return Affine(first.kept @ then.kept, first.added @ then.kept + then.added)
 
 
-def erasures(span: Span, rate_BHC: Tensor, k_BHCK: Tensor) -> Tensor:
-    """L of I + L, strict_lower(diag(e) (D * K K^T)): what the delta rule's erasures do to one another (spec 2.6, V9)."""
-    return span.between_BHCC * ((rate_BHC.unsqueeze(-1) * k_BHCK) @ k_BHCK.mT)
-
-
 def affine(rule: str, tokens: Tokens, chunk: int, initial_HVK: Tensor) -> Affine:
     """The map of a whole run, so that ranks that hold parts of a row need to hear of one another only once.
 

@@ -10,7 +10,7 @@ from nlscale_kernels.linear_memory import reference
 from nlscale_kernels.linear_memory.reference import Given, Scalars
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)  # the kernels'; float64 is the reference's, on a GPU too
-WIDEST = 128  # tokens of a chunk and width of keys that the kernels have tiles for
+WIDEST = {"chunk": 64, "key width": 128}  # that the kernels have tiles for
 
 
 @torch.library.custom_op("nlscale::matrix_memory", mutates_args=())
@@ -113,8 +113,8 @@ def _check_sizes(given: Given) -> None:
     found = {"chunk": given.k.shape[2] // given.ends.shape[-1], "key width": given.k.shape[3]}
     for what, size in found.items():
         check(
-            size <= WIDEST,
-            f"matrix_memory: there is no kernel for a {what} of {size}, above {WIDEST}; train.kernels=reference computes it",
+            size <= WIDEST[what],
+            f"matrix_memory: no kernel for a {what} of {size}, above {WIDEST[what]}; train.kernels=reference computes it",
         )
 
 

@@ -19,6 +19,7 @@ INVERT = Config({}, warps=4, stages=1)
 APPLY = [Config({"V": 64}, warps=4, stages=1), Config({"V": 32}, warps=4, stages=1)]
 STATES = [Config({"V": 32}, warps=8, stages=1), Config({"V": 16}, warps=8, stages=1)]
 OUTPUTS = [Config({"V": 64}, warps=4, stages=1), Config({"V": 64}, warps=8, stages=1)]
+BLOCK = 64  # tokens whose inverse one program makes
 SMALL = Config({"V": 16}, warps=4, stages=1)  # for the interpreter, and narrow values
 
 
@@ -65,9 +66,6 @@ def inverse(A, C: tl.constexpr, UPCAST: tl.constexpr):
         if C > 32:
             power = dot(power, power, none, "tf32x3", UPCAST)
             total += dot(power, total, none, "tf32x3", UPCAST)
-        if C > 64:
-            power = dot(power, power, none, "tf32x3", UPCAST)
-            total += dot(power, total, none, "tf32x3", UPCAST)
         near = total
     return near
 
@@ -75,10 +73,48 @@ def inverse(A, C: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def invert_kernel(
     k,
-    scalars,
+    erase,
+    earlier,
+    total,
     document,
     inverses,
-    plane,
+    heads,
+    count,
+    chunk,
+    key_width,
+    blocks,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Grid (blocks N, B H): (I + A)^-1 of the blocks of C tokens on a chunk's diagonal."""
+    n, head = tl.program_id(0) // blocks, tl.program_id(1).to(tl.int64)
+    tokens, keys = tl.program_id(0) % blocks * C + tl.arange(0, C), tl.arange(0, K)
+    inside = tokens < chunk
+    at = head * count * chunk + n * chunk + tokens
+    key_mask = inside[:, None] & (keys[None, :] < key_width)
+    key = tl.load(k + at[:, None] * key_width + keys[None, :], mask=key_mask, other=0.0)
+    taken = tl.load(erase + at, mask=inside, other=0.0)
+    row_share = tl.load(earlier + at, mask=inside, other=0.0)
+    column_share = tl.load(total + at, mask=inside, other=0.0)
+    numbers = tokens
+    if document is not None:
+        row = (head // heads) * count * chunk + n * chunk + tokens
+        numbers = tl.load(document + row, mask=inside, other=0)
+    A = dot(key, tl.trans(key), tl.zeros((C, C), tl.float32), "tf32", UPCAST)
+    A *= taken[:, None] * share(row_share, column_share, tokens, numbers, -1, document is not None)
+    place = ((head * count + n) * chunk + tokens[:, None]) * chunk + tokens[None, :]
+    tl.store(inverses + place, inverse(A, C, UPCAST), mask=inside[:, None] & inside[None, :])
+
+
+@triton.jit
+def merge_kernel(
+    k,
+    erase,
+    earlier,
+    total,
+    document,
+    inverses,
     heads,
     count,
     chunk,
@@ -87,24 +123,34 @@ def invert_kernel(
     K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Grid (N, B H): (I + A)^-1."""
+    """Grid (N, B H): where a chunk is two blocks, what stands below their inverses: -(I + A22)^-1 A21 (I + A11)^-1."""
     n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    tokens, keys = tl.arange(0, C), tl.arange(0, K)
-    inside, plane = tokens < chunk, tl.cast(plane, tl.int64)
-    at = head * count * chunk + n * chunk + tokens
-    key_mask = inside[:, None] & (keys[None, :] < key_width)
-    key = tl.load(k + at[:, None] * key_width + keys[None, :], mask=key_mask, other=0.0)
-    erase = tl.load(scalars + at, mask=inside, other=0.0)
-    earlier = tl.load(scalars + 3 * plane + at, mask=inside, other=0.0)
-    total = tl.load(scalars + 4 * plane + at, mask=inside, other=0.0)
-    numbers = tokens
+    first, keys = tl.arange(0, C), tl.arange(0, K)
+    then = C + first
+    inside, none = then < chunk, tl.zeros((C, C), tl.float32)
+    begin = head * count * chunk + n * chunk
+    wide = keys[None, :] < key_width
+    before = tl.load(k + (begin + first)[:, None] * key_width + keys[None, :], mask=wide, other=0.0)
+    after = tl.load(k + (begin + then)[:, None] * key_width + keys[None, :], mask=wide & inside[:, None], other=0.0)
+    row_share = tl.load(earlier + begin + then, mask=inside, other=0.0)
+    shares = row_share[:, None] - tl.load(total + begin + first)[None, :]
+    allowed = inside[:, None] & (first[None, :] < chunk)
     if document is not None:
-        row = (head // heads) * count * chunk + n * chunk + tokens
-        numbers = tl.load(document + row, mask=inside, other=0)
-    A = dot(key, tl.trans(key), tl.zeros((C, C), tl.float32), "tf32", UPCAST)
-    A *= erase[:, None] * share(earlier, total, tokens, numbers, -1, document is not None)
-    place = ((head * count + n) * chunk + tokens[:, None]) * chunk + tokens[None, :]
-    tl.store(inverses + place, inverse(A, C, UPCAST), mask=inside[:, None] & inside[None, :])
+        row = (head // heads) * count * chunk + n * chunk
+        mine = tl.load(document + row + then, mask=inside, other=-1)
+        allowed &= mine[:, None] == tl.load(document + row + first)[None, :]
+    taken = tl.load(erase + begin + then, mask=inside, other=0.0)
+    A = (
+        dot(after, tl.trans(before), none, "tf32", UPCAST)
+        * taken[:, None]
+        * tl.exp2(tl.where(allowed, shares, -10000.0))
+    )
+    place = inverses + ((head * count + n) * chunk + first[:, None]) * chunk + first[None, :]
+    below = inverses + ((head * count + n) * chunk + then[:, None]) * chunk
+    A = dot(A, tl.load(place), none, "tf32x3", UPCAST)
+    late = tl.load(below + then[None, :], mask=inside[:, None] & inside[None, :], other=0.0)
+    A = dot(late, A, none, "tf32x3", UPCAST)
+    tl.store(below + first[None, :], -A, mask=inside[:, None])
 
 
 @triton.jit
@@ -258,11 +304,16 @@ def ready(given: Given) -> Given:
     return Given(q, k, v, scalars, ends, document, initial, state, given.solves, given.hears)
 
 
+def padded(size: int) -> int:
+    """The side of a tile."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
 def sizes(given: Given) -> tuple[tuple[int, ...], dict[str, Any]]:
     """What every kernel is told of shapes: plane, heads, count, chunk, widths; and the padded tiles."""
     (B, H, T, width), count = given.k.shape, given.ends.shape[-1]
     chunk = T // count
-    tiles = {"C": max(16, triton.next_power_of_2(chunk)), "K": max(16, triton.next_power_of_2(width))}
+    tiles = {"C": padded(chunk), "K": padded(width)}
     return (B * H * T, H, count, chunk, width, given.v.shape[-1]), {**tiles, "UPCAST": INTERPRET}
 
 
@@ -284,40 +335,52 @@ class States(NamedTuple):
     last: Tensor  # (B, H, V, K)
 
 
+def inverses_of(
+    k: Tensor, erase: Tensor, earlier: Tensor, total: Tensor, document_BT: Tensor | None, count: int
+) -> Tensor:
+    """(I + A)^-1 (B, H, N, C, C) of keys (B, H, T, K) in `count` chunks of 128 tokens or fewer."""
+    B, H, T, width = k.shape
+    chunk, blocks = T // count, -(-T // count // BLOCK)
+    found = torch.zeros(B, H, count, chunk, chunk, dtype=torch.float32, device=k.device)
+    tiles = {"C": min(BLOCK, padded(chunk)), "K": padded(width), "UPCAST": INTERPRET}
+    given = (k, erase, earlier, total, document_BT, found, H, count, chunk, width)
+    invert_kernel[(count * blocks, B * H)](*given, blocks, **tiles, **INVERT.options())
+    if blocks == 2:
+        merge_kernel[(count, B * H)](*given, **tiles, **INVERT.options())
+    return found
+
+
 def apply(
-    x: Tensor, scale: Tensor | None, inverses: Tensor | None, out: Tensor, given: Given, config: Config | None
+    x: Tensor, scale: Tensor | None, inverses: Tensor | None, out: Tensor, count: int, turned: bool, config: Config
 ) -> None:
-    """apply_kernel of a tensor (B, H, T, V or K), by rows of the inverses where it is scaled, else by their columns."""
-    (_, _, count, chunk, _, _), tiles = sizes(given)
-    config = config_for("apply", APPLY, config, given)
-    grid = (count, triton.cdiv(x.shape[-1], config.tiles["V"]), given.k.shape[0] * given.k.shape[1])
-    constants = {"C": tiles["C"], "TURNED": scale is None, "UPCAST": INTERPRET, **config.options()}
-    apply_kernel[grid](x, scale, inverses, out, count, chunk, x.shape[-1], **constants)
+    """apply_kernel of a tensor (B, H, T, V or K) in `count` chunks."""
+    B, H, T, width = x.shape
+    grid = (count, triton.cdiv(width, config.tiles["V"]), B * H)
+    constants = {"C": padded(T // count), "TURNED": turned, "UPCAST": INTERPRET, **config.options()}
+    apply_kernel[grid](x, scale, inverses, out, count, T // count, width, **constants)
 
 
 def states_of(given: Given, configs: tuple[Config | None, Config | None] = (None, None)) -> States:
     """By two kernels."""
     shapes, tiles = sizes(given)
-    k, v, (_, _, count, chunk, width, values) = given.k, given.v, shapes
+    k, v, (_, _, count, _, width, values) = given.k, given.v, shapes
     B, H = k.shape[:2]
-    inverses = k.new_empty((B, H, count, chunk, chunk) if given.solves else (0,), dtype=torch.float32)
+    scalars, inverses = given.scalars, k.new_empty(0, dtype=torch.float32)
+    if given.solves:
+        inverses = inverses_of(k, scalars[0], scalars[3], scalars[4], given.document, count)
     anchor = k.new_empty(k.shape if given.hears else (0,))
-    last = torch.empty_like(given.state)
-    states = k.new_empty(B, H, count, values, width)
+    states, last = k.new_empty(B, H, count, values, width), torch.empty_like(given.state)
     found = States(inverses, anchor, torch.empty_like(v), states, torch.empty_like(v), last)
     tiles["HEARS"] = given.hears
-    if given.solves:
-        sides = {name: tiles[name] for name in ("C", "K", "UPCAST")}
-        arguments = (k, given.scalars, given.document, found.inverses, *shapes[:5])
-        invert_kernel[(count, B * H)](*arguments, **sides, **INVERT.options())
     known = inverses if given.solves else None
-    apply(v, given.scalars[1], known, found.fresh, given, configs[0])
+    config = config_for("apply", APPLY, configs[0], given)
+    apply(v, scalars[1], known, found.fresh, count, False, config)
     if given.hears:
-        apply(k, given.scalars[2], known, found.anchor, given, configs[0])
+        apply(k, scalars[2], known, found.anchor, count, False, config)
     config = config_for("states", STATES, configs[1], given)
     grid = (triton.cdiv(values, config.tiles["V"]), B * H)
     options = {**tiles, **config.options(), "DOCUMENTS": given.document is not None}
-    states_kernel[grid](k, given.scalars, given.ends, given.initial, given.state, *found[1:], *shapes, **options)
+    states_kernel[grid](k, scalars, given.ends, given.initial, given.state, *found[1:], *shapes, **options)
     return found
 
 
@@ -353,9 +416,13 @@ def forward_launches() -> list[Launch]:
         for width in (64, 128):
             name = f"{str(narrow)[6:]} {width}"
             shapes, tiles = shapes_of(width)
-            given = (narrow, wide, torch.int32, wide, *shapes[:5])
+            given = (narrow, wide, wide, wide, torch.int32, wide, *shapes[1:5])
             constants = {key: value for key, value in tiles.items() if key != "HEARS"}
-            found.append(Launch(f"invert {name}", invert_kernel, given, constants, [INVERT], product=True, spills=64))
+            for kernel, arguments in ((invert_kernel, (*given, 2)), (merge_kernel, given)):
+                short = kernel.__name__.removesuffix("_kernel")
+                found.append(
+                    Launch(f"{short} {name}", kernel, arguments, constants, [INVERT], product=True, spills=1024)
+                )
             for turned in (False, True):
                 given = (narrow, None if turned else wide, wide, narrow, *shapes[2:5])
                 constants = {"C": 64, "TURNED": turned, "UPCAST": False}

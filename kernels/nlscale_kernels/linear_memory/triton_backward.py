@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nlscale_kernels.linear_memory.reference import Given
-from nlscale_kernels.linear_memory.triton import apply, config_for, ready, shapes_of, share, sizes, states_of
+from nlscale_kernels.linear_memory.triton import APPLY, apply, config_for, ready, shapes_of, share, sizes, states_of
 from nlscale_kernels.triton_build import Config, Launch, dot
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -331,10 +331,11 @@ def gradients(
     d_fresh = d_writes
     if solves:
         d_fresh, of_anchor = torch.empty_like(d_writes), d_anchor
-        apply(d_writes, None, inverses, d_fresh, given, configs[4])
+        config = config_for("apply", APPLY, configs[4], given)
+        apply(d_writes, None, inverses, d_fresh, shapes[2], True, config)
         if hears:
             d_anchor = torch.empty_like(of_anchor)
-            apply(of_anchor, None, inverses, d_anchor, given, configs[4])
+            apply(of_anchor, None, inverses, d_anchor, shapes[2], True, config)
     config = config_for("spread", SPREAD, configs[3], given)
     arguments = (k, v, scalars, document, anchor, fresh, d_anchor, d_fresh, d_key, d_k, d_v, d_scalars, *shapes)
     del tiles["K"]

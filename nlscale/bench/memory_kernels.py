@@ -1,0 +1,98 @@
+"""Kernels of memories against torch: its operators one by one, and compiled by torch.compile."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from nlscale_kernels.linear_memory import Tokens, matrix_memory, reference
+from nlscale_kernels.linear_memory.memory import prepared
+from nlscale_kernels.linear_memory.reference import Given
+from nlscale_kernels.mlp_memory import Net, gathered
+from nlscale_kernels.mlp_memory import reference as plain
+from torch import Tensor
+
+from nlscale.bench.table import Row, Timer, at_least
+
+CHUNK = 64  # of the matrix memory
+
+
+class Shape(NamedTuple):
+    """Of a matrix memory."""
+
+    rows: int
+    heads: int
+    tokens: int
+    width: int
+
+
+def matrix_memories(shape: Shape, device: str, timer: Timer) -> list[Row]:
+    """The gated delta rule: forward alone, and with backward."""
+    given = delta(shape, device)
+    leaves = Given._make(x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+    d_o, d_last = torch.randn_like(given.v), torch.randn_like(given.state)
+    compiled = torch.compile(reference.matrix_memory)
+
+    def forward(form: Callable[[Given], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with torch.no_grad():
+                return form(given)
+
+        return run
+
+    def both(form: Callable[[Given], Any]) -> Callable[[], Any]:
+        wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+        return lambda: torch.autograd.grad(form(leaves), wanted, [d_o, d_last], allow_unused=True)
+
+    forms = (matrix_memory, reference.matrix_memory, compiled)
+    own, eager, fast, own_both, eager_both, fast_both = timer(
+        [make(form) for make in (forward, both) for form in forms]
+    )
+    name = f"delta rule, {shape.rows} x {shape.heads} x {shape.tokens} x {shape.width}"
+    multiplied = shape.rows * shape.heads * shape.tokens * (3 * shape.width**2 + 5 * CHUNK * shape.width + CHUNK**2)
+    said = f" ({multiplied / own / 1e12:.0f}T multiplications/s)"
+    return [
+        at_least(f"{name}, torch / own{said}", eager, "s", own, 10.0),
+        at_least(f"{name}, torch.compile / own", fast, "s", own, 4.0),
+        at_least(f"{name}, with backward, torch / own", eager_both, "s", own_both, 8.0),
+        at_least(f"{name}, with backward, torch.compile / own", fast_both, "s", own_both, 3.0),
+    ]
+
+
+def delta(shape: Shape, device: str) -> Given:
+    """Random tokens of one document a row, bfloat16 on a GPU."""
+    rows, heads, tokens, width = shape
+    q, k, v = (torch.randn(rows, heads, tokens, width, device=device) for _ in range(3))
+    rate, keep = (
+        torch.rand(rows, heads, tokens, device=device),
+        F.logsigmoid(torch.randn(rows, heads, tokens, device=device) + 4),
+    )
+    initial = torch.zeros(heads, width, width, device=device)
+    given = prepared("delta", Tokens(q, F.normalize(k, dim=-1), v, rate, keep), CHUNK, initial, None).given
+    narrow = torch.bfloat16 if device == "cuda" else torch.float32
+    return given._replace(q=q.to(narrow), k=given.k.to(narrow), v=given.v.to(narrow))
+
+
+def mlp_memories(chunk: int, width: int, device: str, timer: Timer) -> list[Row]:
+    """What a chunk of 4 heads writes into SwiGLU memories of a width as large as theirs."""
+    narrow = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(narrow) / shape[-1] ** 0.5
+
+    net = Net(numbers(4, 1, 1, 2 * width, width), numbers(4, 1, 1, width, width))
+    key, target, weight = numbers(4, 1, chunk, width), numbers(4, 1, 1, chunk, width), numbers(4, 1, chunk)
+
+    def write(net: Net, form: Callable[..., Any]) -> Any:
+        return form(net, key, target, key, [weight], "swiglu")
+
+    compiled = torch.compile(lambda: write(net, plain.gathered))
+    with torch.no_grad():
+        own, eager, fast = timer([lambda: write(net, gathered), lambda: write(net, plain.gathered), compiled])
+    name = f"writes of {chunk} tokens, SwiGLU memory {width} x {width}"
+    multiplied = 4 * chunk * 9 * width**2
+    said = f" ({multiplied / own / 1e12:.0f}T multiplications/s)"
+    return [
+        at_least(f"{name}, torch / own{said}", eager, "s", own, 1.8 if chunk <= 1024 else 1.4),
+        at_least(f"{name}, torch.compile / own", fast, "s", own, 1.10),
+    ]
