@@ -11,9 +11,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from nlscale_kernels.linear_memory import Tokens
+from nlscale_kernels.linear_memory import reference as matrix
+from nlscale_kernels.linear_memory import triton as memory_forward
+from nlscale_kernels.linear_memory import triton_backward as memory_backward
+from nlscale_kernels.linear_memory.memory import prepared
+from nlscale_kernels.linear_memory.reference import Given
 from nlscale_kernels.newton_schulz import reference
 from nlscale_kernels.newton_schulz import triton as products
 from nlscale_kernels.triton_build import Config
@@ -21,6 +28,13 @@ from nlscale_kernels.tuned import FOLDER, device_facts, file_of
 
 SIDES = (256, 512, 1024, 2048, 4096, 8192)
 TOLERANCE = 1e-2  # relative norm, bfloat16
+FORWARD = {"apply": memory_forward.APPLY, "states": memory_forward.STATES, "outputs": memory_forward.OUTPUTS}
+BACKWARD = {
+    "listen": memory_backward.LISTEN,
+    "carry": memory_backward.CARRY,
+    "read": memory_backward.READ,
+    "spread": memory_backward.SPREAD,
+}
 
 
 def best(
@@ -28,6 +42,7 @@ def best(
     run: Callable[[Config], Tensor],
     expected: Tensor,
     time: Callable[[Callable[[], Any]], float],
+    tolerance: float = TOLERANCE,
 ) -> dict[str, Any] | None:
     """The fastest config that is right, and its microseconds; None where none is."""
     found = []
@@ -37,7 +52,7 @@ def best(
         except triton.OutOfResources as refused:
             print(f"  {refused}: {config}", file=sys.stderr)
             continue
-        if not error <= TOLERANCE:
+        if not error <= tolerance:
             print(f"  wrong by {error:.1e}: {config}", file=sys.stderr)
             continue
         found.append((time(lambda config=config: run(config)), place))  # type: ignore[misc]
@@ -68,13 +83,70 @@ def symmetric_products(
     return found
 
 
+def tokens_of(rows: int, heads: int, tokens: int, chunk: int, width: int, device: str) -> Given:
+    """Random ones of the gated delta rule, bfloat16."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    q, k, v = (numbers(rows, heads, tokens, width) for _ in range(3))
+    rate, keep = numbers(rows, heads, tokens).sigmoid() / 2, F.logsigmoid(numbers(rows, heads, tokens) + 4)
+    given = prepared(
+        "delta", Tokens(q, F.normalize(k, dim=-1), v, rate, keep), chunk, 0 * numbers(heads, width, width), None
+    )
+    q, k, v = (x.bfloat16() for x in given.given[:3])
+    return given.given._replace(q=q, k=k, v=v)
+
+
+def runs(given: Given, d_o: Tensor, d_last: Tensor) -> dict[str, Callable[[Config], Tensor]]:
+    """By kernel of matrix_memory: outputs, or the gradient of keys, with this kernel's config, the others as chosen."""
+
+    def forward(place: int) -> Callable[[Config], Tensor]:
+        def run(config: Config) -> Tensor:
+            apply, states, outputs = (config if place == i else None for i in range(3))
+            return memory_forward.matrix_memory(given, (apply, states, outputs))[0]
+
+        return run
+
+    def backward(place: int) -> Callable[[Config], Tensor]:
+        return lambda config: memory_backward.gradients(
+            given, d_o, d_last, [config if place == i else None for i in range(5)]
+        )[1]
+
+    found = {name: forward(place) for place, name in enumerate(FORWARD)}
+    return found | {name: backward(place) for place, name in enumerate(BACKWARD)}
+
+
+def matrix_memories(
+    device: str, shape: tuple[int, int, int, int], widths: Sequence[int], arch: int, time: Callable[..., float]
+) -> dict[str, list[dict[str, Any]]]:
+    """Every kernel of matrix_memory by turns; `shape`: rows, heads, tokens, chunk."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for width in widths:
+        given = tokens_of(*shape, width, device)
+        wide = Given._make(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+        d_o, d_last = torch.randn_like(given.v), torch.zeros_like(given.state)
+        outputs = matrix.matrix_memory(wide)[0]
+        keys = matrix.gradients(wide, d_o.double(), d_last.double()).k
+        for name, run in runs(given, d_o, d_last).items():
+            configs = [each for each in (FORWARD | BACKWARD)[name] if each.least <= arch]
+            chosen = best(configs, run, outputs if name in FORWARD else keys, time, 3e-2)
+            if chosen is not None:
+                found.setdefault(f"matrix_memory.{name}", []).append({"shape": {"width": width}, **chosen})
+                print(f"matrix_memory.{name}, width {width}: {chosen}")
+    return found
+
+
 def main() -> int:
     """Writes the file; 2 where there is no GPU."""
     if not torch.cuda.is_available():
         print("there is no NVIDIA GPU here, so nothing can be timed", file=sys.stderr)
         return 2
     name, arch = device_facts(torch.cuda.current_device())
-    found = {"symmetric_product": symmetric_products("cuda", SIDES, arch, triton.testing.do_bench)}
+    time = triton.testing.do_bench
+    found = {"symmetric_product": symmetric_products("cuda", SIDES, arch, time)}
+    found |= matrix_memories("cuda", (4, 16, 4096, 64), (64, 128), arch, time)
     path = FOLDER / file_of(name)
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {path}")

@@ -56,6 +56,15 @@ def test_tuning_takes_the_fastest_config_that_is_right() -> None:
     assert found[0]["shape"] == {"rows": 64} and nearest(found, configs, {"rows": 64}).tiles.keys() == {"TILE", "DEPTH"}
 
 
+def test_kernels_of_matrix_memory_are_tuned_one_by_one() -> None:
+    """All seven are right, and the faster of their configs is written down."""
+    times = iter(range(100))
+    found = tune.matrix_memories("cpu", (1, 1, 32, 16), [16], 80, lambda run: float(next(times)))
+    assert found.keys() == {f"matrix_memory.{name}" for name in (*tune.FORWARD, *tune.BACKWARD)}
+    first = {f"matrix_memory.{name}": configs[0] for name, configs in (tune.FORWARD | tune.BACKWARD).items()}
+    assert all(nearest(each, CONFIGS, {"width": 16}) == first[name] for name, each in found.items())
+
+
 def test_the_bench_runs_its_contestants() -> None:
     rows = bench.tables(5000, 16, "cpu", bench.on_cpu)
-    assert len(rows) == 7 and all(row.value > 0 and row.ratio for row in rows)
+    assert len(rows) == 17 and all(row.value > 0 and row.ratio for row in rows)
