@@ -41,20 +41,14 @@ BESIDE = ("without momentum", "one level that moves every step")  # shown, witho
 
 
 def trained(overrides: list[str], folder: str) -> float:
-    """Held-out loss of one run, by the command itself; tried again once, as two runs may meet in shared memory's names."""
+    """Held-out loss of one run, by the command itself."""
     said = [*MODEL, *overrides, f"run.folder={folder}", f"run.name={Path(folder).name}"]
-    failed = ""
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-m", "nlscale.cli", "train", "demo-hope", *said],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if not done.returncode:
-            return float(json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])["eval/loss"])
-        failed = f"ended with {done.returncode}\n{done.stderr[-2000:]}{done.stdout[-2000:]}"
-    raise RuntimeError(f"{folder} {failed}")
+    done = subprocess.run(
+        [sys.executable, "-m", "nlscale.cli", "train", "demo-hope", *said], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{folder} ended with {done.returncode}\n{done.stderr[-2000:]}{done.stdout[-2000:]}")
+    return float(json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])["eval/loss"])
 
 
 def main(target: str | None) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 
 from nlscale.config.data import Data
 from nlscale.config.errors import require
+from nlscale.runtime.alone import alone_on_node
 from nlscale.runtime.vision import declare_operators
 from nlscale.runtime.world import World
 
@@ -52,15 +53,16 @@ def open_rows(data: Data, split: str, world: World, rows: int, shuffle: bool) ->
         for source in data.sources
     ]
     replication = world.size // world.replicas
-    dataset = StreamingDataset(
-        streams=streams,
-        batch_size=rows,
-        shuffle=shuffle,
-        shuffle_seed=data.shuffle_seed,
-        shuffle_block_size=data.shuffle_block,
-        num_canonical_nodes=data.canonical_nodes,
-        replication=replication if replication > 1 else None,
-    )
+    with alone_on_node(world.local_rank):  # streaming looks for free names of shared memory, then takes them
+        dataset = StreamingDataset(
+            streams=streams,
+            batch_size=rows,
+            shuffle=shuffle,
+            shuffle_seed=data.shuffle_seed,
+            shuffle_block_size=data.shuffle_block,
+            num_canonical_nodes=data.canonical_nodes,
+            replication=replication if replication > 1 else None,
+        )
     require(len(dataset) > 0, f"{data.sources[0].path}: split {split} has no rows")
     return dataset
 
