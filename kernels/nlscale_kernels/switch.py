@@ -8,6 +8,7 @@ from torch.library import CustomOpDef
 from nlscale_kernels import level_step, newton_schulz
 from nlscale_kernels.linear_memory import op as linear_memory
 from nlscale_kernels.mlp_memory import op as mlp_memory
+from nlscale_kernels.mlp_memory import step as memory_step
 from nlscale_kernels.self_modifying import op as self_modifying
 
 OPERATORS: dict[str, CustomOpDef] = {
@@ -22,6 +23,8 @@ OPERATORS: dict[str, CustomOpDef] = {
         f"mlp_memory.{name}": getattr(mlp_memory, name)
         for name in ("active", "returned", "second", "errors", "of_errors")
     },
+    "mlp_memory.step": memory_step.forward,
+    "mlp_memory.step_backward": memory_step.backward,
     "newton_schulz.symmetric_product": newton_schulz.symmetric_product,
 }
 

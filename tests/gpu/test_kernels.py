@@ -12,10 +12,13 @@ from nlscale_kernels.linear_memory import triton as forward
 from nlscale_kernels.linear_memory import triton_backward as backward
 from nlscale_kernels.linear_memory.memory import prepared
 from nlscale_kernels.linear_memory.reference import Given, Gradients
-from nlscale_kernels.mlp_memory import glue
+from nlscale_kernels.mlp_memory import Step, glue
 from nlscale_kernels.mlp_memory import op as mlp
+from nlscale_kernels.mlp_memory import step as memory_step
 from nlscale_kernels.newton_schulz import reference as products
 from nlscale_kernels.newton_schulz import triton
+from nlscale_kernels.self_modifying import op as reach
+from nlscale_kernels.self_modifying import triton as reach_kernels
 from nlscale_kernels.switch import kernels
 from nlscale_kernels.tuned import device_facts
 from torch import Tensor
@@ -241,3 +244,45 @@ def test_mlp_memory_operators(kind: str, dtype: torch.dtype) -> None:
         for given, twice, theirs in zip(mine, again, expected, strict=True):
             assert torch.equal(given, twice) and given.dtype == dtype
             assert relative(given, theirs) <= {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [0.0, 20.0])
+def test_memory_step(limit: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    weights = [torch.randn(2, 3, 2, 200, 64, generator=generator, device="cuda").to(dtype) for _ in range(6)]
+    keep, carry, left = (torch.rand(2, 3, generator=generator, device="cuda").to(dtype) for _ in range(3))
+    this = Step(*weights[:4], keep, carry, left, -1.0, limit)
+    exact = Step._make(x.double() if isinstance(x, Tensor) else x for x in this)
+    ends = weights[4:]
+    expected = (*memory_step.stepped(exact), *memory_step.gradients(exact, *(x.double() for x in ends)))
+    mine, again = ((*memory_step.forward(*this), *memory_step.backward(*this, *ends)) for _ in range(2))
+    for given, twice, theirs in zip(mine, again, expected, strict=True):
+        assert torch.equal(given, twice)
+        assert relative(given, theirs) <= {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("chunk", [64, 128])
+def test_reach_by_every_config(chunk: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    k = torch.nn.functional.normalize(numbers(2, 3, chunk, 64), dim=-1).to(dtype)
+    log = -0.05 * numbers(2, 3, chunk).abs()
+    total = log.cumsum(-1)
+    document = (numbers(2, chunk) > 2).cumsum(-1).int()
+    scalars = (numbers(2, 3, chunk).sigmoid() / 2, total - log, total, (total[..., -1:] - total).exp2())
+    given, of = (k, *scalars, document), numbers(2, 3, chunk, 64).to(dtype)
+    exact = [x.double() if x.is_floating_point() else x for x in given]
+    said = reach.reached(*exact)
+    expected, arch = (said, *reach.gradients(*exact, said, of.double())), device_facts(torch.cuda.current_device())[1]
+    for config in (each for each in reach_kernels.GRADIENT if each.least <= arch):
+        mine, again = (
+            (reach.reach(*given), *reach_kernels.gradients(*given, said.to(dtype), of, (None, config)))
+            for _ in range(2)
+        )
+        for found, twice, theirs in zip(mine, again, expected, strict=True):
+            assert torch.equal(found, twice) and relative(found, theirs) <= LIMITS[dtype]

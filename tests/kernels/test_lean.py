@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nlscale_kernels.mlp_memory import Net, gathered, lean, read, reference
-from nlscale_kernels.self_modifying.bounded import bounded
+from nlscale_kernels.mlp_memory.bounded import bounded
 from nlscale_kernels.unit import unit
 from torch import Tensor
 

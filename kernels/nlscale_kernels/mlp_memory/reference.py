@@ -61,12 +61,3 @@ def gathered(
     back = torch.func.vjp(ACTIVATIONS[activation], before)[1](error @ net.down)[0]
     first = back.mT @ arrives.unsqueeze(2)
     return first, [(error * weight.unsqueeze(2).unsqueeze(-1)).mT @ active for weight in weights]
-
-
-def mix(*terms: tuple[Tensor | float, Tensor]) -> Tensor:
-    """The sum of tensors, each times a number a row and head (B, H), or one number."""
-    scaled = [
-        part * (factor.view(*factor.shape, *[1] * (part.ndim - 2)) if isinstance(factor, Tensor) else factor)
-        for factor, part in terms
-    ]
-    return sum(scaled[1:], scaled[0])

@@ -5,9 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nlscale_kernels.mlp_memory.step import Moved, Step
 from nlscale_kernels.triton_build import INTERPRET, Config, Launch
 
 TILE = 1024  # elements of a program
+STEP = Config({}, warps=4, stages=2)
+WIDTH = 32 if INTERPRET else 1024  # elements of a memory's weight at a time
 WIDEST = 4096  # columns of an error that a program can hold
 
 
@@ -190,6 +193,170 @@ def of_errors_kernel(
     tl.store(spread + (here + WEIGHTS) * width + column, total.to(narrow), mask=mask)
 
 
+@triton.jit
+def factor(factors, head):
+    """A row and head's number; 1 where there are none."""
+    found = 1.0
+    if factors is not None:
+        found = tl.load(factors + head).to(tl.float32)
+    return found
+
+
+@triton.jit
+def sums(speed, written, held, at, mask, carry, left, sign):
+    """What is added, and the momentum after it, before any limit."""
+    add = sign * tl.load(written + at, mask=mask, other=0.0).to(tl.float32)
+    then = add
+    if speed is not None:
+        was = tl.load(speed + at, mask=mask, other=0.0).to(tl.float32)
+        add += carry * was
+        then = add
+        if held is not None:
+            then = sign * tl.load(held + at, mask=mask, other=0.0).to(tl.float32) + left * was
+    return add, then
+
+
+@triton.jit
+def step_kernel(
+    state,
+    speed,
+    written,
+    held,
+    keep,
+    carry,
+    left,
+    after,
+    momentum,
+    memories,
+    size,
+    sign,
+    limit,
+    LIMITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A program a memory: step.stepped."""
+    memory = tl.program_id(0).to(tl.int64)
+    head = memory // memories
+    narrow: tl.constexpr = after.dtype.element_ty
+    kept, carried, remains = factor(keep, head), factor(carry, head), factor(left, head)
+    share = 1.0
+    if LIMITS:
+        square = tl.zeros((WIDTH,), tl.float32)
+        for first in range(0, size, WIDTH):
+            place = first + tl.arange(0, WIDTH)
+            add, _ = sums(speed, written, held, memory * size + place, place < size, carried, remains, sign)
+            square += add * add
+        share = limit / tl.maximum(tl.sqrt(tl.sum(square)), limit)
+    for first in range(0, size, WIDTH):
+        place = first + tl.arange(0, WIDTH)
+        mask, at = place < size, memory * size + place
+        add, then = sums(speed, written, held, at, mask, carried, remains, sign)
+        value = kept * tl.load(state + at, mask=mask, other=0.0).to(tl.float32) + share * add
+        tl.store(after + at, value.to(narrow), mask=mask)
+        if speed is not None:
+            tl.store(momentum + at, (share * then).to(narrow), mask=mask)
+
+
+@triton.jit
+def step_gradients_kernel(
+    state,
+    speed,
+    written,
+    held,
+    keep,
+    carry,
+    left,
+    d_after,
+    d_then,
+    d_state,
+    d_speed,
+    d_written,
+    d_held,
+    d_keep,
+    d_carry,
+    d_left,
+    memories,
+    size,
+    sign,
+    limit,
+    LIMITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A program a memory: step.gradients; those of factors a memory."""
+    memory = tl.program_id(0).to(tl.int64)
+    head = memory // memories
+    narrow: tl.constexpr = d_state.dtype.element_ty
+    kept, carried, remains = factor(keep, head), factor(carry, head), factor(left, head)
+    share, turn = 1.0, 0.0
+    if LIMITS:
+        square, along = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+        for first in range(0, size, WIDTH):
+            place = first + tl.arange(0, WIDTH)
+            mask, at = place < size, memory * size + place
+            add, then = sums(speed, written, held, at, mask, carried, remains, sign)
+            square += add * add
+            along += add * tl.load(d_after + at, mask=mask, other=0.0).to(tl.float32)
+            if speed is not None:
+                along += then * tl.load(d_then + at, mask=mask, other=0.0).to(tl.float32)
+        total = tl.sum(square)
+        share = limit / tl.maximum(tl.sqrt(total), limit)
+        turn = tl.where(share < 1.0, tl.sum(along) * share / tl.maximum(total, 1e-30), 0.0)
+    of_keep = tl.zeros((WIDTH,), tl.float32)
+    of_carry, of_left = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+    for first in range(0, size, WIDTH):
+        place = first + tl.arange(0, WIDTH)
+        mask, at = place < size, memory * size + place
+        add, _ = sums(speed, written, held, at, mask, carried, remains, sign)
+        of = tl.load(d_after + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(d_state + at, (kept * of).to(narrow), mask=mask)
+        if keep is not None:
+            of_keep += of * tl.load(state + at, mask=mask, other=0.0).to(tl.float32)
+        of_add = share * of - turn * add
+        if speed is not None:
+            of_then = share * tl.load(d_then + at, mask=mask, other=0.0).to(tl.float32)
+            was = tl.load(speed + at, mask=mask, other=0.0).to(tl.float32)
+            if held is None:
+                of_add += of_then
+                tl.store(d_speed + at, (carried * of_add).to(narrow), mask=mask)
+            else:
+                tl.store(d_held + at, (sign * of_then).to(narrow), mask=mask)
+                tl.store(d_speed + at, (carried * of_add + remains * of_then).to(narrow), mask=mask)
+                of_left += was * of_then
+            of_carry += was * of_add
+        tl.store(d_written + at, (sign * of_add).to(narrow), mask=mask)
+    if keep is not None:
+        tl.store(d_keep + memory, tl.sum(of_keep))
+    if speed is not None:
+        tl.store(d_carry + memory, tl.sum(of_carry))
+        if held is not None:
+            tl.store(d_left + memory, tl.sum(of_left))
+
+
+def stepped(step: Step) -> tuple[Tensor, Tensor]:
+    """As step.forward."""
+    tensors = [x if x is None else x.contiguous() for x in step[:7]]
+    like = step.written
+    after, then = like.new_empty(like.shape), like.new_empty(like.shape if step.speed is not None else (0,))
+    sizes = (like.shape[2], like.shape[3] * like.shape[4], float(step.sign), float(step.limit))
+    grid = (like.shape[:3].numel(),)
+    step_kernel[grid](*tensors, after, then, *sizes, LIMITS=step.limit > 0, WIDTH=WIDTH, **STEP.options())
+    return after, then
+
+
+def step_gradients(step: Step, d_after: Tensor, d_then: Tensor) -> Moved:
+    """As step.gradients."""
+    tensors = [x if x is None else x.contiguous() for x in step[:7]]
+    like, memories = step.written, step.written.shape[:3]
+    whole = [like.new_empty(0 if x is None else like.shape) for x in step[:4]]
+    each = [torch.empty(0 if x is None else memories, dtype=torch.float32, device=like.device) for x in step[4:7]]
+    sizes = (like.shape[2], like.shape[3] * like.shape[4], float(step.sign), float(step.limit))
+    given = (*tensors, d_after.contiguous(), d_then.contiguous(), *whole, *each, *sizes)
+    options = {"LIMITS": step.limit > 0, "WIDTH": WIDTH, **STEP.options()}
+    step_gradients_kernel[(memories.numel(),)](*given, **options)
+    factors = [x if step[4 + place] is None else x.sum(2).to(like.dtype) for place, x in enumerate(each)]
+    return Moved(*whole, *factors)
+
+
 def tiles(columns: int, whole: bool) -> Config:
     """Rows and columns of a program; `whole`: all columns."""
     wide = triton.next_power_of_2(columns)
@@ -278,4 +445,14 @@ def launches() -> list[Launch]:
             found.append(Launch(f"errors {name}", errors_kernel, given, weights, [config], stream=width > 1))
             given = (*[narrow] * 4, torch.float32, narrow, narrow, 2**20, 2, 512, width)
             found.append(Launch(f"of_errors {name}", of_errors_kernel, given, weights, [config], stream=width > 1))
+        constants = {"LIMITS": True, "WIDTH": 1024}
+        sizes_of_step = (2, 256 * 64, -1.0, 0.5)
+        found.append(
+            Launch(
+                f"step {str(narrow)[6:]}", step_kernel, (*[narrow] * 9, *sizes_of_step), constants, [STEP], stream=True
+            )
+        )
+        given = (*[narrow] * 13, *[torch.float32] * 3, *sizes_of_step)
+        name = f"step_gradients {str(narrow)[6:]}"
+        found.append(Launch(name, step_gradients_kernel, given, constants, [STEP], stream=True))
     return found

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nlscale_kernels.mlp_memory import Net, gathered, mix, read
-from nlscale_kernels.self_modifying.bounded import bounded
+from nlscale_kernels.mlp_memory import Net, Step, gathered, moved, read
 from nlscale_kernels.self_modifying.writes import Writes, joined, writes_of
 from nlscale_kernels.span import anchored
 from nlscale_kernels.unit import unit
@@ -155,16 +154,15 @@ def write(
     left = Net(*(anchored(writes.renewed_B, first, part) for first, part in zip(initial, net, strict=True)))
     turned = (left.up.flatten(2, 3) @ writes.turn).unflatten(2, left.up.shape[2:4])
     scalars, carried = writes.scalars, writes.carried
-    if speed is None or carried is None:
-        add_up, add_down, then = learnt, written.neg(), None
-    else:
-        add_up = mix((carried, speed.up), (1.0, learnt))
-        add_down = mix((scalars.carry_BH, speed.down), (-1.0, written))
-        then = mix((scalars.left_BH, speed.down), (-1.0, rest[0]))
-    add_up, _ = bounded(clip, add_up)
-    add_down, then = bounded(clip, add_down, then)
-    after = Net(turned + add_up, mix((scalars.whole_BH, left.down), (1.0, add_down)))
-    return after, None if then is None else Net(add_up, then)
+    up = Step(turned, None, learnt, None, None, None, None, 1.0, clip)
+    down = Step(left.down, None, written, None, scalars.whole_BH, None, None, -1.0, clip)
+    if speed is not None:
+        up = up._replace(speed=speed.up, carry=carried)
+        carry, remains = scalars.carry_BH, scalars.left_BH
+        down = down._replace(speed=speed.down, held=rest[0], carry=carry, left=remains)
+    (after_up, then_up), (after_down, then_down) = moved(up), moved(down)
+    momentum = None if then_up is None or then_down is None else Net(then_up, then_down)
+    return Net(after_up, after_down), momentum
 
 
 def held(still: Tensor | None, old: Net, new: Net) -> Net:

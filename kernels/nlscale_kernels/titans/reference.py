@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nlscale_kernels.mlp_memory import Net, gathered, mix, read
+from nlscale_kernels.mlp_memory import Net, Step, gathered, moved, read
 from nlscale_kernels.span import Span, anchored, filtered, span_of
 
 
@@ -65,12 +65,13 @@ def step(memory: Memory, initial: Net, tokens: Tokens, span: Span) -> Memory:
     shares = [tokens.rate * each for each in (scalars.write_BHC, scalars.hold_BHC)]
     written, held = gradients(initial, memory.net, tokens, shares, span.fresh_BC)
     kept = [anchored(renewed, first, part) for first, part in zip(initial, memory.net, strict=True)]
-    net = [
-        mix((span.whole_BH, was), (scalars.carry_BH, speed), (-1.0, new))
-        for was, speed, new in zip(kept, memory.momentum, written, strict=True)
-    ]
-    momentum = [mix((scalars.left_BH, speed), (-1.0, new)) for speed, new in zip(memory.momentum, held, strict=True)]
-    return Memory(Net(*net), Net(*momentum))
+    factors, steps = (
+        (span.whole_BH, scalars.carry_BH, scalars.left_BH, -1.0),
+        zip(kept, memory.momentum, written, held, strict=True),
+    )
+    (up, up_speed), (down, down_speed) = (moved(Step(*each, *factors)) for each in steps)
+    assert up_speed is not None and down_speed is not None
+    return Memory(Net(up, down), Net(up_speed, down_speed))
 
 
 def gradients(initial: Net, net: Net, tokens: Tokens, shares: list[Tensor], fresh_BC: Tensor | None) -> list[Net]:

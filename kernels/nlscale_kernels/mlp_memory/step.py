@@ -1,0 +1,201 @@
+"""The step of memories' weights: decay, momentum and what a chunk wrote, kept within a norm, as an operator.
+
+B rows, H heads, N memories, weights (B, H, N, O, I).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nlscale_kernels.arguments import check, check_dtypes
+from nlscale_kernels.mlp_memory.bounded import bounded
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # the kernels'; float64 is torch's, on a GPU too
+
+
+class Step(NamedTuple):
+    """What moves a weight: add = carry speed + sign written, then = left speed + sign held, both times what limits add."""
+
+    state: Tensor  # (B or 1, H, N, O, I)
+    speed: Tensor | None  # (B or 1, H, N, O, I); None: no momentum
+    written: Tensor  # (B, H, N, O, I): what reaches the state
+    held: Tensor | None  # (B, H, N, O, I): what reaches the momentum; None: the same
+    keep: Tensor | None  # (B, H): how much of the state is left; None: all
+    carry: Tensor | None  # (B, H): how much of the momentum reaches the state
+    left: Tensor | None  # (B, H): how much of it is left; None where `held` is
+    sign: float = 1.0
+    limit: float = 0.0  # largest Frobenius norm of a memory's add; 0: any
+
+
+class Moved(NamedTuple):
+    """Gradients of a step's tensors, in their order; empty for those that are None."""
+
+    state: Tensor
+    speed: Tensor
+    written: Tensor
+    held: Tensor
+    keep: Tensor
+    carry: Tensor
+    left: Tensor
+
+
+def wide(factor: Tensor) -> Tensor:
+    """(B, H) as (B, H, 1, 1, 1)."""
+    return factor[..., None, None, None]
+
+
+def stepped(step: Step) -> tuple[Tensor, Tensor | None]:
+    """keep state + add, and the momentum after it."""
+    written, held = (x if x is None or step.sign == 1 else step.sign * x for x in (step.written, step.held))
+    assert written is not None
+    add, then = written, None
+    if step.speed is not None and step.carry is not None:
+        add = torch.addcmul(written, step.speed, wide(step.carry))
+    if held is not None and step.speed is not None and step.left is not None:
+        then = torch.addcmul(held, step.speed, wide(step.left))
+    add, then = bounded(step.limit, add, then)
+    after = step.state + add if step.keep is None else torch.addcmul(add, step.state, wide(step.keep))
+    return after, None if step.speed is None else add if then is None else then
+
+
+@torch.library.custom_op("nlscale::memory_step", mutates_args=())
+def forward(
+    state: Tensor,
+    speed: Tensor | None,
+    written: Tensor,
+    held: Tensor | None,
+    keep_BH: Tensor | None,
+    carry_BH: Tensor | None,
+    left_BH: Tensor | None,
+    sign: float,
+    limit: float,
+) -> tuple[Tensor, Tensor]:
+    """See `stepped`; no momentum: an empty tensor. Raises ValueError for arguments that do not fit."""
+    step = Step(state, speed, written, held, keep_BH, carry_BH, left_BH, sign, limit)
+    _check(step)
+    after, then = stepped(step)
+    return after, written.new_empty(0) if then is None else then.clone()
+
+
+@torch.library.custom_op("nlscale::memory_step_backward", mutates_args=())
+def backward(
+    state: Tensor,
+    speed: Tensor | None,
+    written: Tensor,
+    held: Tensor | None,
+    keep_BH: Tensor | None,
+    carry_BH: Tensor | None,
+    left_BH: Tensor | None,
+    sign: float,
+    limit: float,
+    d_after: Tensor,
+    d_then: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `gradients`."""
+    step = Step(state, speed, written, held, keep_BH, carry_BH, left_BH, sign, limit)
+    found = gradients(step, d_after, d_then)
+    return Moved._make(x if x.numel() else x.clone() for x in found)  # an operator's results are no aliases
+
+
+def gradients(step: Step, d_after: Tensor, d_then: Tensor) -> Moved:
+    """From those of the state after the step and of its momentum; nothing but the inputs was kept."""
+    nothing, axes = d_after.new_empty(0), (-2, -1)
+    signed = step.sign * step.written
+    add = signed if step.speed is None or step.carry is None else signed + wide(step.carry) * step.speed
+    then = add
+    if step.held is not None and step.speed is not None and step.left is not None:
+        then = step.sign * step.held + wide(step.left) * step.speed
+    square, share = add.square().sum(axes, keepdim=True), torch.ones_like(add[..., :1, :1])
+    of_then = torch.zeros_like(d_after) if step.speed is None else d_then
+    d_add, d_share = d_after, (add * d_after + then * of_then).sum(axes, keepdim=True)
+    if step.limit:
+        share = step.limit / square.sqrt().clamp(min=step.limit)
+    d_add = share * d_after - torch.where(share < 1, d_share * share / square, 0) * add
+    d_then = share * of_then
+    d_add = d_add + d_then if step.held is None else d_add
+    d_state = d_after if step.keep is None else wide(step.keep) * d_after
+    d_keep = nothing if step.keep is None else (step.state * d_after).sum((2, 3, 4))
+    d_speed = d_carry = d_left = d_held = nothing
+    if step.speed is not None and step.carry is not None:
+        d_speed, d_carry = wide(step.carry) * d_add, (step.speed * d_add).sum((2, 3, 4))
+    if step.held is not None and step.speed is not None and step.left is not None:
+        d_speed, d_left = d_speed + wide(step.left) * d_then, (step.speed * d_then).sum((2, 3, 4))
+        d_held = step.sign * d_then
+    return Moved(d_state.clone(), d_speed, step.sign * d_add, d_held, d_keep, d_carry, d_left)
+
+
+def _forward_on_gpu(*given: Any) -> tuple[Tensor, Tensor]:
+    from nlscale_kernels.mlp_memory import triton
+
+    step = Step(*given)
+    _check(step)
+    if step.written.dtype in NARROW:
+        return triton.stepped(step)
+    after, then = stepped(step)
+    return after, step.written.new_empty(0) if then is None else then.clone()
+
+
+def _backward_on_gpu(*given: Any) -> tuple[Tensor, ...]:
+    from nlscale_kernels.mlp_memory import triton
+
+    *inputs, d_after, d_then = given
+    step = Step(*inputs)
+    return (triton.step_gradients if step.written.dtype in NARROW else gradients)(step, d_after, d_then)
+
+
+forward.register_kernel("cuda")(_forward_on_gpu)
+backward.register_kernel("cuda")(_backward_on_gpu)
+
+
+@forward.register_fake
+def _(state: Tensor, speed: Tensor | None, written: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = written.shape
+    return written.new_empty(shape), written.new_empty(shape if speed is not None else (0,))
+
+
+@backward.register_fake
+def _(*given: Any) -> tuple[Tensor, ...]:
+    like = given[2]
+    return tuple(like.new_empty(0 if x is None else x.shape) for x in given[:7])
+
+
+def _check(step: Step) -> None:
+    shape = step.written.shape
+    check(step.written.ndim == 5, f"memory_step: written has shape {tuple(shape)}; it takes (B, H, N, O, I)")
+    check_dtypes("memory_step", (*NARROW, torch.float64), written=step.written)
+    for name in Moved._fields:
+        tensor, wanted = getattr(step, name), shape[:2] if name in ("keep", "carry", "left") else shape
+        check(
+            tensor is None or (tensor.shape == wanted and tensor.dtype == step.written.dtype),
+            f"memory_step: {name} is {tensor is not None and (tensor.dtype, tuple(tensor.shape))}; it must be "
+            f"{step.written.dtype} {tuple(wanted)}",
+        )
+    momentum = step.speed is not None
+    check((step.carry is not None) == momentum, "memory_step: speed and carry go together")
+    check((step.held is None) == (step.left is None), "memory_step: held and left go together")
+    check(step.held is None or momentum, "memory_step: held needs speed")
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.sign, ctx.limit = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, d_after: Tensor, d_then: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    step = Step._make((*tensors, ctx.sign, ctx.limit))
+    found: Any = gradients(step, d_after, d_then) if torch.is_grad_enabled() else backward(*step, d_after, d_then)
+    return (*(None if x is None else d for x, d in zip(tensors, found, strict=True)), None, None)
+
+
+forward.register_autograd(_backward, setup_context=_save)
+
+
+def moved(step: Step) -> tuple[Tensor, Tensor | None]:
+    """State and momentum after a step: the operator on a GPU and where torch.compile traces; else `stepped`."""
+    if not (step.written.is_cuda or torch.compiler.is_compiling()):
+        return stepped(step)
+    state, speed = (None if x is None else x.expand_as(step.written) for x in step[:2])
+    after, then = forward(state, speed, *step[2:])
+    return after, None if speed is None else then
