@@ -16,7 +16,7 @@ def functions(path: Path) -> list[ast.FunctionDef]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_is_a_room_and_a_function_a_screen(path: Path) -> None:
-    kernel = path.name == "triton.py"
+    kernel = path.name in ("triton.py", "triton_backward.py")
     assert len(path.read_text().splitlines()) <= (600 if kernel else 300)
     long = [f.name for f in functions(path) if (f.end_lineno or 0) - f.lineno >= (150 if kernel else 60)]
     assert not long

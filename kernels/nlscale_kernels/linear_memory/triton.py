@@ -398,7 +398,7 @@ def matrix_memory(
 
 
 def launches() -> list[Launch]:
-    """What is compiled ahead of time: the delta rule with documents, heads of 64 and 128, float32 and bfloat16."""
+    """What is compiled ahead of time: the delta rule with documents, heads of 64 in bfloat16 and of 128 in float32."""
     from nlscale_kernels.linear_memory import triton_backward
 
     return [*forward_launches(), *triton_backward.launches()]
@@ -409,29 +409,29 @@ def shapes_of(width: int) -> tuple[tuple[int, ...], dict[str, Any]]:
     return (4 * 16 * 4096, 16, 64, 64, width, width), {"C": 64, "K": width, "UPCAST": False, "HEARS": True}
 
 
+SORTS = ((torch.bfloat16, 64), (torch.float32, 128))  # least and most registers and shared memory
+
+
 def forward_launches() -> list[Launch]:
     """Of the three kernels."""
     wide, found = torch.float32, []
-    for narrow in (torch.bfloat16, torch.float32):
-        for width in (64, 128):
-            name = f"{str(narrow)[6:]} {width}"
-            shapes, tiles = shapes_of(width)
-            given = (narrow, wide, wide, wide, torch.int32, wide, *shapes[1:5])
-            constants = {key: value for key, value in tiles.items() if key != "HEARS"}
-            for kernel, arguments in ((invert_kernel, (*given, 2)), (merge_kernel, given)):
-                short = kernel.__name__.removesuffix("_kernel")
-                found.append(
-                    Launch(f"{short} {name}", kernel, arguments, constants, [INVERT], product=True, spills=1024)
-                )
-            for turned in (False, True):
-                given = (narrow, None if turned else wide, wide, narrow, *shapes[2:5])
-                constants = {"C": 64, "TURNED": turned, "UPCAST": False}
-                way = f"apply{' turned' * turned} {name}"
-                found.append(Launch(way, apply_kernel, given, constants, APPLY, product=True, spills=128))
-            given = (narrow, wide, wide, wide, wide, narrow, narrow, narrow, narrow, wide, *shapes)
-            constants = {**tiles, "DOCUMENTS": True}
-            found.append(Launch(f"states {name}", states_kernel, given, constants, STATES, product=True))
-            given = (narrow, narrow, wide, torch.int32, narrow, narrow, narrow, *shapes)
-            constants = {key: value for key, value in tiles.items() if key != "HEARS"}
-            found.append(Launch(f"outputs {name}", outputs_kernel, given, constants, OUTPUTS, product=True, spills=256))
+    for narrow, width in SORTS:
+        name = f"{str(narrow)[6:]} {width}"
+        shapes, tiles = shapes_of(width)
+        given = (narrow, wide, wide, wide, torch.int32, wide, *shapes[1:5])
+        constants = {key: value for key, value in tiles.items() if key != "HEARS"}
+        for kernel, arguments in ((invert_kernel, (*given, 2)), (merge_kernel, given)):
+            short = kernel.__name__.removesuffix("_kernel")
+            found.append(Launch(f"{short} {name}", kernel, arguments, constants, [INVERT], product=True, spills=1024))
+        for turned in (False, True):
+            given = (narrow, None if turned else wide, wide, narrow, *shapes[2:5])
+            constants = {"C": 64, "TURNED": turned, "UPCAST": False}
+            way = f"apply{' turned' * turned} {name}"
+            found.append(Launch(way, apply_kernel, given, constants, APPLY, product=True, spills=128))
+        given = (narrow, wide, wide, wide, wide, narrow, narrow, narrow, narrow, wide, *shapes)
+        constants = {**tiles, "DOCUMENTS": True}
+        found.append(Launch(f"states {name}", states_kernel, given, constants, STATES, product=True))
+        given = (narrow, narrow, wide, torch.int32, narrow, narrow, narrow, *shapes)
+        constants = {key: value for key, value in tiles.items() if key != "HEARS"}
+        found.append(Launch(f"outputs {name}", outputs_kernel, given, constants, OUTPUTS, product=True, spills=256))
     return found

@@ -8,7 +8,17 @@ import triton.language as tl
 from torch import Tensor
 
 from nlscale_kernels.linear_memory.reference import Given
-from nlscale_kernels.linear_memory.triton import APPLY, apply, config_for, ready, shapes_of, share, sizes, states_of
+from nlscale_kernels.linear_memory.triton import (
+    APPLY,
+    SORTS,
+    apply,
+    config_for,
+    ready,
+    shapes_of,
+    share,
+    sizes,
+    states_of,
+)
 from nlscale_kernels.triton_build import Config, Launch, dot
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -348,19 +358,17 @@ def gradients(
 def launches() -> list[Launch]:
     """What is compiled ahead of time."""
     wide, found = torch.float32, []
-    for narrow in (torch.bfloat16, torch.float32):
-        for width in (64, 128):
-            name = f"{str(narrow)[6:]} {width}"
-            spills = 1024 if (narrow, width) == (wide, 64) else 0  # on sm_80
-            shapes, tiles = shapes_of(width)
-            given = (narrow, narrow, wide, torch.int32, narrow, narrow, *shapes)
-            constants = {key: value for key, value in tiles.items() if key != "HEARS"}
-            found.append(Launch(f"listen {name}", listen_kernel, given, constants, LISTEN, product=True))
-            given = (narrow, narrow, wide, wide, *[narrow] * 2, wide, *[narrow] * 2, wide, *shapes)
-            found.append(Launch(f"carry {name}", carry_kernel, given, tiles, CARRY, product=True))
-            given = (narrow, narrow, wide, wide, torch.int32, *[narrow] * 6, wide, narrow, wide, wide, *shapes)
-            found.append(Launch(f"read {name}", read_kernel, given, tiles, READ, product=True, spills=spills))
-            given = (narrow, narrow, wide, torch.int32, *[narrow] * 4, wide, narrow, narrow, wide, *shapes)
-            constants = {key: value for key, value in tiles.items() if key != "K"} | {"SOLVES": True}
-            found.append(Launch(f"spread {name}", spread_kernel, given, constants, SPREAD, product=True))
+    for narrow, width in SORTS:
+        name = f"{str(narrow)[6:]} {width}"
+        shapes, tiles = shapes_of(width)
+        given = (narrow, narrow, wide, torch.int32, narrow, narrow, *shapes)
+        constants = {key: value for key, value in tiles.items() if key != "HEARS"}
+        found.append(Launch(f"listen {name}", listen_kernel, given, constants, LISTEN, product=True))
+        given = (narrow, narrow, wide, wide, *[narrow] * 2, wide, *[narrow] * 2, wide, *shapes)
+        found.append(Launch(f"carry {name}", carry_kernel, given, tiles, CARRY, product=True))
+        given = (narrow, narrow, wide, wide, torch.int32, *[narrow] * 6, wide, narrow, wide, wide, *shapes)
+        found.append(Launch(f"read {name}", read_kernel, given, tiles, READ, product=True))
+        given = (narrow, narrow, wide, torch.int32, *[narrow] * 4, wide, narrow, narrow, wide, *shapes)
+        constants = {key: value for key, value in tiles.items() if key != "K"} | {"SOLVES": True}
+        found.append(Launch(f"spread {name}", spread_kernel, given, constants, SPREAD, product=True))
     return found
