@@ -47,16 +47,20 @@ def wide(factor: Tensor) -> Tensor:
 
 def stepped(step: Step) -> tuple[Tensor, Tensor | None]:
     """keep state + add, and the momentum after it."""
-    written, held = (x if x is None or step.sign == 1 else step.sign * x for x in (step.written, step.held))
-    assert written is not None
-    add, then = written, None
-    if step.speed is not None and step.carry is not None:
-        add = torch.addcmul(written, step.speed, wide(step.carry))
-    if held is not None and step.speed is not None and step.left is not None:
-        then = torch.addcmul(held, step.speed, wide(step.left))
+    add, then = signed(step, step.speed, step.carry, step.written), None
+    if step.held is not None:
+        then = signed(step, step.speed, step.left, step.held)
     add, then = bounded(step.limit, add, then)
-    after = step.state + add if step.keep is None else torch.addcmul(add, step.state, wide(step.keep))
+    after = step.state + add if step.keep is None else step.state * wide(step.keep) + add
     return after, None if step.speed is None else add if then is None else then
+
+
+def signed(step: Step, speed: Tensor | None, factor: Tensor | None, new: Tensor) -> Tensor:
+    """factor speed + sign new; on a CPU a product and a difference are faster than one operation with broadcast factors."""
+    if speed is None or factor is None:
+        return new if step.sign == 1 else step.sign * new
+    was = speed * wide(factor)
+    return was + new if step.sign == 1 else was - new if step.sign == -1 else was + step.sign * new
 
 
 @torch.library.custom_op("nlscale::memory_step", mutates_args=())
