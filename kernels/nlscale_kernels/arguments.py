@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+NARROW = (torch.float32, torch.bfloat16, torch.float16)  # the kernels'; float64 is the references', on a GPU too
+
 
 def check(condition: bool, message: str) -> None:
     """Raises ValueError with the message unless the condition holds."""

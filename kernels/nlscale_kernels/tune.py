@@ -83,8 +83,8 @@ def symmetric_products(
     return found
 
 
-def tokens_of(rows: int, heads: int, tokens: int, chunk: int, width: int, device: str) -> Given:
-    """Random ones of the gated delta rule, bfloat16."""
+def tokens_of(rows: int, heads: int, tokens: int, chunk: int, width: int, device: str, dtype: torch.dtype) -> Given:
+    """Random ones of the gated delta rule, one document a row."""
     generator = torch.Generator(device).manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
@@ -92,11 +92,9 @@ def tokens_of(rows: int, heads: int, tokens: int, chunk: int, width: int, device
 
     q, k, v = (numbers(rows, heads, tokens, width) for _ in range(3))
     rate, keep = numbers(rows, heads, tokens).sigmoid() / 2, F.logsigmoid(numbers(rows, heads, tokens) + 4)
-    given = prepared(
-        "delta", Tokens(q, F.normalize(k, dim=-1), v, rate, keep), chunk, 0 * numbers(heads, width, width), None
-    )
-    q, k, v = (x.bfloat16() for x in given.given[:3])
-    return given.given._replace(q=q, k=k, v=v)
+    initial = torch.zeros(heads, width, width, device=device)
+    given, _ = prepared("delta", Tokens(q, F.normalize(k, dim=-1), v, rate, keep), chunk, initial, None)
+    return given._replace(q=given.q.to(dtype), k=given.k.to(dtype), v=given.v.to(dtype))
 
 
 def runs(given: Given, d_o: Tensor, d_last: Tensor) -> dict[str, Callable[[Config], Tensor]]:
@@ -121,17 +119,17 @@ def runs(given: Given, d_o: Tensor, d_last: Tensor) -> dict[str, Callable[[Confi
 def matrix_memories(
     device: str, shape: tuple[int, int, int, int], widths: Sequence[int], arch: int, time: Callable[..., float]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every kernel of matrix_memory by turns; `shape`: rows, heads, tokens, chunk."""
+    """Every kernel of matrix_memory by turns, in float32 as the model gives it; `shape`: rows, heads, tokens, chunk."""
     found: dict[str, list[dict[str, Any]]] = {}
     for width in widths:
-        given = tokens_of(*shape, width, device)
+        given = tokens_of(*shape, width, device, torch.float32)
         wide = Given._make(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
         d_o, d_last = torch.randn_like(given.v), torch.zeros_like(given.state)
         outputs = matrix.matrix_memory(wide)[0]
         keys = matrix.gradients(wide, d_o.double(), d_last.double()).k
         for name, run in runs(given, d_o, d_last).items():
             configs = [each for each in (FORWARD | BACKWARD)[name] if each.least <= arch]
-            chosen = best(configs, run, outputs if name in FORWARD else keys, time, 3e-2)
+            chosen = best(configs, run, outputs if name in FORWARD else keys, time)
             if chosen is not None:
                 found.setdefault(f"matrix_memory.{name}", []).append({"shape": {"width": width}, **chosen})
                 print(f"matrix_memory.{name}, width {width}: {chosen}")

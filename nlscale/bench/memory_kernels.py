@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from nlscale_kernels.linear_memory import Tokens, matrix_memory, reference
-from nlscale_kernels.linear_memory.memory import prepared
+from nlscale_kernels.linear_memory import matrix_memory, reference
 from nlscale_kernels.linear_memory.reference import Given
 from nlscale_kernels.mlp_memory import Net, gathered
 from nlscale_kernels.mlp_memory import reference as plain
+from nlscale_kernels.tune import tokens_of
 from torch import Tensor
 
 from nlscale.bench.table import Row, Timer, at_least
@@ -28,10 +27,17 @@ class Shape(NamedTuple):
 
 def matrix_memories(shape: Shape, device: str, timer: Timer) -> list[Row]:
     """The gated delta rule: forward alone, and with backward."""
-    given = delta(shape, device)
-    leaves = Given._make(x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+    rows, heads, tokens, width = shape
+    narrow = torch.bfloat16 if device == "cuda" else torch.float32
+    given = tokens_of(rows, heads, tokens, min(CHUNK, tokens), width, device, narrow)
+    wanted = [x.requires_grad_() for x in given if isinstance(x, Tensor)]
     d_o, d_last = torch.randn_like(given.v), torch.randn_like(given.state)
-    compiled = torch.compile(reference.matrix_memory) if device == "cuda" else reference.matrix_memory
+
+    def eager_form(given: Given) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # products in bfloat16, as ours
+            return reference.matrix_memory(given)
+
+    compiled = torch.compile(eager_form) if device == "cuda" else eager_form
 
     def forward(form: Callable[[Given], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -41,15 +47,14 @@ def matrix_memories(shape: Shape, device: str, timer: Timer) -> list[Row]:
         return run
 
     def both(form: Callable[[Given], Any]) -> Callable[[], Any]:
-        wanted = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-        return lambda: torch.autograd.grad(form(leaves), wanted, [d_o, d_last], allow_unused=True)
+        return lambda: torch.autograd.grad(form(given), wanted, [d_o, d_last], allow_unused=True)
 
-    forms = (matrix_memory, reference.matrix_memory, compiled)
+    forms = (matrix_memory, eager_form, compiled)
     own, eager, fast, own_both, eager_both, fast_both = timer(
         [make(form) for make in (forward, both) for form in forms]
     )
-    name = f"delta rule, {shape.rows} x {shape.heads} x {shape.tokens} x {shape.width}"
-    multiplied = shape.rows * shape.heads * shape.tokens * (3 * shape.width**2 + 5 * CHUNK * shape.width + CHUNK**2)
+    name = f"delta rule, {rows} x {heads} x {tokens} x {width}"
+    multiplied = rows * heads * tokens * (3 * width**2 + 5 * CHUNK * width + CHUNK**2)
     said = f" ({multiplied / own / 1e12:.0f}T multiplications/s)"
     return [
         at_least(f"{name}, torch / own{said}", eager, "s", own, 10.0),
@@ -57,20 +62,6 @@ def matrix_memories(shape: Shape, device: str, timer: Timer) -> list[Row]:
         at_least(f"{name}, with backward, torch / own", eager_both, "s", own_both, 8.0),
         at_least(f"{name}, with backward, torch.compile / own", fast_both, "s", own_both, 3.0),
     ]
-
-
-def delta(shape: Shape, device: str) -> Given:
-    """Random tokens of one document a row, bfloat16 on a GPU."""
-    rows, heads, tokens, width = shape
-    q, k, v = (torch.randn(rows, heads, tokens, width, device=device) for _ in range(3))
-    rate, keep = (
-        torch.rand(rows, heads, tokens, device=device),
-        F.logsigmoid(torch.randn(rows, heads, tokens, device=device) + 4),
-    )
-    initial = torch.zeros(heads, width, width, device=device)
-    given = prepared("delta", Tokens(q, F.normalize(k, dim=-1), v, rate, keep), min(CHUNK, tokens), initial, None).given
-    narrow = torch.bfloat16 if device == "cuda" else torch.float32
-    return given._replace(q=q.to(narrow), k=given.k.to(narrow), v=given.v.to(narrow))
 
 
 def mlp_memories(chunk: int, width: int, device: str, timer: Timer) -> list[Row]:

@@ -2,7 +2,7 @@
 
 The paper's ablation (Table 6) in small: 2 seeds of 1,000 steps of 2,048 tokens of Python's standard library, one block of
 width 96, memories that move every 16 tokens. A part is worth what the held-out loss rises by without it. Trains as many
-models at a time as there are cores; about half an hour on two.
+models at a time as there are cores; about an hour on two.
 """
 
 import json

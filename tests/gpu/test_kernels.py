@@ -275,14 +275,13 @@ def test_reach_by_every_config(chunk: int, dtype: torch.dtype) -> None:
     total = log.cumsum(-1)
     document = (numbers(2, chunk) > 2).cumsum(-1).int()
     scalars = (numbers(2, 3, chunk).sigmoid() / 2, total - log, total, (total[..., -1:] - total).exp2())
-    given, of = (k, *scalars, document), numbers(2, 3, chunk, 64).to(dtype)
-    exact = [x.double() if x.is_floating_point() else x for x in given]
-    said = reach.reached(*exact)
-    expected, arch = (said, *reach.gradients(*exact, said, of.double())), device_facts(torch.cuda.current_device())[1]
+    given, of = reach.Given(k, *scalars, document), numbers(2, 3, chunk, 64).to(dtype)
+    exact = reach.Given._make(x.double() if x.is_floating_point() else x for x in given)
+    said = reach.reached(exact)
+    expected, arch = (said, *reach.gradients(exact, said, of.double())), device_facts(torch.cuda.current_device())[1]
     for config in (each for each in reach_kernels.GRADIENT if each.least <= arch):
         mine, again = (
-            (reach.reach(*given), *reach_kernels.gradients(*given, said.to(dtype), of, (None, config)))
-            for _ in range(2)
+            (reach.reach(*given), *reach_kernels.gradients(given, said.to(dtype), of, (None, config))) for _ in range(2)
         )
         for found, twice, theirs in zip(mine, again, expected, strict=True):
             assert torch.equal(found, twice) and relative(found, theirs) <= LIMITS[dtype]

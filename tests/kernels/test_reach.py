@@ -12,7 +12,7 @@ from torch import Tensor
 B, H = 2, 2
 TINY = Config({"V": 16}, warps=4, stages=1)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-NAMES = ("k", *op.SCALARS)
+NAMES = op.Gradients._fields
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -34,7 +34,7 @@ def test_reach_undoes_what_later_tokens_erase() -> None:
     k, erase, earlier, total, after, document = given()
     keep = (total - earlier).exp2()
     for document_BC in (None, document):
-        found = op.reached(k, erase, earlier, total, after, document_BC)
+        found = op.reached(op.Given(k, erase, earlier, total, after, document_BC))
         for t in range(k.shape[2]):
             row, inside = k[:, :, t].clone(), torch.ones(B, dtype=torch.bool)
             for i in range(t + 1, k.shape[2]):
@@ -50,10 +50,11 @@ def test_reach_undoes_what_later_tokens_erase() -> None:
 def test_gradients_written_out_are_autograds(documents: bool) -> None:
     *leaves, document = given(documents=documents)
     leaves = [x.requires_grad_() for x in leaves]
-    said, of = op.reached(*leaves, document), numbers(B, H, 12, 5, seed=4)
+    this = op.Given(*leaves, document)
+    said, of = op.reached(this), numbers(B, H, 12, 5, seed=4)
     expected = torch.autograd.grad(said, leaves, of)
     with torch.no_grad():
-        mine = op.gradients(*leaves, document, said, of)
+        mine = op.gradients(this, said, of)
     for name, d, theirs in zip(NAMES, mine, expected, strict=True):
         torch.testing.assert_close(d, theirs, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -64,12 +65,17 @@ def test_gradients_written_out_are_autograds(documents: bool) -> None:
 def test_kernels(documents: bool, chunk: int, width: int, dtype: torch.dtype) -> None:
     k, *scalars, document = given(chunk, width, documents)
     of = numbers(*k.shape, seed=4).to(dtype)
-    narrow = [k.to(dtype), *(x.float() for x in scalars), document]
-    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in narrow]
-    said = op.reached(*wide)
-    mine = (triton.reach(*narrow, TINY), *triton.gradients(*narrow, said.to(dtype), of, (TINY, TINY)))
+    narrow = op.Given(k.to(dtype), *(x.float() for x in scalars), document)
+    wide = op.Given._make(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in narrow)
+    said = op.reached(wide)
+    mine = (triton.reach(narrow, TINY), *triton.gradients(narrow, said.to(dtype), of, (TINY, TINY)))
+    plain = (op.reached(narrow), *op.gradients(narrow, said.to(dtype), of))  # narrow numbers are the reference's too
+    assert all(
+        float((x.double() - y).norm()) <= TOLERANCE[dtype] * float(y.norm())
+        for x, y in zip(plain, (said, *op.gradients(wide, said, of.double())), strict=True)
+    )
     for name, found, theirs in zip(
-        ("reach", *NAMES), mine, (said, *op.gradients(*wide, said, of.double())), strict=True
+        ("reach", *NAMES), mine, (said, *op.gradients(wide, said, of.double())), strict=True
     ):
         error = float((found.double() - theirs).norm() / theirs.norm())
         assert found.isfinite().all() and error <= TOLERANCE[dtype], (name, error)
@@ -84,11 +90,11 @@ def test_operator_is_well_formed_and_twice_differentiable() -> None:
 
 
 def test_what_a_gpu_runs_is_the_operator() -> None:
-    narrow = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given()]
-    said, of = op.reached(*narrow), numbers(B, H, 12, 5, seed=4).float()
+    narrow = op.Given._make(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given())
+    said, of = op.reached(narrow), numbers(B, H, 12, 5, seed=4).float()
     torch.testing.assert_close(op.reach._backend_fns["cuda"](*narrow), said)
     found = op.backward._backend_fns["cuda"](*narrow, said, of)
-    for mine, theirs in zip(found, op.gradients(*narrow, said, of), strict=True):
+    for mine, theirs in zip(found, op.gradients(narrow, said, of), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import check, check_alike, check_dtypes
+from nlscale_kernels.arguments import NARROW, check, check_alike, check_dtypes
 from nlscale_kernels.level_step import reference
 from nlscale_kernels.level_step.table import BLOCK, AdamW, Descend, Momenta
 
-NARROW = (torch.float32, torch.bfloat16, torch.float16)
 WIDE = (torch.float32, torch.float64)  # the kernels compute in float32; float64 is the reference's, on a GPU too
 
 

@@ -31,13 +31,6 @@ class Tokens(NamedTuple):
     log_keep: Tensor
     starts: Tensor | None = None
 
-    def chunks(self, size: int) -> list["Tokens"]:
-        """Runs of `size` tokens; raises ValueError where it does not divide."""
-        count = self.count(size)
-        parts = [part.split(size, 2) for part in self[:5]]
-        starts = self.starts.split(size, 1) if self.starts is not None else [None] * count
-        return [Tokens(*each) for each in zip(*parts, starts, strict=True)]
-
     def count(self, size: int) -> int:
         """How many chunks; raises ValueError where their size does not divide the tokens."""
         tokens = self.k.shape[2]

@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import check, check_dtypes
+from nlscale_kernels.arguments import NARROW, check, check_dtypes
 from nlscale_kernels.linear_memory import reference
 from nlscale_kernels.linear_memory.reference import Given, Scalars
 
-NARROW = (torch.float32, torch.bfloat16, torch.float16)  # the kernels'; float64 is the reference's, on a GPU too
 WIDEST = {"chunk": 64, "key width": 128}  # that the kernels have tiles for
 
 

@@ -71,8 +71,8 @@ def cut(x: Tensor, like: Tensor) -> Tensor:
 
 
 def chunks_of(given: Given) -> Chunks:
-    """Of all chunks at once."""
-    q, k, v = (cut(x, given.ends) for x in given[:3])
+    """Of all chunks at once, in the scalars' dtype."""
+    q, k, v = (cut(x.to(given.scalars.dtype), given.ends) for x in given[:3])
     at = Scalars(*given.scalars.unflatten(-1, k.shape[2:4]).unsqueeze(-1).unbind(0))
     whole, base = given.ends[..., None, None].unbind(0)
     document = None if given.document is None else given.document.unflatten(-1, k.shape[2:4])
@@ -105,7 +105,8 @@ def matrix_memory(given: Given) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, T, V) and the state (B, H, V, K) after the last token."""
     c = chunks_of(given)
     states, u, last = states_of(given, c)
-    return (c.at.share * (c.q @ states.mT) + c.scores @ u).flatten(2, 3), last
+    o = c.at.share * (c.q @ states.mT) + c.scores @ u
+    return o.flatten(2, 3).to(given.v.dtype), last
 
 
 class Gradients(NamedTuple):
@@ -157,7 +158,7 @@ def solved(given: Given, c: Chunks, u: Tensor, states: Tensor, d_right: Tensor) 
 
 def gradients(given: Given, d_o: Tensor, d_last: Tensor) -> Gradients:
     """From the gradients of outputs and of the last state; nothing but what was given was kept."""
-    c, d_o = chunks_of(given), cut(d_o, given.ends)
+    c, d_o = chunks_of(given), cut(d_o.to(given.scalars.dtype), given.ends)
     states, u, _ = states_of(given, c)
     ends, d_right, d_state = carried(given, c, d_o, d_last)
     asked, arrived, d_scores = d_o @ states, u @ ends, d_o @ u.mT
@@ -174,5 +175,5 @@ def gradients(given: Given, d_o: Tensor, d_last: Tensor) -> Gradients:
     d_base, d_initial = torch.zeros_like(d_whole), torch.zeros_like(given.initial)
     if given.document is not None:
         d_base, d_initial = (ends * given.initial.unsqueeze(1)).sum((-2, -1)), (c.base * ends).sum((0, 2))
-    d_q, d_k, d_v = (x.flatten(2, 3) for x in (d_q, d_k, d_v))
+    d_q, d_k, d_v = (x.flatten(2, 3).to(given.k.dtype) for x in (d_q, d_k, d_v))
     return Gradients(d_q, d_k, d_v, torch.stack(at).flatten(3), torch.stack([d_whole, d_base]), d_initial, d_state)

@@ -24,11 +24,12 @@ SMALL = Config({"V": 16}, warps=4, stages=1)  # for the interpreter, and narrow 
 
 
 @triton.jit
-def share(row, column, tokens, document, DIAGONAL: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """reference.py's between (DIAGONAL -1) and through (0): (C, C)."""
+def share(row, column, tokens, inside, document, begin, DIAGONAL: tl.constexpr):
+    """reference.py's between (DIAGONAL -1) and through (0): (C, C); `begin`: where the chunk's documents stand."""
     allowed = tokens[:, None] >= tokens[None, :] - DIAGONAL
-    if DOCUMENTS:
-        allowed &= document[:, None] == document[None, :]
+    if document is not None:
+        numbers = tl.load(document + begin + tokens, mask=inside, other=0)
+        allowed &= numbers[:, None] == numbers[None, :]
     return tl.exp2(tl.where(allowed, row[:, None] - column[None, :], -10000.0))
 
 
@@ -97,12 +98,9 @@ def invert_kernel(
     taken = tl.load(erase + at, mask=inside, other=0.0)
     row_share = tl.load(earlier + at, mask=inside, other=0.0)
     column_share = tl.load(total + at, mask=inside, other=0.0)
-    numbers = tokens
-    if document is not None:
-        row = (head // heads) * count * chunk + n * chunk + tokens
-        numbers = tl.load(document + row, mask=inside, other=0)
+    row = (head // heads) * count * chunk + n * chunk
     A = dot(key, tl.trans(key), tl.zeros((C, C), tl.float32), "tf32", UPCAST)
-    A *= taken[:, None] * share(row_share, column_share, tokens, numbers, -1, document is not None)
+    A *= taken[:, None] * share(row_share, column_share, tokens, inside, document, row, -1)
     place = ((head * count + n) * chunk + tokens[:, None]) * chunk + tokens[None, :]
     tl.store(inverses + place, inverse(A, C, UPCAST), mask=inside[:, None] & inside[None, :])
 
@@ -278,11 +276,8 @@ def outputs_kernel(
     query = tl.load(q + at[:, None] * key_width + keys[None, :], mask=key_mask, other=0.0)
     key = tl.load(k + at[:, None] * key_width + keys[None, :], mask=key_mask, other=0.0)
     total = tl.load(scalars + 4 * plane + at, mask=inside, other=0.0)
-    numbers = tokens
-    if document is not None:
-        row = (head // heads) * count * chunk + n * chunk + tokens
-        numbers = tl.load(document + row, mask=inside, other=0)
-    through = share(total, total, tokens, numbers, 0, document is not None)
+    row = (head // heads) * count * chunk + n * chunk
+    through = share(total, total, tokens, inside, document, row, 0)
     scores = through * dot(query, tl.trans(key), tl.zeros((C, C), tl.float32), "tf32", UPCAST)
     tile = values[:, None] * key_width + keys[None, :]
     tile_mask = (values[:, None] < value_width) & (keys[None, :] < key_width)
@@ -317,11 +312,11 @@ def sizes(given: Given) -> tuple[tuple[int, ...], dict[str, Any]]:
     return (B * H * T, H, count, chunk, width, given.v.shape[-1]), {**tiles, "UPCAST": INTERPRET}
 
 
-def config_for(kernel: str, configs: list[Config], asked: Config | None, given: Given) -> Config:
-    """The one that is asked for, or was tuned."""
-    width = given.v.shape[-1]
+def config_for(kernel: str, configs: list[Config], asked: Config | None, like: Tensor) -> Config:
+    """The one that is asked for, or was tuned for the width of `like`."""
+    width = like.shape[-1]
     small = SMALL if INTERPRET or width < 32 else None
-    return asked or small or chosen(f"matrix_memory.{kernel}", configs, given.k.device, width=width)
+    return asked or small or chosen(kernel, configs, like.device, width=width)
 
 
 class States(NamedTuple):
@@ -341,7 +336,8 @@ def inverses_of(
     """(I + A)^-1 (B, H, N, C, C) of keys (B, H, T, K) in `count` chunks of 128 tokens or fewer."""
     B, H, T, width = k.shape
     chunk, blocks = T // count, -(-T // count // BLOCK)
-    found = torch.zeros(B, H, count, chunk, chunk, dtype=torch.float32, device=k.device)
+    made = torch.empty if blocks == 1 else torch.zeros  # above two blocks stands nothing
+    found = made(B, H, count, chunk, chunk, dtype=torch.float32, device=k.device)
     tiles = {"C": min(BLOCK, padded(chunk)), "K": padded(width), "UPCAST": INTERPRET}
     given = (k, erase, earlier, total, document_BT, found, H, count, chunk, width)
     invert_kernel[(count * blocks, B * H)](*given, blocks, **tiles, **INVERT.options())
@@ -361,7 +357,7 @@ def apply(
 
 
 def states_of(given: Given, configs: tuple[Config | None, Config | None] = (None, None)) -> States:
-    """By two kernels."""
+    """By three kernels or, where nothing is solved, two."""
     shapes, tiles = sizes(given)
     k, v, (_, _, count, _, width, values) = given.k, given.v, shapes
     B, H = k.shape[:2]
@@ -373,11 +369,11 @@ def states_of(given: Given, configs: tuple[Config | None, Config | None] = (None
     found = States(inverses, anchor, torch.empty_like(v), states, torch.empty_like(v), last)
     tiles["HEARS"] = given.hears
     known = inverses if given.solves else None
-    config = config_for("apply", APPLY, configs[0], given)
+    config = config_for("matrix_memory.apply", APPLY, configs[0], given.v)
     apply(v, scalars[1], known, found.fresh, count, False, config)
     if given.hears:
         apply(k, scalars[2], known, found.anchor, count, False, config)
-    config = config_for("states", STATES, configs[1], given)
+    config = config_for("matrix_memory.states", STATES, configs[1], given.v)
     grid = (triton.cdiv(values, config.tiles["V"]), B * H)
     options = {**tiles, **config.options(), "DOCUMENTS": given.document is not None}
     states_kernel[grid](k, scalars, given.ends, given.initial, given.state, *found[1:], *shapes, **options)
@@ -390,7 +386,7 @@ def matrix_memory(
     """As reference.matrix_memory; without configs, by those that were tuned for the width."""
     given = ready(given)
     found, (shapes, tiles) = states_of(given, configs[:2]), sizes(given)
-    out, config = torch.empty_like(given.v), config_for("outputs", OUTPUTS, configs[2], given)
+    out, config = torch.empty_like(given.v), config_for("matrix_memory.outputs", OUTPUTS, configs[2], given.v)
     grid = (shapes[2], triton.cdiv(shapes[5], config.tiles["V"]), given.k.shape[0] * given.k.shape[1])
     arguments = (given.q, given.k, given.scalars, given.document, found.states, found.writes, out, *shapes)
     outputs_kernel[grid](*arguments, **tiles, **config.options())

@@ -60,11 +60,8 @@ def listen_kernel(
     query = tl.load(q + at[:, None] * key_width + keys[None, :], mask=key_mask, other=0.0)
     key = tl.load(k + at[:, None] * key_width + keys[None, :], mask=key_mask, other=0.0)
     total = tl.load(scalars + 4 * plane + at, mask=inside, other=0.0)
-    numbers = tokens
-    if document is not None:
-        row = (head // heads) * count * chunk + n * chunk + tokens
-        numbers = tl.load(document + row, mask=inside, other=0)
-    through = share(total, total, tokens, numbers, 0, document is not None)
+    row = (head // heads) * count * chunk + n * chunk
+    through = share(total, total, tokens, inside, document, row, 0)
     scores = through * dot(query, tl.trans(key), tl.zeros((C, C), tl.float32), "tf32", UPCAST)
     of = tl.load(d_o + spot, mask=mask, other=0.0)
     u = dot(tl.trans(scores.to(narrow)), of, tl.zeros((C, V), tl.float32), "tf32", UPCAST)
@@ -202,11 +199,8 @@ def read_kernel(
     tl.store(d_scalars + 5 * plane + at, tl.sum(query.to(tl.float32) * asked, 1), mask=inside)
     tl.store(d_scalars + 6 * plane + at, tl.sum(key.to(tl.float32) * arrived, 1), mask=inside)
     total = tl.load(scalars + 4 * plane + at, mask=inside, other=0.0)
-    numbers = tokens
-    if document is not None:
-        row = (head // heads) * count * chunk + n * chunk + tokens
-        numbers = tl.load(document + row, mask=inside, other=0)
-    through = share(total, total, tokens, numbers, 0, document is not None)
+    row = (head // heads) * count * chunk + n * chunk
+    through = share(total, total, tokens, inside, document, row, 0)
     products = dot(query, tl.trans(key), tl.zeros((C, C), tl.float32), "tf32", UPCAST)
     turned = d_scores * through
     of_products = turned.to(narrow)
@@ -286,11 +280,8 @@ def spread_kernel(
         erase = tl.load(scalars + at, mask=inside, other=0.0)
         earlier = tl.load(scalars + 3 * plane + at, mask=inside, other=0.0)
         total = tl.load(scalars + 4 * plane + at, mask=inside, other=0.0)
-        numbers = tokens
-        if document is not None:
-            row = (head // heads) * count * chunk + n * chunk + tokens
-            numbers = tl.load(document + row, mask=inside, other=0)
-        d_matrix *= -share(earlier, total, tokens, numbers, -1, document is not None)
+        row = (head // heads) * count * chunk + n * chunk
+        d_matrix *= -share(earlier, total, tokens, inside, document, row, -1)
         turned = d_matrix * products
         tl.store(d_scalars + at, tl.sum(turned, 1), mask=inside)
         turned *= erase[:, None]
@@ -326,27 +317,27 @@ def gradients(
     )
     d_key = torch.empty(k.shape, dtype=torch.float32, device=k.device)
     d_scalars, d_ends, d_initial = (torch.zeros_like(x) for x in (scalars, ends, initial))
-    config = config_for("listen", LISTEN, configs[0], given)
+    config = config_for("matrix_memory.listen", LISTEN, configs[0], given.v)
     per_value = {**tiles, "K": tiles["K"], **config.options()}
     del per_value["HEARS"]
     grid = (shapes[2], triton.cdiv(shapes[5], config.tiles["V"]), rows)
     listen_kernel[grid](q, k, scalars, document, d_o, d_writes, *shapes, **per_value)
-    config = config_for("carry", CARRY, configs[1], given)
+    config = config_for("matrix_memory.carry", CARRY, configs[1], given.v)
     arguments = (q, k, scalars, ends, anchor, d_o, d_last, d_states, d_writes, d_state, *shapes)
     carry_kernel[(triton.cdiv(shapes[5], config.tiles["V"]), rows)](*arguments, **tiles, **config.options())
-    config = config_for("read", READ, configs[2], given)
+    config = config_for("matrix_memory.read", READ, configs[2], given.v)
     arguments = (q, k, scalars, initial, document, states, writes, d_o, d_states, d_writes)
     arguments += (d_q, d_key, d_anchor, d_scalars, d_ends, *shapes)
     read_kernel[(shapes[2], rows)](*arguments, **tiles, **config.options())
     d_fresh = d_writes
     if solves:
         d_fresh, of_anchor = torch.empty_like(d_writes), d_anchor
-        config = config_for("apply", APPLY, configs[4], given)
+        config = config_for("matrix_memory.apply", APPLY, configs[4], given.v)
         apply(d_writes, None, inverses, d_fresh, shapes[2], True, config)
         if hears:
             d_anchor = torch.empty_like(of_anchor)
             apply(of_anchor, None, inverses, d_anchor, shapes[2], True, config)
-    config = config_for("spread", SPREAD, configs[3], given)
+    config = config_for("matrix_memory.spread", SPREAD, configs[3], given.v)
     arguments = (k, v, scalars, document, anchor, fresh, d_anchor, d_fresh, d_key, d_k, d_v, d_scalars, *shapes)
     del tiles["K"]
     spread_kernel[(shapes[2], rows)](*arguments, SOLVES=solves, **tiles, **config.options())

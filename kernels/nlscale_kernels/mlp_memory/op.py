@@ -10,49 +10,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import check, check_dtypes
+from nlscale_kernels.arguments import NARROW, check, check_dtypes
 from nlscale_kernels.mlp_memory import glue
 from nlscale_kernels.mlp_memory.glue import ACTIVATIONS, TORCH, Glue, Second
 
-NARROW = (torch.float32, torch.bfloat16, torch.float16)  # the kernels'; float64 is torch's, on a GPU too
 
-
-@torch.library.custom_op("nlscale::mlp_active", mutates_args=())
-def active(before: Tensor, kind: str) -> Tensor:
+def _active(before: Tensor, kind: str) -> Tensor:
     """s(before): (..., I) -> (..., M)."""
     _check_kind(kind, before)
     return ACTIVATIONS[kind].active(before)
 
 
-@torch.library.custom_op("nlscale::mlp_returned", mutates_args=())
-def returned(before: Tensor, inward: Tensor, beside: Tensor | None, kind: str) -> Tensor:
+def _returned(before: Tensor, inward: Tensor, beside: Tensor | None, kind: str) -> Tensor:
     """J^T inward, + beside: (..., I)."""
     _check_inner(kind, before, inward=inward)
     found = ACTIVATIONS[kind].returned(before, inward.clone())
     return found if beside is None else found.add_(beside)
 
 
-@torch.library.custom_op("nlscale::mlp_second", mutates_args=())
-def second(before: Tensor, inward: Tensor, d_back: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _second(before: Tensor, inward: Tensor, d_back: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """glue.Second without what is kept."""
-    _check_inner(kind, before, inward=inward)
-    _check_like("mlp_second", before, before.shape, d_back=d_back)
+    _check_second(before, inward, d_back, kind)
     found = ACTIVATIONS[kind].second(before, inward.clone(), d_back.clone())
     return found.active, found.pulled, found.pushed, found.bent
 
 
-@torch.library.custom_op("nlscale::mlp_errors", mutates_args=())
-def errors(heard: Tensor, target: Tensor, key: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _errors(heard: Tensor, target: Tensor, key: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
     """See glue.errors."""
     _check_errors(heard, target, key, weights)
     return glue.errors(heard.clone(), target, key, weights)
 
 
-@torch.library.custom_op("nlscale::mlp_of_errors", mutates_args=())
-def of_errors(heard: Tensor, error: Tensor, weights: Tensor, through: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _of_errors(heard: Tensor, error: Tensor, weights: Tensor, through: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See glue.of_errors."""
     _check_of_errors(heard, error, weights, through)
     return glue.of_errors(heard, error, weights, through.clone())
+
+
+active = torch.library.custom_op("nlscale::mlp_active", _active, mutates_args=())
+returned = torch.library.custom_op("nlscale::mlp_returned", _returned, mutates_args=())
+second = torch.library.custom_op("nlscale::mlp_second", _second, mutates_args=())
+errors = torch.library.custom_op("nlscale::mlp_errors", _errors, mutates_args=())
+of_errors = torch.library.custom_op("nlscale::mlp_of_errors", _of_errors, mutates_args=())
 
 
 @active.register_fake
@@ -96,6 +95,11 @@ def _check_kind(kind: str, before: Tensor) -> None:
 def _check_inner(kind: str, before: Tensor, **tensors: Tensor) -> None:
     _check_kind(kind, before)
     _check_like("mlp_memory", before, (*before.shape[:-1], _units(kind, before)), **tensors)
+
+
+def _check_second(before: Tensor, inward: Tensor, d_back: Tensor, kind: str) -> None:
+    _check_inner(kind, before, inward=inward)
+    _check_like("mlp_memory", before, before.shape, d_back=d_back)
 
 
 def _check_like(operator: str, like: Tensor, shape: Sequence[int], **tensors: Tensor) -> None:
@@ -145,32 +149,32 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 
 
-def _on_gpu(operator: Any, name: str) -> None:
+def _on_gpu(operator: Any, name: str, plain: Callable[..., Any], fits: Callable[..., None]) -> None:
     """What CUDA tensors go to: the kernel of this name, or torch's form where its first argument is of another dtype."""
 
     def run(*given: Any) -> Any:
         from nlscale_kernels.mlp_memory import triton
 
         if given[0].dtype not in NARROW:
-            return operator._init_fn(*given)
-        CHECKS[name](*given)
+            return plain(*given)
+        fits(*given)
         return getattr(triton, name)(*given)
 
     operator.register_kernel("cuda")(run)
 
 
-_on_gpu(active, "active")
-_on_gpu(returned, "returned")
-_on_gpu(second, "second")
-_on_gpu(errors, "errors")
-_on_gpu(of_errors, "of_errors")
+_on_gpu(active, "active", _active, lambda before, kind: _check_kind(kind, before))
+_on_gpu(returned, "returned", _returned, lambda before, inward, beside, kind: _check_inner(kind, before, inward=inward))
+_on_gpu(second, "second", _second, _check_second)
+_on_gpu(errors, "errors", _errors, _check_errors)
+_on_gpu(of_errors, "of_errors", _of_errors, _check_of_errors)
 
 
 def _rise(before: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return active(before, kind), before
 
 
-def _second(before: Tensor, inward: Tensor, d_back: Tensor, kind: str) -> Second:
+def _turned(before: Tensor, inward: Tensor, d_back: Tensor, kind: str) -> Second:
     said, pulled, pushed, bent = second(before, inward, d_back, kind)
     return Second(said, pulled, pushed, bent, before)
 
@@ -182,7 +186,7 @@ def _glue(kind: str) -> Glue:
         lambda before, inward: returned(before, inward, None, kind),
         partial(_rise, kind=kind),
         lambda before, inward: returned(before, inward, None, kind),
-        partial(_second, kind=kind),
+        partial(_turned, kind=kind),
         lambda before, d_active, bent: returned(before, d_active, bent, kind),
         errors,
         of_errors,

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import check, check_dtypes
+from nlscale_kernels.arguments import NARROW, check, check_dtypes
 from nlscale_kernels.mlp_memory.bounded import bounded
-
-NARROW = (torch.float32, torch.bfloat16, torch.float16)  # the kernels'; float64 is torch's, on a GPU too
 
 
 class Step(NamedTuple):

@@ -11,7 +11,6 @@ from nlscale_kernels.triton_build import INTERPRET, Config, Launch
 TILE = 1024  # elements of a program
 STEP = Config({}, warps=4, stages=2)
 WIDTH = 32 if INTERPRET else 1024  # elements of a memory's weight at a time
-WIDEST = 4096  # columns of an error that a program can hold
 
 
 @triton.jit

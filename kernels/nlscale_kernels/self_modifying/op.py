@@ -3,28 +3,49 @@
 B rows, H heads, C tokens of a chunk, K head width.
 """
 
-from typing import Any
+from math import log
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import check, check_dtypes
+from nlscale_kernels.arguments import NARROW, check, check_dtypes
 from nlscale_kernels.span import between
 
-NARROW = (torch.float32, torch.bfloat16, torch.float16)  # the kernels'; float64 is torch's, on a GPU too
 WIDEST = 128  # tokens of a chunk and width of keys that the kernels have tiles for
-SCALARS = ("erase", "earlier", "total", "after")
+LN2 = log(2)
 
 
-def reached(
-    k: Tensor, erase: Tensor, earlier: Tensor, total: Tensor, after: Tensor, document_BC: Tensor | None
-) -> Tensor:
+class Given(NamedTuple):
+    """What the operator is given."""
+
+    k: Tensor  # (B, H, C, K)
+    erase: Tensor  # (B, H, C), as the three after it
+    earlier: Tensor
+    total: Tensor
+    after: Tensor
+    document: Tensor | None  # (B, C): numbers that differ between documents; None: one document
+
+
+class Gradients(NamedTuple):
+    """Of the tensors, in their order."""
+
+    k: Tensor
+    erase: Tensor
+    earlier: Tensor
+    total: Tensor
+    after: Tensor
+
+
+def reached(given: Given) -> Tensor:
     """(I + L)^-T (after K), L_ti = erase_t 2^(earlier_t - total_i) k_t . k_i for i < t of one document: (B, H, C, K).
 
-    Keys (B, H, C, K), scalars (B, H, C).
+    Computed in the scalars' dtype, given in that of the keys.
     """
-    L = between(earlier, total, document_BC, -1) * ((erase.unsqueeze(-1) * k) @ k.mT)
-    return torch.linalg.solve_triangular(L.mT, after.unsqueeze(-1) * k, upper=True, unitriangular=True)
+    k = given.k.to(given.erase.dtype)
+    L = between(given.earlier, given.total, given.document, -1) * ((given.erase.unsqueeze(-1) * k) @ k.mT)
+    found = torch.linalg.solve_triangular(L.mT, given.after.unsqueeze(-1) * k, upper=True, unitriangular=True)
+    return found.to(given.k.dtype)
 
 
 @torch.library.custom_op("nlscale::reach", mutates_args=())
@@ -32,36 +53,23 @@ def reach(
     k: Tensor, erase: Tensor, earlier: Tensor, total: Tensor, after: Tensor, document_BC: Tensor | None
 ) -> Tensor:
     """See `reached`. Raises ValueError for arguments that do not fit."""
-    _check(k, erase, earlier, total, after, document_BC)
-    return reached(k, erase, earlier, total, after, document_BC).contiguous()
+    given = Given(k, erase, earlier, total, after, document_BC)
+    _check(given)
+    return reached(given).contiguous()
 
 
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def gradients(
-    k: Tensor,
-    erase: Tensor,
-    earlier: Tensor,
-    total: Tensor,
-    after: Tensor,
-    document_BC: Tensor | None,
-    said: Tensor,
-    d_reach: Tensor,
-) -> Five:
-    """Of k, erase, earlier, total, after; `said`: what `reached` gave.
-
-    With y = (I + L)^-1 d_reach: d_L = -said y^T below the diagonal.
-    """
-    shares = between(earlier, total, document_BC, -1)
-    products, column = shares * (k @ k.mT), erase.unsqueeze(-1)
+def gradients(given: Given, said: Tensor, d_reach: Tensor) -> Gradients:
+    """From that of what `reached` said. With y = (I + L)^-1 d_reach: d_L = -said y^T below the diagonal."""
+    k, said, d_reach = (x.to(given.erase.dtype) for x in (given.k, said, d_reach))
+    shares = between(given.earlier, given.total, given.document, -1)
+    products, column = shares * (k @ k.mT), given.erase.unsqueeze(-1)
     y = torch.linalg.solve_triangular(column * products, d_reach, upper=False, unitriangular=True)
     d_L = -said @ y.mT
     turned = d_L * products
     d_products = d_L * shares * column
-    d_k = (d_products + d_products.mT) @ k + after.unsqueeze(-1) * y
-    moved = turned * column * torch.log(torch.tensor(2.0, dtype=k.dtype, device=k.device))
-    return d_k, turned.sum(-1), moved.sum(-1), -moved.sum(-2), (y * k).sum(-1)
+    d_k = (d_products + d_products.mT) @ k + given.after.unsqueeze(-1) * y
+    moved = LN2 * turned * column
+    return Gradients(d_k.to(given.k.dtype), turned.sum(-1), moved.sum(-1), -moved.sum(-2), (y * k).sum(-1))
 
 
 @torch.library.custom_op("nlscale::reach_backward", mutates_args=())
@@ -76,27 +84,31 @@ def backward(
     d_reach: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `gradients`."""
-    return gradients(k, erase, earlier, total, after, document_BC, said, d_reach)
+    return gradients(Given(k, erase, earlier, total, after, document_BC), said, d_reach)
 
 
-def _forward_on_gpu(k: Tensor, *rest: Any) -> Tensor:
+def _forward_on_gpu(*arguments: Any) -> Tensor:
     from nlscale_kernels.self_modifying import triton
 
-    _check(k, *rest)
-    if k.dtype not in NARROW:
-        return reached(k, *rest)
-    for what, size, field in (("chunk", k.shape[2], "model.self_modifying.chunk"), ("head width", k.shape[3], "heads")):
+    given = Given(*arguments)
+    _check(given)
+    if given.k.dtype not in NARROW:
+        return reached(given)
+    (_, _, chunk, width), field = given.k.shape, "model.self_modifying.chunk"
+    for what, size, other in (("chunk", chunk, f"another {field}"), ("head width", width, "more model.heads")):
         check(
             size <= WIDEST,
-            f"reach: there is no kernel for a {what} of {size}, above {WIDEST}; another {field}, or train.kernels=reference",
+            f"reach: no kernel for a {what} of {size}, above {WIDEST}; {other} would do, or train.kernels=reference",
         )
-    return triton.reach(k, *rest)
+    return triton.reach(given)
 
 
-def _backward_on_gpu(k: Tensor, *rest: Any) -> Five:
+def _backward_on_gpu(*arguments: Any) -> Gradients:
     from nlscale_kernels.self_modifying import triton
 
-    return triton.gradients(k, *rest) if k.dtype in NARROW else gradients(k, *rest)
+    *inputs, said, d_reach = arguments
+    given = Given(*inputs)
+    return (triton.gradients if given.k.dtype in NARROW else gradients)(given, said, d_reach)
 
 
 reach.register_kernel("cuda")(_forward_on_gpu)
@@ -113,19 +125,21 @@ def _(k: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (k, *rest[:4]))
 
 
-def _check(k: Tensor, *rest: Tensor | None) -> None:
+def _check(given: Given) -> None:
+    k = given.k
     check(k.ndim == 4, f"reach: k has shape {tuple(k.shape)}; it takes (B, H, C, K)")
     check_dtypes("reach", (*NARROW, torch.float64), k=k)
-    shapes = {**dict.fromkeys(SCALARS, k.shape[:3]), "document": (k.shape[0], k.shape[2])}
-    for (name, shape), tensor in zip(shapes.items(), rest, strict=True):
+    scalars = {name: getattr(given, name) for name in ("erase", "earlier", "total", "after")}
+    shapes = {**dict.fromkeys(scalars, k.shape[:3]), "document": (k.shape[0], k.shape[2])}
+    for name, shape in shapes.items():
+        tensor = getattr(given, name)
         check(
             tensor is None or (tensor.shape == shape and tensor.device == k.device),
             f"reach: {name} must be {tuple(shape)} on {k.device}, "
             f"and is {tensor is not None and (tuple(tensor.shape), str(tensor.device))}",
         )
-    wide = (torch.float64,) if k.dtype == torch.float64 else (torch.float32,)
-    check_dtypes("reach", wide, **dict(zip(SCALARS, rest, strict=False)))
-    check_dtypes("reach", (torch.int32, torch.int64), document=rest[4])
+    check_dtypes("reach", (torch.float64,) if k.dtype == torch.float64 else (torch.float32,), **scalars)
+    check_dtypes("reach", (torch.int32, torch.int64), document=given.document)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -133,16 +147,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, d_reach: Tensor) -> tuple[Tensor | None, ...]:
-    form: Any = gradients if torch.is_grad_enabled() else backward  # somebody differentiates this in turn
-    return (*form(*ctx.saved_tensors, d_reach), None)
+    *given, said = ctx.saved_tensors
+    if torch.is_grad_enabled():  # somebody differentiates this in turn
+        return (*gradients(Given(*given), said, d_reach), None)
+    return (*backward(*given, said, d_reach), None)
 
 
 reach.register_autograd(_backward, setup_context=_save)
 
 
-def reach_of(
-    k: Tensor, erase: Tensor, earlier: Tensor, total: Tensor, after: Tensor, document_BC: Tensor | None
-) -> Tensor:
+def reach_of(given: Given) -> Tensor:
     """The operator on a GPU and where torch.compile traces; else `reached` under autograd."""
-    form = reach if k.is_cuda or torch.compiler.is_compiling() else reached
-    return form(k, erase, earlier, total, after, document_BC)
+    if given.k.is_cuda or torch.compiler.is_compiling():
+        found: Tensor = reach(*given)
+        return found
+    return reached(given)

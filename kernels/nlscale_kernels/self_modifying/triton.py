@@ -5,11 +5,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nlscale_kernels.linear_memory.triton import SMALL, apply, inverses_of, padded, share
+from nlscale_kernels.linear_memory.triton import APPLY, apply, config_for, inverses_of, padded, share
+from nlscale_kernels.self_modifying.op import Given, Gradients
 from nlscale_kernels.triton_build import INTERPRET, Config, Launch, dot
-from nlscale_kernels.tuned import chosen
 
-APPLY = [Config({"V": 64}, warps=4, stages=1), Config({"V": 32}, warps=4, stages=1)]
 GRADIENT = [Config({"V": 32}, warps=8, stages=1), Config({"V": 64}, warps=8, stages=1, least=90)]
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -53,12 +52,9 @@ def gradients_kernel(
         d_matrix = dot(known, tl.trans(come), d_matrix, "tf32", UPCAST)
         of_after += tl.sum(come.to(tl.float32) * key.to(tl.float32), 1)
     tl.store(d_after + at, of_after, mask=inside)
-    numbers = tokens
-    if document is not None:
-        numbers = tl.load(document + (head // heads) * chunk + tokens, mask=inside, other=0)
     row_share = tl.load(earlier + at, mask=inside, other=0.0)
     column_share = tl.load(total + at, mask=inside, other=0.0)
-    d_matrix *= -share(row_share, column_share, tokens, numbers, -1, document is not None)
+    d_matrix *= -share(row_share, column_share, tokens, inside, document, head // heads * chunk, -1)
     turned = d_matrix * products
     tl.store(d_erase + at, tl.sum(turned, 1), mask=inside)
     taken = tl.load(erase + at, mask=inside, other=0.0)
@@ -78,67 +74,35 @@ def gradients_kernel(
         tl.store(d_k + spot, told.to(narrow), mask=mask)
 
 
-def config_for(kernel: str, configs: list[Config], asked: Config | None, k: Tensor) -> Config:
-    """The one that is asked for, or was tuned."""
-    small = SMALL if INTERPRET or k.shape[-1] < 32 else None
-    return asked or small or chosen(f"reach.{kernel}", configs, k.device, width=k.shape[-1])
-
-
-def ready(*tensors: Tensor | None) -> list[Tensor]:
+def ready(given: Given) -> Given:
     """Contiguous, documents counted in int32."""
-    return [
-        x if x is None else x.int().contiguous() if not x.is_floating_point() else x.contiguous()  # type: ignore[misc]
-        for x in tensors
-    ]
+    document = None if given.document is None else given.document.int().contiguous()
+    return Given._make((*(x.contiguous() for x in given[:5]), document))
 
 
-def reach(
-    k: Tensor,
-    erase: Tensor,
-    earlier: Tensor,
-    total: Tensor,
-    after: Tensor,
-    document_BC: Tensor | None,
-    config: Config | None = None,
-) -> Tensor:
+def reach(given: Given, config: Config | None = None) -> Tensor:
     """As op.reached."""
-    k, erase, earlier, total, after, document = ready(k, erase, earlier, total, after, document_BC)
+    given = ready(given)
+    k, erase, earlier, total, after, document = given
     out = torch.empty_like(k)
-    inverses = inverses_of(k, erase, earlier, total, document, 1)
-    apply(k, after, inverses, out, 1, True, config_for("apply", APPLY, config, k))
+    config = config_for("matrix_memory.apply", APPLY, config, k)
+    apply(k, after, inverses_of(k, erase, earlier, total, document, 1), out, 1, True, config)
     return out
 
 
 def gradients(
-    k: Tensor,
-    erase: Tensor,
-    earlier: Tensor,
-    total: Tensor,
-    after: Tensor,
-    document_BC: Tensor | None,
-    said: Tensor,
-    d_reach: Tensor,
-    configs: tuple[Config | None, Config | None] = (None, None),
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given: Given, said: Tensor, d_reach: Tensor, configs: tuple[Config | None, Config | None] = (None, None)
+) -> Gradients:
     """As op.gradients."""
-    k, erase, earlier, total, after, document = ready(k, erase, earlier, total, after, document_BC)
-    said, d_reach = ready(said, d_reach)
-    y, d_k = torch.empty_like(k), torch.empty_like(k)
-    apply(
-        d_reach,
-        None,
-        inverses_of(k, erase, earlier, total, document, 1),
-        y,
-        1,
-        False,
-        config_for("apply", APPLY, configs[0], k),
-    )
-    d_erase, d_earlier, d_total, d_after = (torch.empty_like(x) for x in (erase, earlier, total, after))
-    (B, H, chunk, width), config = k.shape, config_for("gradients", GRADIENT, configs[1], k)
-    given = (k, erase, earlier, total, after, document, said, y, d_k, d_erase, d_earlier, d_total, d_after)
+    given = ready(given)
+    k, erase, earlier, total, _, document = given
+    y, found = torch.empty_like(k), Gradients._make(torch.empty_like(x) for x in given[:5])
+    config = config_for("matrix_memory.apply", APPLY, configs[0], k)
+    apply(d_reach.contiguous(), None, inverses_of(k, erase, earlier, total, document, 1), y, 1, False, config)
+    (B, H, chunk, width), config = k.shape, config_for("reach.gradients", GRADIENT, configs[1], k)
     options = {"C": padded(chunk), "UPCAST": INTERPRET, **config.options()}
-    gradients_kernel[(B * H,)](*given, H, chunk, width, **options)
-    return d_k, d_erase, d_earlier, d_total, d_after
+    gradients_kernel[(B * H,)](*given, said.contiguous(), y, *found, H, chunk, width, **options)
+    return found
 
 
 def launches() -> list[Launch]:
