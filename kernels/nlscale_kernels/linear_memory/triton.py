@@ -429,5 +429,5 @@ def forward_launches() -> list[Launch]:
         found.append(Launch(f"states {name}", states_kernel, given, constants, STATES, product=True))
         given = (narrow, narrow, wide, torch.int32, narrow, narrow, narrow, *shapes)
         constants = {key: value for key, value in tiles.items() if key != "HEARS"}
-        found.append(Launch(f"outputs {name}", outputs_kernel, given, constants, OUTPUTS, product=True, spills=256))
+        found.append(Launch(f"outputs {name}", outputs_kernel, given, constants, OUTPUTS, product=True, spills=512))
     return found
