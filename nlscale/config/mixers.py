@@ -74,7 +74,7 @@ class SelfModifying:
         default_factory=lambda: list(MEMORIES)
     )  # memories that move; the others stay as they began
     gate: bool = False  # an output gate, silu(W x)
-    recompute: int = 1  # maker chunks that backward computes again as one piece; 0: everything is kept
+    recompute: bool = True  # backward computes each chunk of the makers again, but for the solves; false: all is kept
 
     def __post_init__(self) -> None:
         positive("model.self_modifying", chunk=self.chunk, convolution=self.convolution)
@@ -94,7 +94,6 @@ class SelfModifying:
         require(
             self.hidden is None or self.hidden >= 1, f"model.self_modifying.hidden={self.hidden} must be at least 1"
         )
-        require(self.recompute >= 0, f"model.self_modifying.recompute={self.recompute} must not be negative")
 
     @property
     def makers(self) -> int:

@@ -36,7 +36,7 @@ def test_swiglu() -> None:
 
 @pytest.mark.parametrize("chunk", [11, 40, 10**6])
 def test_summed_loss_by_chunks_equals_the_whole(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "CHUNK", chunk)
+    monkeypatch.setattr(reference, "LOGITS", chunk)
     x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 4, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 11, (9,))

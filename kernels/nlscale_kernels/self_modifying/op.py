@@ -44,7 +44,8 @@ def reached(given: Given) -> Tensor:
     """
     k = given.k.to(given.erase.dtype)
     L = between(given.earlier, given.total, given.document, -1) * ((given.erase.unsqueeze(-1) * k) @ k.mT)
-    found = torch.linalg.solve_triangular(L.mT, given.after.unsqueeze(-1) * k, upper=True, unitriangular=True)
+    rows = (given.after.unsqueeze(-1) * k).mT  # solved from the right, which takes half the time on a CPU
+    found = torch.linalg.solve_triangular(L, rows, upper=False, left=False, unitriangular=True).mT
     return found.to(given.k.dtype)
 
 
@@ -61,15 +62,16 @@ def reach(
 def gradients(given: Given, said: Tensor, d_reach: Tensor) -> Gradients:
     """From that of what `reached` said. With y = (I + L)^-1 d_reach: d_L = -said y^T below the diagonal."""
     k, said, d_reach = (x.to(given.erase.dtype) for x in (given.k, said, d_reach))
-    shares = between(given.earlier, given.total, given.document, -1)
-    products, column = shares * (k @ k.mT), given.erase.unsqueeze(-1)
-    y = torch.linalg.solve_triangular(column * products, d_reach, upper=False, unitriangular=True)
-    d_L = -said @ y.mT
-    turned = d_L * products
-    d_products = d_L * shares * column
-    d_k = (d_products + d_products.mT) @ k + given.after.unsqueeze(-1) * y
-    moved = LN2 * turned * column
-    return Gradients(d_k.to(given.k.dtype), turned.sum(-1), moved.sum(-1), -moved.sum(-2), (y * k).sum(-1))
+    shares, column = between(given.earlier, given.total, given.document, -1), given.erase.unsqueeze(-1)
+    products = shares * (k @ k.mT)
+    lower = (column * products).mT  # solved from the right, as above
+    y = torch.linalg.solve_triangular(lower, d_reach.mT, upper=True, left=False, unitriangular=True).mT
+    minus_L = said @ y.mT
+    turned = products.mul_(minus_L)
+    d_erase, d_total = -turned.sum(-1), (given.erase.unsqueeze(-2) @ turned).squeeze(-2).mul_(LN2)
+    along = minus_L.mul_(shares).mul_(column)
+    d_k = (given.after.unsqueeze(-1) * y).sub_(along @ k).sub_(along.mT @ k)
+    return Gradients(d_k.to(given.k.dtype), d_erase, LN2 * given.erase * d_erase, d_total, (y * k).sum(-1))
 
 
 @torch.library.custom_op("nlscale::reach_backward", mutates_args=())
@@ -149,16 +151,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, d_reach: Tensor) -> tuple[Tensor | None, ...]:
     *given, said = ctx.saved_tensors
     if torch.is_grad_enabled():  # somebody differentiates this in turn
-        return (*gradients(Given(*given), said, d_reach), None)
+        wanted = [x for x in given[:5] if x.requires_grad]
+        found = iter(torch.autograd.grad(reached(Given(*given)), wanted, d_reach, create_graph=True))
+        return (*(next(found) if x.requires_grad else None for x in given[:5]), None)
     return (*backward(*given, said, d_reach), None)
 
 
 reach.register_autograd(_backward, setup_context=_save)
-
-
-def reach_of(given: Given) -> Tensor:
-    """The operator on a GPU and where torch.compile traces; else `reached` under autograd."""
-    if given.k.is_cuda or torch.compiler.is_compiling():
-        found: Tensor = reach(*given)
-        return found
-    return reached(given)

@@ -16,7 +16,10 @@ chunk by chunk. What a chunk does to any W2 is W2 turn + (its writes) reach (wri
 B rows, H heads, T tokens, C tokens of a chunk, K head width.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +78,10 @@ class Still(NamedTuple):
     main: Tensor | None = None
 
 
+Moving = tuple[Net, Net | None]  # memories and their momentum
+Caller = Callable[..., Any]  # runs a function on arguments
+
+
 class Gates(NamedTuple):
     """Slow constants of a head, each (H,), and what is left out of the rule."""
 
@@ -100,6 +107,11 @@ class Made(NamedTuple):
         if self.k.shape[2] <= size:
             return [self]
         return [Made(*each) for each in zip(*(part.split(size, 2) for part in self), strict=True)]
+
+
+def directly(run: Callable[..., Any], *args: Any) -> Any:
+    """The Caller that keeps everything for backward."""
+    return run(*args)
 
 
 def begin(initial: Memories, momentum: bool) -> State:
@@ -173,30 +185,49 @@ def held(still: Tensor | None, old: Net, new: Net) -> Net:
 
 
 def block(
-    tokens: Tokens, state: State, initial: Memories, gates: Gates, chunk: int, last: bool
+    tokens: Tokens, state: State, initial: Memories, gates: Gates, chunk: int, last: bool, call: Caller
 ) -> tuple[Tensor, State]:
-    """One chunk of the makers, and in it the chunks of the main memory; the `last` chunk writes nothing."""
-    now, speeds = state.memories, state.momentum or (None, None, None)
-    said, count = made(tokens, initial, now, gates), tokens.x.shape[2]
-    main, main_speed = now.main, speeds[2]
-    outputs, all_writes = [], []
-    for place, (part, own) in enumerate(zip(tokens.runs(chunk), said.runs(chunk), strict=True)):
-        outputs.append(look(part.fresh, initial.main, main, part.q)[:, :, 0])
-        if not last or (place + 1) * chunk < count:
-            writes = writes_of(own.k, own.rate, own.log_keep, part.log_momentum, part.starts, gates.erase)
-            new, main_speed = write(main, main_speed, initial.main, own, writes, chunk, gates.clip)
-            main = held(gates.still.main, main, new)
-            all_writes.append(writes)
-    vectors, vector_speed, gate, gate_speed = now.vectors, speeds[0], now.gates, speeds[1]
+    """One chunk of the makers, and in it the chunks of the main memory; the `last` chunk writes nothing.
+
+    `call` runs the parts that are worth computing again in backward: not the writes, which are slow to find and small.
+    """
+    said = call(made, tokens, initial, state.memories, gates)
+    parts = list(zip(tokens.runs(chunk), said.runs(chunk), strict=True))
+    all_writes = [
+        writes_of(own.k, own.rate, own.log_keep, part.log_momentum, part.starts, gates.erase)
+        for part, own in (parts[:-1] if last else parts)
+    ]
+    speeds = state.momentum or (None, None, None)
+    outputs, main = call(walk, tokens, said, all_writes, (state.memories.main, speeds[2]), initial.main, gates, chunk)
+    makers: list[Moving] = [(state.memories.vectors, speeds[0]), (state.memories.gates, speeds[1])]
     if not last:
-        together = joined(all_writes)
-        vectors, vector_speed = write(now.vectors, vector_speed, initial.vectors, said, together, chunk, gates.clip)
-        gate, gate_speed = write(now.gates, gate_speed, initial.gates, said, together, chunk, gates.clip)
-        vectors, gate = held(gates.still.vectors, now.vectors, vectors), held(gates.still.gates, now.gates, gate)
-    momentum = None
-    if vector_speed is not None and gate_speed is not None and main_speed is not None:
-        momentum = Memories(vector_speed, gate_speed, main_speed)
-    return whole(outputs), State(Memories(vectors, gate, main), momentum)
+        makers = call(move, said, joined(all_writes), makers, initial, gates, chunk)
+    memories, momenta = (Memories(*each) for each in zip(*makers, main, strict=True))
+    return outputs, State(memories, momenta if state.momentum else None)
+
+
+def walk(
+    tokens: Tokens, said: Made, all_writes: Sequence[Writes], main: Moving, initial: Net, gates: Gates, chunk: int
+) -> tuple[Tensor, Moving]:
+    """What the main memory says, chunk by chunk, and where it is after the chunks that write."""
+    net, speed = main
+    outputs = []
+    runs = zip(tokens.runs(chunk), said.runs(chunk), strict=True)
+    for (part, own), writes in zip_longest(runs, all_writes):
+        outputs.append(look(part.fresh, initial, net, part.q)[:, :, 0])
+        if writes is not None:
+            new, speed = write(net, speed, initial, own, writes, chunk, gates.clip)
+            net = held(gates.still.main, net, new)
+    return whole(outputs), (net, speed)
+
+
+def move(said: Made, writes: Writes, makers: list[Moving], initial: Memories, gates: Gates, piece: int) -> list[Moving]:
+    """The makers after their chunk."""
+    moved_on = []
+    for (net, speed), first, still in zip(makers, initial[:2], gates.still[:2], strict=True):
+        new, then = write(net, speed, first, said, writes, piece, gates.clip)
+        moved_on.append((held(still, net, new), then))
+    return moved_on
 
 
 def whole(outputs: list[Tensor]) -> Tensor:
@@ -211,13 +242,13 @@ def self_modifying(
     gates: Gates,
     state: State | None = None,
     hand_on: bool = True,
-    recompute: int = 0,
+    recompute: bool = False,
 ) -> tuple[Tensor, State | None]:
     """Outputs (B, H, T, K) and the state after the last token.
 
     `chunks`: of the makers and of the main memory; the second divides the first, which divides T, or ValueError.
-    `hand_on` false: nobody wants the state, the last chunk writes nothing and None is given. `recompute`: so many chunks
-    of the makers are computed again in backward as one piece; 0: none.
+    `hand_on` false: nobody wants the state, the last chunk writes nothing and None is given. `recompute`: backward computes
+    each chunk of the makers again, but for the solves.
     """
     count, (outer, inner) = tokens.x.shape[2], chunks
     if count % outer or outer % inner:
@@ -225,17 +256,9 @@ def self_modifying(
             f"{count} tokens in chunks of {outer}, and those in chunks of {inner}: each must divide the one before"
         )
     state = state or begin(initial, tokens.log_momentum is not None)
-
-    def run(piece: Tokens, state: State, last: bool) -> tuple[Tensor, State]:
-        outputs, pieces = [], piece.runs(outer)
-        for place, each in enumerate(pieces, 1):
-            o, state = block(each, state, initial, gates, inner, last and place == len(pieces))
-            outputs.append(o)
-        return whole(outputs), state
-
-    outputs, pieces = [], tokens.runs(min(count, recompute * outer or count))
+    call: Caller = partial(checkpoint, use_reentrant=False) if recompute and torch.is_grad_enabled() else directly
+    outputs, pieces = [], tokens.runs(outer)
     for place, piece in enumerate(pieces, 1):
-        last, again = not hand_on and place == len(pieces), recompute and torch.is_grad_enabled()
-        o, state = checkpoint(run, piece, state, last, use_reentrant=False) if again else run(piece, state, last)
+        o, state = block(piece, state, initial, gates, inner, not hand_on and place == len(pieces), call)
         outputs.append(o)
     return whole(outputs), state if hand_on else None

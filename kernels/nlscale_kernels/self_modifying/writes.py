@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nlscale_kernels.self_modifying.op import Given, reach_of
+from nlscale_kernels.self_modifying.op import reach
 from nlscale_kernels.span import filtered, span_of
 
 
@@ -58,9 +58,9 @@ def writes_of(
     `erase`: how much of its rate a token erases with along its key; 0 is gradient descent without the delta rule's term.
     """
     span, rate = span_of(log_keep, starts), rate * erase
-    reach = reach_of(Given(k, rate, span.earlier_BHC, span.total_BHC, span.after_BHC, span.document_BC))
+    arrives = reach(k, rate, span.earlier_BHC, span.total_BHC, span.after_BHC, span.document_BC)
     unit = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    turn = span.whole_BH[..., None, None] * unit - ((rate * span.before_BHC).unsqueeze(-1) * k).mT @ reach
+    turn = span.whole_BH[..., None, None] * unit - ((rate * span.before_BHC).unsqueeze(-1) * k).mT @ arrives
     nothing = torch.zeros_like(span.whole_BH)
     scalars = Scalars(span.whole_BH, span.after_BHC, nothing, nothing, torch.zeros_like(span.after_BHC))
     mean: Tensor | None = None
@@ -75,7 +75,7 @@ def writes_of(
             last = span.last_BC.to(share.dtype)
             count = last.sum(-1)
             mean, weight = (share * last.unsqueeze(1)).sum(-1) / count.unsqueeze(1), count
-    return Writes(turn, reach, scalars, mean, weight, span.fresh_BC)
+    return Writes(turn, arrives, scalars, mean, weight, span.fresh_BC)
 
 
 def joined(chunks: Sequence[Writes]) -> Writes:

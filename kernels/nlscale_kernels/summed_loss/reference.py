@@ -1,7 +1,7 @@
 """Loss of a linear head without ever holding all logits.
 
-The gradient of a chunk of tokens is taken as soon as its logits exist, so at most CHUNK logits live at once and the head
-is computed once. N tokens, D width, V columns of the vocabulary.
+The gradient of a chunk of tokens is taken as soon as its logits exist, so no more than a chunk's logits live at once and the
+head is computed once. N tokens, D width, V columns of the vocabulary.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 2**24  # logits held at once
+LOGITS, TOKENS = 2**24, 512  # held at once at most: enough for large matrix products, and no more
 CrossEntropy = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -40,7 +40,7 @@ class SummedLoss(torch.autograd.Function):
         """The sum; gradients of all chunks are kept where they will be asked for."""
         total = torch.zeros((), dtype=torch.promote_types(x_ND.dtype, torch.float32), device=x_ND.device)
         x_grads, weight_grad = [], None
-        step = max(1, CHUNK // weight_VD.shape[0])
+        step = min(TOKENS, max(1, LOGITS // weight_VD.shape[0]))
         for x, targets in zip(x_ND.split(step), targets_N.split(step), strict=True):
             with torch.set_grad_enabled(learn):
                 x = x.detach().requires_grad_(learn)
