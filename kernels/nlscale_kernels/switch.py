@@ -10,6 +10,7 @@ from nlscale_kernels.linear_memory import op as linear_memory
 from nlscale_kernels.mlp_memory import op as mlp_memory
 from nlscale_kernels.mlp_memory import step as memory_step
 from nlscale_kernels.self_modifying import op as self_modifying
+from nlscale_kernels.self_modifying import resident
 
 OPERATORS: dict[str, CustomOpDef] = {
     "level_step.adamw": level_step.adamw,
@@ -17,6 +18,7 @@ OPERATORS: dict[str, CustomOpDef] = {
     "level_step.descend": level_step.descend,
     "self_modifying.reach": self_modifying.reach,
     "self_modifying.backward": self_modifying.backward,
+    "self_modifying.resident": resident.resident,
     "linear_memory.forward": linear_memory.forward,
     "linear_memory.backward": linear_memory.backward,
     **{

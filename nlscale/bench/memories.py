@@ -19,7 +19,7 @@ from nlscale.runtime.world import World, join
 from nlscale.testing import ranks
 
 ROWS, SEQUENCE, ROUNDS = 4, 512, 7
-M_MMAP_THRESHOLD = -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LENGTHS = (256, 1024, 4096)  # tokens of a row for the growth of HOPE's cost
 HOPE = ["use.levels=four", "model.mixer=self_modifying", "model.self_modifying.chunk=128"]
 
@@ -87,7 +87,12 @@ def resident(field: str) -> int:
 
 
 def growth(world: World) -> Row:
-    """The power of a row's length that HOPE's time grows with, fitted over LENGTHS: 1 is linear, attention tends to 2."""
+    """The power of a row's length that HOPE's time grows with, fitted over LENGTHS: 1 is linear, attention tends to 2.
+
+    The allocator keeps its pages: what it gives back after a long row, it must fault in anew at the next one.
+    """
+    for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        ctypes.CDLL(None).mallopt(threshold, 2**30)
     chunks = [*HOPE, "model.self_modifying.chunk=64"]
     seconds = alternating([stepper(chunks, 1, length, world) for length in LENGTHS], 3)
     power, _ = np.polyfit(np.log(LENGTHS), np.log(seconds), 1)

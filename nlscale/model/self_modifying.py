@@ -75,7 +75,7 @@ class SelfModifyingMixer(HeadMixer):
             held = [stays[name] for name in names]
             return torch.tensor(held, device=self.norm.weight.device) if any(held) else None
 
-        return Still(mask("key", "value"), mask("rate", "keep"), mask("main"))
+        return Still(mask("key", "value"), mask("rate", "keep"), stays["main"])
 
     def begin(self, rows: int) -> Left:
         """What a row begins with."""

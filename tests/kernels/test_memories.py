@@ -116,7 +116,7 @@ LEFT_OUT = {
     "key": (GATES._replace(still=Still(vectors=torch.tensor([True, False]))), {"still": "key"}),
     "value": (GATES._replace(still=Still(vectors=torch.tensor([False, True]))), {"still": "value"}),
     "keep": (GATES._replace(still=Still(gates=torch.tensor([False, True]))), {"still": "keep"}),
-    "main": (GATES._replace(still=Still(main=torch.tensor([True]))), {"still": "main"}),
+    "main": (GATES._replace(still=Still(main=True)), {"still": "main"}),
 }
 
 

@@ -106,7 +106,9 @@ def gradients(
 
 
 def launches() -> list[Launch]:
-    """What is compiled ahead of time beside linear_memory's: chunks of 64 and 128 tokens, with documents."""
+    """What is compiled ahead of time beside linear_memory's: chunks of 64 and 128 tokens, with documents; and the walk."""
+    from nlscale_kernels.self_modifying import triton_backward
+
     wide, found = torch.float32, []
     for narrow in (torch.bfloat16, torch.float32):
         for chunk in (64, 128):
@@ -115,4 +117,4 @@ def launches() -> list[Launch]:
             spills = 4096 if chunk == 128 else 0  # float32, most on sm_80
             name = f"gradients {str(narrow)[6:]} {chunk}"
             found.append(Launch(name, gradients_kernel, given, constants, GRADIENT, product=True, spills=spills))
-    return found
+    return [*found, *triton_backward.launches()]

@@ -1,0 +1,100 @@
+"""What self-modifying Titans are given, hold and say, as values.
+
+B rows, H heads, T tokens, C tokens of a chunk, K head width.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nlscale_kernels.mlp_memory import Net
+
+
+class Tokens(NamedTuple):
+    """What a run of tokens brings; log_momentum None: no momentum; starts None: no document begins."""
+
+    x: Tensor  # (B, H, T, K)
+    q: Tensor  # (B, H, T, K)
+    log_momentum: Tensor | None = None  # (B, H, T)
+    starts: Tensor | None = None  # (B, T)
+
+    def runs(self, size: int) -> list["Tokens"]:
+        """Runs of `size` tokens; one backward of a split is one copy, of a slice a row of zeros."""
+        count = -(-self.x.shape[2] // size)
+        if count == 1:
+            return [self]
+        x, q, momentum = ([None] * count if t is None else t.split(size, 2) for t in self[:3])
+        starts = [None] * count if self.starts is None else self.starts.split(size, 1)
+        return [Tokens(*each) for each in zip(x, q, momentum, starts, strict=True)]  # type: ignore[arg-type]
+
+    @property
+    def fresh(self) -> Tensor | None:
+        """True where a token's document began among these tokens (B, T)."""
+        return None if self.starts is None else self.starts.cumsum(-1) > 0
+
+
+class Memories(NamedTuple):
+    """The five memories of every head."""
+
+    vectors: Net  # key, value
+    gates: Net  # rate, keep
+    main: Net
+
+
+class State(NamedTuple):
+    """The memories and, where there is momentum, theirs."""
+
+    memories: Memories
+    momentum: Memories | None
+
+
+class Still(NamedTuple):
+    """Which memories stay as they began: true, one a memory of each net of makers; None: all are written."""
+
+    vectors: Tensor | None = None
+    gates: Tensor | None = None
+    main: bool = False
+
+
+Moving = tuple[Net, Net | None]  # memories and their momentum
+Caller = Callable[..., Any]  # runs a function on arguments
+
+
+class Gates(NamedTuple):
+    """Slow constants of a head, each (H,), and what is left out of the rule."""
+
+    rate_bias: Tensor
+    keep_bias: Tensor
+    rate_max: float
+    erase: float = 1.0  # see writes_of
+    unit_values: bool = True  # values of length one; false: as the memory says them
+    clip: float = 0.0  # largest Frobenius norm of what a chunk adds to a matrix; 0: any
+    still: Still = Still()
+
+
+class Made(NamedTuple):
+    """What the makers say of the tokens of a chunk: keys and values (B, H, C, K), rates and log a (B, H, C)."""
+
+    k: Tensor
+    v: Tensor
+    rate: Tensor
+    log_keep: Tensor
+
+    def runs(self, size: int) -> list["Made"]:
+        """Runs of `size` tokens."""
+        if self.k.shape[2] <= size:
+            return [self]
+        return [Made(*each) for each in zip(*(part.split(size, 2) for part in self), strict=True)]
+
+
+def directly(run: Callable[..., Any], *args: Any) -> Any:
+    """The Caller that keeps everything for backward."""
+    return run(*args)
+
+
+def begin(initial: Memories, momentum: bool) -> State:
+    """The state before any token; `initial` has a row dimension of 1."""
+    zero = Memories(*(Net(*(torch.zeros_like(part) for part in net)) for net in initial))
+    return State(initial, zero if momentum else None)

@@ -1,0 +1,292 @@
+"""The main memory's walk as an operator: on a GPU its weights stay on chip from chunk to chunk; else `walk.walk`.
+
+B rows, H heads, T tokens, N chunks that write (the first ones), C tokens of a chunk, K head width, M units.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nlscale_kernels.arguments import check
+from nlscale_kernels.mlp_memory import Net
+from nlscale_kernels.self_modifying import walk as by_chunks
+from nlscale_kernels.self_modifying.parts import Made, Moving, Tokens
+from nlscale_kernels.self_modifying.writes import Scalars, Writes
+
+WIDEST = 64  # head width and units: both matrices and what a chunk adds to them must fit in a processor's registers
+LEAST = 9  # compute capability: before it, the compiler leaves the kernel half of the registers
+
+
+class Given(NamedTuple):
+    """What the operator is given, all of one dtype."""
+
+    q: Tensor  # (B, H, T, K), as the two after it
+    k: Tensor
+    v: Tensor
+    rate: Tensor  # (B, H, T)
+    reach: Tensor  # (B, H, N C, K)
+    write: Tensor  # (B, H, N C)
+    hold: Tensor | None  # the same; None: no momentum
+    turn: Tensor  # (B, H, N, K, K)
+    factors: Tensor  # (B, H, N, 4): whole, how much of W2's momentum goes on; carry and left of W1's
+    fresh: Tensor | None  # (B, T): the token's anchor is the initial state; None: no document begins
+    up: Tensor  # (B, H, M, K)
+    down: Tensor  # (B, H, K, M)
+    up_speed: Tensor | None
+    down_speed: Tensor | None
+    first_up: Tensor  # (H, M, K), the initial state
+    first_down: Tensor  # (H, K, M)
+    chunk: int
+    clip: float
+
+
+DIFFERENTIABLE = tuple(name for name in Given._fields if name not in ("fresh", "chunk", "clip"))
+
+
+class Walked(NamedTuple):
+    """What it gives; the momentum is empty where there is none."""
+
+    said: Tensor  # (B, H, T, K)
+    up: Tensor
+    down: Tensor
+    up_speed: Tensor
+    down_speed: Tensor
+    kept: Tensor  # what the kernels' backward wants of forward; empty without them; no gradient goes through it
+
+
+def looped(given: Given) -> tuple[Tensor, ...]:
+    """Walked, without what is kept and without a momentum that there is not."""
+    nothing, chunk = torch.zeros_like(given.write), given.chunk
+    tokens = Tokens(given.q, given.q, None, given.fresh)
+    said = Made(given.k, given.v, given.rate, given.rate)
+    hold = nothing if given.hold is None else given.hold
+    writes = []
+    for c in range(given.turn.shape[2]):
+        span = slice(c * chunk, (c + 1) * chunk)
+        whole, carried, carry, left = given.factors[:, :, c].unbind(-1)
+        scalars = Scalars(whole, given.write[:, :, span], carry, left, hold[:, :, span])
+        momentum, fresh = None if given.hold is None else carried, None if given.fresh is None else given.fresh[:, span]
+        writes.append(Writes(given.turn[:, :, c], given.reach[:, :, span], scalars, momentum, 0.0, fresh))
+    speed = None
+    if given.up_speed is not None and given.down_speed is not None:
+        speed = Net(given.up_speed.unsqueeze(2), given.down_speed.unsqueeze(2))
+    main, first = (
+        Net(given.up.unsqueeze(2), given.down.unsqueeze(2)),
+        Net(given.first_up[None, :, None], given.first_down[None, :, None]),
+    )
+    out, (net, then) = by_chunks.walk(tokens, said, writes, (main, speed), first, given.clip, chunk)
+    return (out, *(part.squeeze(2) for part in (*net, *(then or ()))))
+
+
+def kept_by(given: Given) -> int:
+    """Numbers that the kernels keep: weights and momenta before every chunk and after the last, two shares a chunk."""
+    (*heads, count, _, _), (units, width) = given.turn.shape, given.up.shape[2:]
+    states = (count + 1) * units * width * (2 if given.hold is None else 4)
+    return heads[0] * heads[1] * (states + 2 * count)
+
+
+@torch.library.custom_op("nlscale::resident", mutates_args=())
+def resident(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor,
+    reach: Tensor,
+    write: Tensor,
+    hold: Tensor | None,
+    turn: Tensor,
+    factors: Tensor,
+    fresh: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    up_speed: Tensor | None,
+    down_speed: Tensor | None,
+    first_up: Tensor,
+    first_down: Tensor,
+    chunk: int,
+    clip: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See Walked. Raises ValueError for arguments that do not fit."""
+    tokens, weights = (q, k, v, rate, reach, write, hold, turn, factors, fresh), (up, down, up_speed, down_speed)
+    given = Given._make((*tokens, *weights, first_up, first_down, chunk, clip))
+    _check(given)
+    said, *state = looped(given)
+    none = [q.new_empty(0)] * (4 - len(state))
+    up, down, up_speed, down_speed = (x.clone() for x in (*state, *none))
+    return Walked(said, up, down, up_speed, down_speed, q.new_empty(0))
+
+
+@torch.library.custom_op("nlscale::resident_backward", mutates_args=(), device_types="cuda")
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor,
+    reach: Tensor,
+    write: Tensor,
+    hold: Tensor | None,
+    turn: Tensor,
+    factors: Tensor,
+    fresh: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    up_speed: Tensor | None,
+    down_speed: Tensor | None,
+    first_up: Tensor,
+    first_down: Tensor,
+    chunk: int,
+    clip: float,
+    kept: Tensor,
+    of: list[Tensor],
+) -> list[Tensor]:
+    """Gradients of DIFFERENTIABLE from those of said, up, down and, with momentum, its two; empty for what is None."""
+    from nlscale_kernels.self_modifying import triton_backward
+
+    tokens, weights = (q, k, v, rate, reach, write, hold, turn, factors, fresh), (up, down, up_speed, down_speed)
+    given = Given._make((*tokens, *weights, first_up, first_down, chunk, clip))
+    return triton_backward.gradients(given, kept, of)
+
+
+def gradients(given: Given, of: Sequence[Tensor]) -> list[Tensor]:
+    """As `backward`, by autograd over the walk done again."""
+    known = {name: getattr(given, name) for name in DIFFERENTIABLE}
+    with torch.enable_grad():
+        leaves: dict[str, Any] = {name: x if x is None else x.detach().requires_grad_() for name, x in known.items()}
+        wanted = [x for x in leaves.values() if x is not None]
+        found = iter(torch.autograd.grad(looped(given._replace(**leaves)), wanted, list(of), allow_unused=True))
+    each = (given.q.new_empty(0) if x is None else next(found) for x in leaves.values())
+    return [torch.zeros_like(x) if d is None else d for x, d in zip(known.values(), each, strict=True)]
+
+
+def _forward_on_gpu(*arguments: Any) -> Walked:
+    from nlscale_kernels.self_modifying import triton_backward
+
+    given = Given(*arguments)
+    _check(given)
+    return triton_backward.walked(given)
+
+
+resident.register_kernel("cuda")(_forward_on_gpu)
+
+
+@resident.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    given = Given(*arguments)
+    speeds = [given.q.new_empty(0) if x is None else torch.empty_like(x) for x in given[12:14]]
+    states = [x.new_empty(x.shape) for x in (given.q, given.up, given.down)]
+    return (*states, *speeds, given.q.new_empty(kept_by(given) if given.q.is_cuda else 0))
+
+
+@backward.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    given = Given(*arguments[:-2])
+    known = [getattr(given, name) for name in DIFFERENTIABLE]
+    return [given.q.new_empty(0 if x is None else x.shape) for x in known]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.chunk, ctx.clip = inputs
+    ctx.save_for_backward(*tensors, output[-1])
+
+
+@once_differentiable
+def _backward(ctx: Any, *of: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, kept = ctx.saved_tensors
+    given = Given._make((*tensors, ctx.chunk, ctx.clip))
+    wanted = list(of[: 3 if given.hold is None else 5])
+    found = backward(*given, kept, wanted) if kept.numel() else gradients(given, wanted)
+    each = dict(zip(DIFFERENTIABLE, found, strict=True))
+    return tuple(each[name] if name in each and getattr(given, name) is not None else None for name in Given._fields)
+
+
+resident.register_autograd(_backward, setup_context=_save)
+
+
+def _check(given: Given) -> None:
+    (B, H, T, K), N, M = given.q.shape, given.turn.shape[2], given.up.shape[2]
+    written, kept, speed = N * given.chunk, given.turn.shape[:3], given.hold is not None
+    check(0 < written <= T, f"resident: turn is of {N} chunks of {given.chunk} tokens; there are {T} tokens")
+    wanted = {
+        **dict.fromkeys(("q", "k", "v"), (B, H, T, K)),
+        **{"rate": (B, H, T), "reach": (B, H, written, K), "write": (B, H, written), "turn": (B, H, N, K, K)},
+        **{"hold": (B, H, written) if speed else None, "factors": (*kept, 4)},
+        **{"up": (B, H, M, K), "down": (B, H, K, M), "first_up": (H, M, K), "first_down": (H, K, M)},
+        **{"up_speed": (B, H, M, K) if speed else None, "down_speed": (B, H, K, M) if speed else None},
+    }
+    for name, shape in wanted.items():
+        tensor = getattr(given, name)
+        fits_in = (tensor is None) == (shape is None)
+        if tensor is not None and shape is not None:
+            fits_in = tensor.shape == shape and tensor.dtype == given.q.dtype and tensor.device == given.q.device
+        check(
+            fits_in,
+            f"resident: {name} is {None if tensor is None else (tensor.dtype, tuple(tensor.shape))}; it must be "
+            f"{None if shape is None else (given.q.dtype, shape)}, on {given.q.device}",
+        )
+    check(
+        given.fresh is None or given.fresh.shape == (B, T),
+        f"resident: fresh is {given.fresh is not None and tuple(given.fresh.shape)}; it must be {(B, T)}",
+    )
+
+
+def fits(q: Tensor, net: Net, count: int) -> bool:
+    """Whether there is a kernel: float32 on a GPU that has room, matrices that stay on chip, and chunks that write."""
+    if not (q.is_cuda and q.dtype == torch.float32 and count) or "cuda" in resident._disabled_kernel:
+        return False
+    return max(net.up.shape[-2:]) <= WIDEST and torch.cuda.get_device_capability(q.device)[0] >= LEAST
+
+
+def walk(
+    tokens: Tokens, said: Made, all_writes: Sequence[Writes], main: Moving, initial: Net, clip: float, chunk: int
+) -> tuple[Tensor, Moving]:
+    """As walk.walk: the operator where it has a kernel."""
+    net, speed = main
+    if not fits(tokens.q, net, len(all_writes)):
+        return by_chunks.walk(tokens, said, all_writes, main, initial, clip, chunk)
+    given = flat(tokens, said, all_writes, main, initial, clip, chunk)
+    o, up, down, up_speed, down_speed, _ = resident(*given)
+    after = None if speed is None else Net(up_speed.unsqueeze(2), down_speed.unsqueeze(2))
+    return o, (Net(up.unsqueeze(2), down.unsqueeze(2)), after)
+
+
+def flat(
+    tokens: Tokens, said: Made, all_writes: Sequence[Writes], main: Moving, initial: Net, clip: float, chunk: int
+) -> Given:
+    """The walk's arguments as the operator takes them."""
+    rows, (net, speed) = tokens.q.shape[0], main
+    scalars = [each.scalars for each in all_writes]
+    carried = [
+        s.whole_BH if each.carried is None else each.carried for each, s in zip(all_writes, scalars, strict=True)
+    ]
+    factors = [
+        torch.stack([s.whole_BH, mean, s.carry_BH, s.left_BH], -1) for mean, s in zip(carried, scalars, strict=True)
+    ]
+    parts = [part.fresh for part in tokens.runs(chunk)]
+
+    def state(part: Tensor) -> Tensor:
+        return part.squeeze(2).expand(rows, *part.squeeze(2).shape[1:])
+
+    fresh = None if tokens.starts is None else torch.cat([part for part in parts if part is not None], 1)
+    return Given(
+        q=tokens.q,
+        k=said.k,
+        v=said.v,
+        rate=said.rate,
+        reach=torch.cat([each.reach for each in all_writes], 2),
+        write=torch.cat([s.write_BHC for s in scalars], 2),
+        hold=None if speed is None else torch.cat([s.hold_BHC for s in scalars], 2),
+        turn=torch.stack([each.turn for each in all_writes], 2),
+        factors=torch.stack(factors, 2),
+        fresh=fresh,
+        up=state(net.up),
+        down=state(net.down),
+        up_speed=None if speed is None else state(speed.up),
+        down_speed=None if speed is None else state(speed.down),
+        first_up=initial.up[0, :, 0],
+        first_down=initial.down[0, :, 0],
+        chunk=chunk,
+        clip=clip,
+    )

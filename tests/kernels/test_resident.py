@@ -1,0 +1,180 @@
+"""The walk with its memory on chip: the kernels, interpreted, against the chunks one by one in float64, and the operator."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nlscale_kernels.mlp_memory import Net
+from nlscale_kernels.self_modifying import Gates, Memories, Tokens, resident, self_modifying, triton_backward
+from nlscale_kernels.self_modifying.resident import DIFFERENTIABLE, Given
+from torch import Tensor
+
+B, H, CHUNK, COUNT = 2, 2, 6, 3
+STARTS = torch.zeros(B, CHUNK * COUNT, dtype=torch.bool)
+STARTS[0, [3, 13]] = STARTS[1, [6, 11, 16]] = True
+CASES = [
+    pytest.param(
+        *case, id="-".join(name for on, name in zip(case, ("momentum", "documents", "clip", "last"), strict=True) if on)
+    )
+    for case in itertools.product((False, True), repeat=4)
+]
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def given(momentum: bool, documents: bool, clip: bool, last: bool, sizes: tuple[int, int] = (5, 7)) -> Given:
+    """`last`: the last chunk is not written."""
+    (K, M), N, T = sizes, COUNT - last, CHUNK * COUNT
+    written = N * CHUNK
+    fresh = torch.cat([part.cumsum(-1) > 0 for part in STARTS.split(CHUNK, 1)], 1) if documents else None
+    factors = torch.sigmoid(numbers(B, H, N, 4, seed=9))
+    if fresh is not None:  # nothing of a momentum goes on where a document begins
+        factors[..., 1:] *= live(fresh, N)
+    return Given(
+        *(numbers(B, H, T, K, seed=seed) for seed in range(3)),
+        torch.sigmoid(numbers(B, H, T, seed=3)),
+        0.5 * numbers(B, H, written, K, seed=4),
+        torch.sigmoid(numbers(B, H, written, seed=5)),
+        torch.sigmoid(numbers(B, H, written, seed=6)) if momentum else None,
+        0.9 * torch.eye(K, dtype=torch.float64) + 0.1 * numbers(B, H, N, K, K, seed=7),
+        factors,
+        fresh,
+        *(0.5 * numbers(B, H, *shape, seed=10) for shape in ((M, K), (K, M))),
+        *(0.1 * numbers(B, H, *shape, seed=11) if momentum else None for shape in ((M, K), (K, M))),
+        *(0.5 * numbers(H, *shape, seed=12) for shape in ((M, K), (K, M))),
+        CHUNK,
+        1.5 if clip else 0.0,
+    )
+
+
+def live(fresh: Tensor, count: int) -> Tensor:
+    return (~fresh[:, CHUNK - 1 :: CHUNK][:, :count]).double()[:, None, :, None]
+
+
+def single(this: Given) -> Given:
+    return Given._make(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in this)
+
+
+def ends(said: tuple[Tensor, ...]) -> list[Tensor]:
+    return [numbers(*x.shape, seed=20) for x in said]
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("momentum", "documents", "clip", "last"), CASES)
+def test_kernels(momentum: bool, documents: bool, clip: bool, last: bool) -> None:
+    this = given(momentum, documents, clip, last)
+    said = resident.looped(this)
+    mine = triton_backward.walked(single(this))
+    for name, found, theirs in zip(mine._fields, mine, said, strict=False):
+        error = float((found.double() - theirs).norm())
+        assert error <= 1e-5 * float(theirs.norm()), (name, error)
+    of = ends(said)
+    expected = resident.gradients(this, of)
+    found = triton_backward.gradients(single(this), mine.kept, [x.float() for x in of])
+    for name, d, theirs in zip(DIFFERENTIABLE, found, expected, strict=True):
+        if name == "factors" and this.fresh is not None:  # those of zeros
+            for each in (d, theirs):
+                each[..., 1:] *= live(this.fresh, theirs.shape[2]).to(each.dtype)
+        error = float((d.double() - theirs).norm())
+        assert d.shape == theirs.shape and error <= 2e-5 * float(theirs.norm()), (name, error)
+
+
+@pytest.mark.parametrize(("momentum", "documents"), [(False, False), (True, True)])
+def test_operator_is_well_formed_and_once_differentiable(momentum: bool, documents: bool) -> None:
+    this = given(momentum, documents, True, False, (2, 3))
+    names = [name for name in DIFFERENTIABLE if getattr(this, name) is not None]
+    leaves = [getattr(this, name).requires_grad_() for name in names]
+    torch.library.opcheck(
+        resident.resident, tuple(this), test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        found = resident.resident(*this._replace(**dict(zip(names, tensors, strict=True))))
+        return tuple(found[: 5 if momentum else 3])
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    (once,) = torch.autograd.grad(run(*leaves)[0].square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        once.sum().backward()
+
+
+def test_what_a_gpu_runs_is_the_operator() -> None:
+    this = single(given(True, True, True, True))
+    said = resident.looped(this)
+    found = resident.resident._backend_fns["cuda"](*this)
+    for mine, theirs in zip(found, said, strict=False):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    of = [x.float() for x in ends(said)]
+    mine = resident.backward._backend_fns["cuda"](*this, found[-1], of)
+    torch.testing.assert_close(mine[0], resident.gradients(this, of)[0], rtol=1e-4, atol=1e-5)
+
+
+def whole(starts: Tensor | None, hand_on: bool, recompute: bool, form: Any = self_modifying) -> list[Tensor]:
+    """Outputs, states and gradients of self-modifying Titans."""
+    K, T = 4, CHUNK * COUNT
+
+    def net(count: int, out: int, seed: int) -> Net:
+        return Net(0.3 * numbers(1, H, count, 5, K, seed=seed), 0.3 * numbers(1, H, count, out, 5, seed=seed + 1))
+
+    memories = Memories(net(2, K, 30), net(2, 1, 40), net(1, K, 50))
+    tokens = Tokens(numbers(B, H, T, K), numbers(B, H, T, K, seed=1), F.logsigmoid(numbers(B, H, T)), starts)
+    gates = Gates(torch.zeros(H).double(), torch.full((H,), 2.0).double(), 0.8, clip=0.4)
+    leaves = [x.requires_grad_() for x in (tokens.x, tokens.q, *(part for each in memories for part in each))]
+    o, state = form(tokens, (CHUNK, CHUNK // 2), memories, gates, None, hand_on, recompute)
+    after = [] if state is None else [part for each in (*state.memories, *(state.momentum or ())) for part in each]
+    total = sum((x * numbers(*x.shape, seed=60)).sum() for x in (o, *after))
+    return [o, *after, *torch.autograd.grad(total, leaves)]
+
+
+@pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
+@pytest.mark.parametrize(("hand_on", "recompute"), [(True, False), (False, True)])
+def test_memories_by_the_operator_are_memories_by_chunks(
+    starts: Tensor | None, hand_on: bool, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = whole(starts, hand_on, recompute)
+    calls = []
+    monkeypatch.setattr(resident, "fits", lambda q, net, count: calls.append(count) or count > 0)
+    for mine, theirs in zip(whole(starts, hand_on, recompute), plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    assert set(calls) == ({2} if hand_on else {2, 1})
+
+
+def test_torch_compiles_memories_with_the_operator_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident, "fits", lambda q, net, count: count > 0)
+    compiled = torch.compile(self_modifying, fullgraph=True, backend="aot_eager")
+    for mine, theirs in zip(whole(None, True, False, compiled), whole(None, True, False), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_only_a_gpu_with_room_takes_the_operator() -> None:
+    net = Net(torch.zeros(1, 1, 1, 5, 4), torch.zeros(1, 1, 1, 4, 5))
+    assert not resident.fits(torch.zeros(1, 1, 6, 4), net, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"k": numbers(B, H, 17, 5)}, r"k is .*; it must be"),
+        ({"hold": None}, r"up_speed is .*; it must be None"),
+        ({"turn": numbers(B, H, 4, 5, 5)}, "turn is of 4 chunks of 6 tokens; there are 18"),
+        ({"down": numbers(B, H, 5, 7).float()}, "down is .*float32.*; it must be .*float64"),
+        ({"fresh": torch.zeros(B, 17)}, "fresh is"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        resident.resident(*given(True, True, False, False)._replace(**change))
