@@ -23,6 +23,8 @@ from nlscale_kernels.linear_memory.memory import prepared
 from nlscale_kernels.linear_memory.reference import Given
 from nlscale_kernels.newton_schulz import reference
 from nlscale_kernels.newton_schulz import triton as products
+from nlscale_kernels.self_modifying import resident
+from nlscale_kernels.self_modifying import triton_backward as walk_kernels
 from nlscale_kernels.triton_build import Config
 from nlscale_kernels.tuned import FOLDER, device_facts, file_of
 
@@ -136,6 +138,59 @@ def matrix_memories(
     return found
 
 
+def walk_of(rows: int, heads: int, chunks: int, chunk: int, width: int, device: str) -> resident.Given:
+    """A random run of tokens of self-modifying Titans' main memory, with momentum and a limit, one document a row."""
+    generator, tokens = torch.Generator(device).manual_seed(0), chunks * chunk
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    q, k, v, reach = (F.normalize(numbers(rows, heads, tokens, width), dim=-1) for _ in range(4))
+    rate, write, hold = (numbers(rows, heads, tokens).sigmoid() for _ in range(3))
+    turn = torch.eye(width, device=device) + 0.1 / width**0.5 * numbers(rows, heads, chunks, width, width)
+    states = [numbers(rows, heads, width, width) / width**0.5 for _ in range(2)]
+    speeds = [0.1 * x for x in states]
+    firsts = [x[0].clone() for x in states]
+    factors = numbers(rows, heads, chunks, 4).sigmoid()
+    given = (q, k, v, 0.1 * rate, reach, write, hold, turn, factors, None, *states, *speeds, *firsts, chunk, 1.0)
+    return resident.Given._make(given)
+
+
+def walks(
+    device: str, shape: tuple[int, int, int, int], widths: Sequence[int], arch: int, time: Callable[..., float]
+) -> dict[str, list[dict[str, Any]]]:
+    """Both kernels of the walk whose weights stay on chip; `shape`: rows, heads, chunks, tokens of a chunk."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for width in widths:
+        given = walk_of(*shape, width, device)
+        wide = resident.Given._make(x.double() if isinstance(x, Tensor) else x for x in given)
+        said, kept = resident.looped(wide), walk_kernels.walked(given).kept
+        of = [torch.randn_like(x) for x in said]
+        keys = resident.gradients(wide, of)[1]
+        narrow = [x.float() for x in of]
+
+        def forward(config: Config, given: resident.Given = given) -> Tensor:
+            return walk_kernels.walked(given, config).said
+
+        def backward(
+            config: Config,
+            given: resident.Given = given,
+            kept: Tensor = kept,
+            narrow: list[Tensor] = narrow,
+        ) -> Tensor:
+            return walk_kernels.gradients(given, kept, narrow, config)[1]
+
+        for name, run, configs, expected in (
+            ("walk", forward, walk_kernels.FORWARD, said[0]),
+            ("gradients", backward, walk_kernels.BACKWARD, keys),
+        ):
+            chosen = best([each for each in configs if each.least <= arch], run, expected, time)
+            if chosen is not None:
+                found.setdefault(f"resident.{name}", []).append({"shape": {"width": width}, **chosen})
+                print(f"resident.{name}, width {width}: {chosen}")
+    return found
+
+
 def main() -> int:
     """Writes the file; 2 where there is no GPU."""
     if not torch.cuda.is_available():
@@ -145,6 +200,7 @@ def main() -> int:
     time = triton.testing.do_bench
     found = {"symmetric_product": symmetric_products("cuda", SIDES, arch, time)}
     found |= matrix_memories("cuda", (4, 16, 4096, 64), (64, 128), arch, time)
+    found |= walks("cuda", (4, 16, 8, 64), (32, 64), arch, time) if arch >= 90 else {}
     path = FOLDER / file_of(name)
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {path}")

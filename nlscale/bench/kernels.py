@@ -13,7 +13,7 @@ from nlscale_kernels import level_step, newton_schulz
 from nlscale_kernels.newton_schulz import reference
 from torch import Tensor
 
-from nlscale.bench.memory_kernels import Shape, matrix_memories, mlp_memories
+from nlscale.bench.memory_kernels import Shape, matrix_memories, mlp_memories, walks
 from nlscale.bench.table import Row, Timer, alternating, at_least, show
 
 ROUNDS = 30
@@ -112,6 +112,7 @@ def tables(elements: int, side: int, device: str, timer: Timer) -> list[Row]:
     """All of them; sizes of memories follow `side`."""
     found = levels(elements, device, timer) + orthogonalisation(side, device, timer)
     found += matrix_memories(Shape(4, 16, side, 128), device, timer)
+    found += walks(Shape(4, 16, side // 8, 64), device, timer)
     for chunk in (side // 16, side // 4, side // 2):
         found += mlp_memories(chunk, side // 4, device, timer)
     return found

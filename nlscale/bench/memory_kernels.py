@@ -8,7 +8,8 @@ from nlscale_kernels.linear_memory import matrix_memory, reference
 from nlscale_kernels.linear_memory.reference import Given
 from nlscale_kernels.mlp_memory import Net, gathered
 from nlscale_kernels.mlp_memory import reference as plain
-from nlscale_kernels.tune import tokens_of
+from nlscale_kernels.self_modifying import resident
+from nlscale_kernels.tune import tokens_of, walk_of
 from torch import Tensor
 
 from nlscale.bench.table import Row, Timer, at_least
@@ -89,4 +90,36 @@ def mlp_memories(chunk: int, width: int, device: str, timer: Timer) -> list[Row]
     return [
         at_least(f"{name}, torch / own{said}", plainly, "s", own, 1.8 if chunk <= 1024 else 1.4),
         at_least(f"{name}, torch.compile / own", fast, "s", own, 1.10),
+    ]
+
+
+def walks(shape: Shape, device: str, timer: Timer) -> list[Row]:
+    """Self-modifying Titans' main memory over a run of chunks: one kernel, or products and the kernels between them."""
+    rows, heads, tokens, width = shape
+    chunk = min(CHUNK, tokens)
+    given = walk_of(rows, heads, tokens // chunk, chunk, width, device)
+    wanted = [x.requires_grad_() for x in given if isinstance(x, Tensor)]
+    of = [torch.randn_like(x) for x in resident.looped(given)]
+
+    def own() -> tuple[Tensor, ...]:
+        return tuple(resident.resident(*given)[: len(of)])
+
+    def by_chunks() -> tuple[Tensor, ...]:
+        return resident.looped(given)
+
+    def alone(form: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with torch.no_grad():
+                return form()
+
+        return run
+
+    def both(form: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(form(), wanted, of, allow_unused=True)
+
+    mine, theirs, mine_both, theirs_both = timer([make(form) for make in (alone, both) for form in (own, by_chunks)])
+    name = f"HOPE's memory, {rows} x {heads} x {tokens} x {width}"
+    return [
+        at_least(f"{name}, by chunks / on chip", theirs, "s", mine, 3.0),
+        at_least(f"{name}, with backward, by chunks / on chip", theirs_both, "s", mine_both, 2.0),
     ]

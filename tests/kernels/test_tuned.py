@@ -1,11 +1,13 @@
 """Configs come from committed files: the nearest shape's, else the first of the kernel's list."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from nlscale_kernels import tune
 from nlscale_kernels.newton_schulz import reference, triton
+from nlscale_kernels.self_modifying import triton_backward as walk_kernels
 from nlscale_kernels.triton_build import Config
 from nlscale_kernels.tuned import entries, file_of, nearest
 from triton import OutOfResources
@@ -65,6 +67,13 @@ def test_kernels_of_matrix_memory_are_tuned_one_by_one() -> None:
     assert all(nearest(each, CONFIGS, {"width": 16}) == first[name] for name, each in found.items())
 
 
+def test_kernels_of_the_walk_are_tuned() -> None:
+    times = iter((2.0, 1.0, 3.0, 4.0))
+    found = tune.walks("cpu", (1, 1, 2, 16), [16], 90, lambda run: next(times))
+    assert nearest(found["resident.walk"], CONFIGS, {"width": 16}) == replace(walk_kernels.FORWARD[1], least=80)
+    assert nearest(found["resident.gradients"], CONFIGS, {"width": 16}) == replace(walk_kernels.BACKWARD[0], least=80)
+
+
 def test_the_bench_runs_its_contestants() -> None:
     rows = bench.tables(5000, 16, "cpu", bench.on_cpu)
-    assert len(rows) == 17 and all(row.value > 0 and row.ratio for row in rows)
+    assert len(rows) == 19 and all(row.value > 0 and row.ratio for row in rows)
