@@ -45,7 +45,15 @@ setup(
     ],
     extras_require={
         "fla": ["fla-core>=0.6,<0.7; sys_platform == 'linux'"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.9", "mypy>=1.13", "import-linter>=2.1"],
+        "liger": ["liger-kernel>=0.8.5,<0.9; sys_platform == 'linux'"],
+        "test": [
+            "liger-kernel>=0.8.5,<0.9; sys_platform == 'linux'",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            "import-linter>=2.1",
+        ],
     },
     entry_points={"console_scripts": ["nlscale = nlscale.cli:main"]},
 )

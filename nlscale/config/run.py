@@ -159,6 +159,11 @@ class Run:
             not nested or optim.phase == "aligned",
             "model.variant=nested needs optim.phase=aligned: a fast level starts anew where its slower one moves as a whole",
         )
+        require(
+            not self.train.liger or not (optim.second_order or token_levels(self.levels)),
+            "train.liger=true has no second derivatives, which levels with unit: token and optim.second_order ask for; "
+            "train.liger=false would work",
+        )
         plain = optim.name == "sgd" and optim.matrix.momentum == 0 and optim.clip == 0
         require(
             not optim.second_order or (nested and plain),

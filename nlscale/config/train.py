@@ -20,6 +20,7 @@ class Train:
     kernels: Literal["fused", "reference"] = (
         "fused"  # reference: plain torch in place of every kernel, to find a wrong one
     )
+    liger: bool = False  # RMSNorm, rotary positions, SwiGLU and loss by liger-kernel (pip install "nlscale[liger]")
     evaluate_interval: int = 0  # steps between held-out losses; 0: only at the end
     evaluate_rows: int = 64
 

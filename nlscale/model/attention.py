@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from nlscale_kernels.rotary import rotate
+from nlscale_kernels.rotary import rotate_both
 from torch import Tensor, nn
 
 from nlscale.config.model import Model
@@ -45,7 +45,7 @@ class Attention(MegatronModule):
         super().__init__(config)
         width, ranks = model.head_width, config.tensor_model_parallel_size
         groups = groups or model.key_value_heads
-        self.exchange, self.width = exchange, width
+        self.exchange, self.width, self.turned = exchange, width, rotate_both
         self.held = {"q": model.heads // ranks, "k": groups // ranks, "v": groups // ranks}
         self.norm = Norm(model.width, config)
         options = {"config": config, "init_method": config.init_method, "bias": False, "skip_bias_add": False}
@@ -61,8 +61,8 @@ class Attention(MegatronModule):
         fused, _ = self.qkv(self.norm(x_TBD))
         pieces = self.exchange.to_heads(fused.split([n * self.width for n in self.held.values()], -1))
         q, k, v = (piece.unflatten(-1, (-1, self.width)) for piece in pieces)
-        qk = rotate(torch.cat([q, k], 2), *scene.rotary)
-        q_BHTK, k_BGTK, v_BGTK = (part.permute(1, 2, 0, 3) for part in (*qk.split([q.shape[2], k.shape[2]], dim=2), v))
+        q, k = self.turned(q, k, *scene.rotary)
+        q_BHTK, k_BGTK, v_BGTK = (part.permute(1, 2, 0, 3) for part in (q, k, v))
         if context is not None:
             k_BGTK, v_BGTK = torch.cat([context.k, k_BGTK], 2), torch.cat([context.v, v_BGTK], 2)
         left = Context(k_BGTK, v_BGTK) if scene.hand_on else None

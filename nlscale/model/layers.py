@@ -1,9 +1,10 @@
 """megatron-core's configuration for our blocks, and the norm that its local layers lack."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -70,6 +71,11 @@ def product(input: Tensor, weight: Tensor, **_: object) -> Tensor:
     return torch.matmul(input, weight)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) times the gains, over the last axis."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
 class Norm(nn.RMSNorm):
     """RMSNorm over the last axis (Zhang and Sennrich, 2019), also on activations split along the sequence."""
 
@@ -77,10 +83,11 @@ class Norm(nn.RMSNorm):
         device = torch.cuda.current_device() if not config.use_cpu_initialization else None
         super().__init__(width, eps=config.layernorm_epsilon, dtype=config.params_dtype, device=device)
         self.partial = config.sequence_parallel
+        self.normed: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
 
     def forward(self, x_TBD: Tensor) -> Tensor:
         """(T, B, D) -> (T, B, D)."""
-        return super().forward(x_TBD)
+        return self.normed(x_TBD, self.weight, self.eps or 0.0)
 
     def leaves(self) -> Iterator[Leaf]:
         """The gain; with sequence parallelism each rank sees a part of the tokens, so its gradient is a partial sum."""

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from nlscale_kernels.summed_loss import summed_loss
+from nlscale_kernels.summed_loss import CrossEntropy, summed_loss
 from torch import Tensor, nn
 
 from nlscale.model.layers import Norm
@@ -41,7 +41,7 @@ class Head(MegatronModule):
         self.weight = own
         self.summed = summed_loss
         split = config.tensor_model_parallel_size > 1
-        self.cross_entropy = parallel_cross_entropy if split else local_cross_entropy
+        self.cross_entropy: CrossEntropy = parallel_cross_entropy if split else local_cross_entropy
         self.enter = (
             gather_from_sequence_parallel_region if config.sequence_parallel else copy_to_tensor_model_parallel_region
         )

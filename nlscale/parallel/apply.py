@@ -21,6 +21,7 @@ from nlscale.model.hope import Block, Hope, Stage
 from nlscale.model.in_sequence import HopeInSequence, Rhythm
 from nlscale.model.init import initialize
 from nlscale.model.layers import transformer_config
+from nlscale.model.liger import adopt, check_liger
 from nlscale.parallel.carried import Carried
 from nlscale.parallel.gate import Gate
 from nlscale.parallel.replay import Replay
@@ -75,6 +76,10 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
     initialize(leaves, run.model, run.train.seed, world.tensor_rank)
     for chunk in chunks if run.optim.second_order else ():
         chunk.head.summed = whole_loss  # one stage: the config allows no other
+    if run.train.liger and run.train.kernels == "fused":
+        check_liger()
+        for chunk in chunks:
+            adopt(chunk)
     if run.train.recompute == "block":
         for chunk in chunks:
             for block in (each for each in chunk.blocks if type(each) is Block):

@@ -19,3 +19,9 @@ def rotary_table(tokens: int, width: int, base: float, device: torch.device | No
 def rotate(x_TBHK: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turns the two halves of every head by its token's angle."""
     return x_TBHK * cosine + x_TBHK.roll(x_TBHK.shape[-1] // 2, -1) * sine
+
+
+def rotate_both(q_TBHK: Tensor, k_TBGK: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys, turned in one pass."""
+    q, k = rotate(torch.cat([q_TBHK, k_TBGK], 2), cosine, sine).split([q_TBHK.shape[2], k_TBGK.shape[2]], dim=2)
+    return q, k

@@ -19,7 +19,7 @@ CrossEntropy = Callable[[Tensor, Tensor], Tensor]
 def summed_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, cross_entropy: CrossEntropy) -> Tensor:
     """Sum over tokens of cross_entropy(x W^T, targets), a scalar of at least float32; once differentiable.
 
-    `cross_entropy` maps logits (n, V) and targets (n,) to token losses (n,); it may be a collective over ranks.
+    `cross_entropy` maps logits (n, V) and targets (n,) to token losses (n,) or their sum; it may be a collective over ranks.
     """
     return SummedLoss.apply(x_ND, weight_VD, targets_N, cross_entropy, torch.is_grad_enabled())
 
