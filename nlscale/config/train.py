@@ -37,6 +37,7 @@ class Checkpoint:
 
     interval: int = 500  # steps; the last step is always saved
     keep: int = 3  # newest checkpoints kept; 0 keeps all
+    keep_every: int = 0  # checkpoints at multiples of so many steps are kept besides; 0: none
     windows: Literal["each", "total"] = "each"  # each: every replica's open windows, so that a resume is bit-exact;
     # total: their sum, equal up to rounding, which does not grow with replicas
     levels: Literal["same", "change"] = "same"  # change: a resume may find other periods, frozen or new levels
@@ -44,7 +45,8 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         require(self.interval >= 1, f"checkpoint.interval={self.interval} must be at least 1")
-        require(self.keep >= 0, f"checkpoint.keep={self.keep} must not be negative")
+        for name in ("keep", "keep_every"):
+            require(getattr(self, name) >= 0, f"checkpoint.{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +77,4 @@ class Cluster:
     nproc: int | None = None  # ranks that `nlscale train` starts on this machine; unset: what the layout needs
     threads: int | None = None  # of one rank on a CPU; unset: cores shared evenly
     timeout: int = 600  # seconds until a collective that waits is given up
+    lease: float = 60.0  # seconds without a sign of life after which another host's hold on a run folder is over

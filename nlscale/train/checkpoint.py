@@ -13,14 +13,18 @@ from typing import Any
 
 import torch.distributed as dist
 import xxhash
+from torch.distributed.checkpoint import CheckpointException
 
 from nlscale.config.errors import StoppedOnPurpose, UserError
 from nlscale.config.read import dump
+from nlscale.config.train import Checkpoint
 from nlscale.runtime.folder import MANIFEST, STATE, Folder, write_durably
+from nlscale.runtime.holder import Hold
 from nlscale.runtime.log import Journal
+from nlscale.train.agree import everywhere, led
 from nlscale.train.continual import Change, anchor_new, begin_new, carried, compare, dropped, newly_kept, of_tasks
 from nlscale.train.memories import check_memories, memories
-from nlscale.train.pieces import load, save, stored
+from nlscale.train.pieces import Pieces, load, save, stored
 from nlscale.train.split import divided, parts_of, redirected
 from nlscale.train.state import TrainState
 from nlscale.train.windows import load_windows, windows_to_save
@@ -29,46 +33,79 @@ from nlscale.train.windows import load_windows, windows_to_save
 class Checkpoints:
     """Saves and restores the state of one run."""
 
-    def __init__(self, folder: Folder, journal: Journal) -> None:
-        self.folder, self.journal = folder, journal
+    def __init__(self, folder: Folder, journal: Journal, hold: Hold) -> None:
+        self.folder, self.journal, self.hold = folder, journal, hold
 
     def due(self, state: TrainState) -> bool:
         """Whether the interval ends at this step."""
         return state.step % state.run.checkpoint.interval == 0
 
-    def save(self, state: TrainState) -> None:
-        """Commits the state of this step; nothing to do where it stands already. A collective."""
-        final, world, began = self.folder.checkpoint(state.step), state.world, time.monotonic()
-        if (final / MANIFEST).is_file():
-            return
-        partial = final.with_name("." + final.name + ".partial")
-        if world.leads:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        save({**state.shards(), **windows_to_save(state), **memories(state)}, partial)
+    def save(self, state: TrainState) -> bool:
+        """Commits the state of this step; nothing to do where it stands already. A collective.
+
+        False where the disk refused: the last good checkpoint stands. Raises StoppedOnPurpose where another attempt has
+        taken the run folder over.
+        """
+        final, began = self.folder.checkpoint(state.step), time.monotonic()
+        if led(state.world, (final / MANIFEST).is_file):
+            return True
+        pieces = {**state.shards(), **windows_to_save(state), **memories(state)}
+        try:
+            self.write(state, pieces, final)
+        except (OSError, CheckpointException) as error:  # the latter is no Exception
+            self.refused(state, pieces, error)
+            return False
+        self.journal.event("save", state.step, seconds=round(time.monotonic() - began, 3))
+        return True
+
+    def write(self, state: TrainState, pieces: dict[str, Pieces], final: Path) -> None:
+        """Shards, facts, manifest, commit."""
+        world = state.world
+        partial = led(world, lambda: anew(final.with_name(f".{final.name}.{self.hold.token}.partial")))
+        save(pieces, partial)
         facts = state.facts()
-        mine = partial.glob(f"__{world.rank}_*")
-        digests: list[dict] = [{} for _ in range(world.size)]
-        dist.all_gather_object(digests, {path.name: digest(path) for path in mine})
-        if world.leads:
+        digests = everywhere(lambda: {path.name: digest(path) for path in partial.glob(f"__{world.rank}_*")})
+
+        def conclude() -> None:
             write_durably(partial / STATE, json.dumps(facts))
             write_durably(partial / "config.yaml", dump(state.run))
-            files = {name: facts for each in digests for name, facts in each.items()}
+            files = {name: each for mine in digests for name, each in mine.items()}
             files |= {name: digest(partial / name) for name in (".metadata", STATE, "config.yaml")}
             write_durably(partial / MANIFEST, json.dumps({"step": state.step, "files": files}, indent=1))
-            commit(partial, final)
-            self.prune(state.run.checkpoint.keep)
-        dist.barrier()
-        self.journal.event("save", state.step, seconds=round(time.monotonic() - began, 3))
+            with self.hold.committing():
+                commit(partial, final)
+                self.prune(state.run.checkpoint)
 
-    def prune(self, keep: int) -> None:
-        """Removes all but the newest `keep` checkpoints, and what killed saves left behind."""
-        for step in self.folder.steps()[keep:] if keep else []:
+        led(world, conclude)
+
+    def refused(self, state: TrainState, pieces: dict[str, Pieces], error: BaseException) -> None:
+        """Says what a save that failed needed and found."""
+        mine = sum(values.nbytes for each in pieces.values() if each.owner for _, values in each.rectangles)
+        need, place = sum(everywhere(lambda: mine)), self.folder.path / "checkpoints"
+        free = shutil.disk_usage(place).free
+        failures = [str(each) for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+        reason = (failures or [str(error)])[0]
+        if state.world.leads:
+            self.clean()
+        self.journal.event("save failed", state.step, reason=reason, need=need, free=free)
+        self.journal.say(
+            f"step {state.step} could not be saved in {place}: {reason}; it needs {need / 2**20:,.0f} MiB, "
+            f"{free / 2**20:,.0f} are free; the last good checkpoint stands, and the next save tries again"
+        )
+
+    def prune(self, settings: Checkpoint) -> None:
+        """Removes all but the newest checkpoints and those at every `keep_every` steps, and what killed saves left."""
+        every = settings.keep_every
+        for step in self.folder.steps()[settings.keep :] if settings.keep else []:
             target = self.folder.checkpoint(step)
-            target.rename(target.with_name("." + target.name + ".partial"))  # half removed, it must not look whole
+            if not every or step % every:
+                target.rename(target.with_name("." + target.name + ".partial"))  # half removed, it must not look whole
+        self.clean()
+
+    def clean(self) -> None:
+        """Removes what saves and removals that never came to their end left behind."""
         for leftover in (self.folder.path / "checkpoints").glob(".step-*.partial"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def restore(self, state: TrainState) -> bool:
         """Takes over the newest good checkpoint; False where the run has none. A collective.
@@ -146,6 +183,13 @@ class Checkpoints:
         parts = [f"{len(change.moved)} parameters move otherwise ({'; '.join(moved)})"] if moved else []
         parts += [f"{len(change.new)} parameters are new"] if change.new else []
         self.journal.say(f"levels change at step {facts['step']}: {', '.join(parts)}; {windows}")
+
+
+def anew(folder: Path) -> Path:
+    """The folder, empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def commit(partial: Path, final: Path) -> None:

@@ -1,5 +1,6 @@
 """A run, from its recipe or from where its folder left off, to its last step."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,15 @@ from nlscale_kernels.switch import kernels
 from nlscale.config.errors import SavedOnSignal, StoppedOnPurpose, require
 from nlscale.config.read import dump
 from nlscale.config.run import Run, replicas
-from nlscale.data.card import check_data
+from nlscale.data.card import Card, check_data
 from nlscale.data.loader import HeldOut, Loader
 from nlscale.optim.build import build_optimizer
 from nlscale.parallel.apply import PRECISIONS, Parallelized, parallelize
 from nlscale.runtime.folder import Folder, write_durably
+from nlscale.runtime.holder import Hold
 from nlscale.runtime.log import Journal
 from nlscale.runtime.world import World, join, leave
+from nlscale.train.agree import led
 from nlscale.train.checkpoint import Checkpoints
 from nlscale.train.metrics import Metrics
 from nlscale.train.peak import peak_flops
@@ -44,6 +47,22 @@ def train_here(run: Run) -> None:
     replicas(run, world.size)
     cards, folder = check_data(run.data, run.train.evaluate_rows > 0), Folder(Path(run.folder))
     journal = Journal(folder, world.leads)
+    hold = Hold(folder.path, run.cluster.lease)
+    taken = led(world, hold.take)
+    try:
+        if taken:
+            journal.event("takeover", 0, what=taken)
+            journal.say(taken)
+        from_where_it_stands(run, world, cards, folder, journal, hold)
+    finally:
+        hold.release()
+    leave()
+
+
+def from_where_it_stands(
+    run: Run, world: World, cards: Sequence[Card], folder: Folder, journal: Journal, hold: Hold
+) -> None:
+    """The run on this rank, its folder held."""
     model = parallelize(run, world)
     optimizer = build_optimizer(run, model.leaves, world)
     optimizer.await_in(model.modules)
@@ -52,7 +71,7 @@ def train_here(run: Run) -> None:
     state = TrainState(run, world, model.leaves, optimizer, loader, fingerprints, model.carried)
     if run.data.replay:
         state.replay, state.replay_fingerprint = open_replay(run, world)
-    checkpoints = Checkpoints(folder, journal)
+    checkpoints = Checkpoints(folder, journal, hold)
     resumed = checkpoints.restore(state)
     if state.step < run.train.steps:
         if world.leads:
@@ -60,7 +79,6 @@ def train_here(run: Run) -> None:
         going_on(state, model, checkpoints, cards[0].document, folder, journal, resumed)
     else:
         journal.say(f"the run is finished: step {state.step} of {run.train.steps}")
-    leave()
 
 
 def node_of(run: Run) -> int | None:
@@ -99,7 +117,8 @@ def going_on(
             if held_out is not None and evaluation_due(state):
                 metrics.evaluated(held_out_loss(state, model, held_out, document))
             if checkpoints.due(state) or report.stop or state.step == last:
-                checkpoints.save(state)
+                saved = checkpoints.save(state)
+                require(saved or not (report.stop or state.step == last), "the last save failed; mend that and go on")
                 if world.leads:
                     plot([folder], folder.plot)
             if report.stop and state.step < last:
