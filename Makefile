@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: train test lint bench gpu kernels clean
+.PHONY: train test lint bench faults gpu kernels clean
 
 train: $(VENV)/installed
 	$(BIN)/nlscale data prepare stdlib --out corpora/stdlib --sequence 256 --tokeniser bpe:4096 --held-out 0.05
@@ -27,6 +27,10 @@ bench: $(VENV)/installed
 	$(BIN)/nlscale bench loader
 	$(BIN)/nlscale bench levels
 	$(BIN)/nlscale bench memories
+
+# Faults injected for real, the long way: every boundary of a save, fifty kills at random moments, a hundred flipped bits.
+faults: $(VENV)/tested
+	$(BIN)/python -m pytest -m slow -s
 
 gpu: $(VENV)/tested
 	$(BIN)/python -m pytest -m gpu

@@ -112,9 +112,8 @@ class Checkpoints:
 
         Raises UserError for a checkpoint of another model or dataset, StoppedOnPurpose where all are damaged.
         """
-        listed: list[Any] = [self.folder.steps(), len(self.folder.damaged())]
-        dist.broadcast_object_list(listed, src=0)
-        steps, damaged = listed
+        led(state.world, self.clean)
+        steps, damaged = led(state.world, lambda: (self.folder.steps(), len(self.folder.damaged())))
         for step in steps:
             faults = verify(self.folder.checkpoint(step), state.world.rank, state.world.size)
             everyone: list[list[str]] = [[] for _ in range(state.world.size)]
@@ -122,6 +121,7 @@ class Checkpoints:
             faults = [fault for each in everyone for fault in each]
             if not faults:
                 self.load(state, self.folder.checkpoint(step))
+                led(state.world, lambda: self.prune(state.run.checkpoint))  # what a killed save left to do
                 return True
             self.journal.event("damaged checkpoint", step, faults=faults)
             self.journal.say(f"checkpoint of step {step} is damaged ({faults[0]}); trying the one before")
