@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         verb(name, function, text, saved).add_argument("run", metavar="RUN")
     made = verb("bench", bench, "tables of ratios, measured in one run")
-    made.add_argument("name", choices=("step", "loader", "levels", "memories", "kernels", "parts"))
+    made.add_argument("name", choices=("step", "loader", "levels", "memories", "kernels", "parts", "states"))
     made.add_argument("--json", help="also write the table to this file")
     return parser
 

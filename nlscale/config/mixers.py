@@ -66,6 +66,7 @@ class SelfModifying:
     hidden: int | None = None  # units of a memory; unset: the head's width
     convolution: int = 4
     rate: float = 0.02  # largest inner rate; rate x chunk below 2, as tokens add up; 0: the memory stays as it began
+    keep: float = 0.99  # share of a memory that a token keeps, at the start of training
     momentum: bool = True
     erase: bool = True  # Delta Gradient Descent: a write erases along its key first; false: plain gradient descent
     unit_values: bool = True  # values of length one, as keys are; false: as they come, which can grow without bound
@@ -81,6 +82,7 @@ class SelfModifying:
         for number in ("rate", "clip"):
             value = getattr(self, number)
             require(value >= 0, f"model.self_modifying.{number}={value} must not be negative")
+        require(0 < self.keep < 1, f"model.self_modifying.keep={self.keep} must lie between 0 and 1, such as 0.99")
         for name in self.written:
             require(
                 name in MEMORIES,

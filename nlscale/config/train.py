@@ -77,4 +77,11 @@ class Cluster:
     nproc: int | None = None  # ranks that `nlscale train` starts on this machine; unset: what the layout needs
     threads: int | None = None  # of one rank on a CPU; unset: cores shared evenly
     timeout: int = 600  # seconds until a collective that waits is given up
+    watchdog: float = (
+        600.0  # seconds without a step after which every rank's stacks are written and the job ends; 0: never
+    )
     lease: float = 60.0  # seconds without a sign of life after which another host's hold on a run folder is over
+
+    def __post_init__(self) -> None:
+        for name in ("watchdog", "lease"):
+            require(getattr(self, name) >= 0, f"cluster.{name}={getattr(self, name)} must not be negative")

@@ -1,6 +1,7 @@
 """Initial values, as a table over leaf names. They depend on the seed and the name alone: every layout starts equal."""
 
 import hashlib
+import math
 from fnmatch import fnmatchcase
 
 import torch
@@ -42,7 +43,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("blocks.*.continuum.*.gate.weight", "normal"),
     ("blocks.*.continuum.*.up.weight", "normal"),
 )
-CONSTANTS = {"ones": 1.0, "zeros": 0.0, "kept": 4.6, "faint": -4.0}  # sigmoid(4.6) = 0.99, sigmoid(-4) = 0.02
+CONSTANTS = {"ones": 1.0, "zeros": 0.0, "faint": -4.0}  # sigmoid(-4) = 0.02
+KEPT = 0.99  # what memories keep of themselves a token, but for those that are told
 BLOCK = 64  # rows (along the sharded axis) drawn by one generator, so that a rank draws only what it holds
 
 
@@ -62,10 +64,12 @@ def initialize(leaves: list[Leaf], model: Model, seed: int, tensor_rank: int) ->
         "residual": model.init_std / (2 * model.layers) ** 0.5,
         "heads": model.head_width**-0.5,
     }
+    kept = model.self_modifying.keep if model.mixer == "self_modifying" else KEPT
+    constants = {**CONSTANTS, "kept": math.log(kept / (1 - kept))}
     for leaf in leaves:
         word = kind(leaf.name)
-        if word in CONSTANTS:
-            leaf.value.fill_(CONSTANTS[word])
+        if word in constants:
+            leaf.value.fill_(constants[word])
             continue
         if word == "first":
             leaf.value.zero_()[:, 0] = 1.0

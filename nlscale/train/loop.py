@@ -1,7 +1,9 @@
 """A run, from its recipe or from where its folder left off, to its last step."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from nlscale.parallel.apply import PRECISIONS, Parallelized, parallelize
 from nlscale.runtime.folder import Folder, write_durably
 from nlscale.runtime.holder import Hold
 from nlscale.runtime.log import Journal
+from nlscale.runtime.watchdog import Watchdog
 from nlscale.runtime.world import World, join, leave
 from nlscale.train.agree import led
 from nlscale.train.checkpoint import Checkpoints
@@ -26,6 +29,7 @@ from nlscale.train.plot import plot
 from nlscale.train.second_order import SecondOrder
 from nlscale.train.state import TrainState
 from nlscale.train.step import Report, held_out_loss, nothing, train_step
+from nlscale.train.stragglers import Stragglers
 from nlscale.train.watch import Watch
 
 SKIPS = 10  # steps in a row with gradients that are not finite, until the run is given up
@@ -108,16 +112,23 @@ def going_on(
         if state.step % run.levels[-1].period:
             journal.say("the slow copies' next steps are first order: the rows of their open windows are gone")
     last = min(run.train.steps, run.train.stop_at or run.train.steps)
-    with Watch() as watch, Metrics(state, folder, journal, peak) as metrics:
-        skips = 0
+    watchdog = Watchdog(
+        folder.path / "alive", world.rank, world.size, run.cluster.watchdog, partial(hung, state, folder)
+    )
+    with Watch() as watch, Metrics(state, folder, journal, peak) as metrics, watchdog:
+        skips, stragglers = 0, Stragglers(world, journal)
         while state.step < last:
             report = train_step(state, model, document, watch.asked is not None, before_move)
+            watchdog.note(f"step {state.step}")
             metrics.record(report)
+            stragglers.heard(state.step, report.own)
             skips = alarmed(report, skips, state.step, journal)
             if held_out is not None and evaluation_due(state):
                 metrics.evaluated(held_out_loss(state, model, held_out, document))
+                watchdog.note(f"the held-out loss of step {state.step}")
             if checkpoints.due(state) or report.stop or state.step == last:
                 saved = checkpoints.save(state)
+                watchdog.note(f"the save of step {state.step}")
                 require(saved or not (report.stop or state.step == last), "the last save failed; mend that and go on")
                 if world.leads:
                     plot([folder], folder.plot)
@@ -125,6 +136,12 @@ def going_on(
                 journal.event("stop", state.step, signal=watch.asked)
                 raise SavedOnSignal(f"saved at step {state.step} on a signal; the same command goes on")
     journal.event("end", state.step)
+
+
+def hung(state: TrainState, folder: Folder, cause: str) -> None:
+    """What the watchdog's last words are."""
+    Journal(folder, True).event("hung", state.step, rank=state.world.rank, cause=cause)
+    print(f"nlscale: {cause}", file=sys.stderr, flush=True)
 
 
 def alarmed(report: Report, skips: int, step: int, journal: Journal) -> int:

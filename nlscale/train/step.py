@@ -18,7 +18,7 @@ from nlscale.train.state import TrainState
 
 @dataclass(frozen=True)
 class Report:
-    """What one step did, equal on all ranks."""
+    """What one step did, equal on all ranks but for `own`."""
 
     loss: float  # mean over all targets of the step
     tokens: int
@@ -26,6 +26,7 @@ class Report:
     stop: bool  # a rank was asked to stop
     seconds: float
     data_wait: float
+    own: float = 0.0  # seconds of this rank's rows, forward and backward; the one figure that differs between ranks
     grad_norm: dict[str, float] = field(default_factory=dict)  # of the levels that moved
     update_norm: dict[str, float] = field(default_factory=dict)
     refused: int = 0  # micro-batches whose loss was not finite: they added nothing to any window
@@ -52,6 +53,7 @@ def train_step(
     micro_batches = batch.micro(run.train.micro_batch)
     model.pace(run.model.inner.pace(state.step + 1, run.train.steps))
     total = model.forward_backward(micro_batches, True)
+    own = time.monotonic() - began
     again = replayed(state, model, document)
     state.step += 1
     before_move(state.step, micro_batches)
@@ -71,6 +73,7 @@ def train_step(
         stop=report[4] > 0,
         seconds=time.monotonic() - began,
         data_wait=waited,
+        own=own,
         refused=int(report[5]),
         replay_loss=report[6] / report[7] if report[7] else None,
         grad_norm=joint({name: move.grad_norm**2 for name, move in went.items()}, level),

@@ -1,0 +1,105 @@
+"""A watchdog: a job in which nothing goes on says where every rank stands, names who is missing, and ends.
+
+Each rank has a thread that looks whether its run goes on, and that writes a sign of life every few seconds into a folder of
+the run. When nothing went on for the configured time, it writes the Python stacks of its rank into the rank's log; then the
+lowest rank that still lives names the cause and all end. A rank that is stopped gives no sign.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+HUNG = 70  # exit code: a crash, which may be requeued
+SIGNS = 4  # signs of life of one rank within which every other gives one
+
+
+class Watchdog:
+    """A context; `note` says that something went on."""
+
+    def __init__(self, alive: Path, rank: int, ranks: int, seconds: float, ended: Callable[[str], None]) -> None:
+        """`alive`: the folder of the signs of life. `seconds`: without progress; 0 watches nothing.
+
+        `ended` is told the cause, on the one rank that speaks, before its process ends.
+        """
+        self.alive, self.rank, self.ranks, self.seconds, self.ended = alive, rank, ranks, seconds, ended
+        self.pause = min(seconds / 8, 5.0)
+        self.last, self.what = time.monotonic(), "start"
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True, name="watchdog")
+
+    def __enter__(self) -> "Watchdog":
+        if self.seconds:
+            self.alive.mkdir(parents=True, exist_ok=True)
+            self.last = time.monotonic()
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.over.set()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def note(self, what: str) -> None:
+        """Something went on; `what` is named where nothing follows."""
+        self.last, self.what = time.monotonic(), what
+
+    def watch(self) -> None:
+        """The thread."""
+        beats = 0
+        while not self.over.wait(self.pause):
+            beats += 1
+            self.sign(beats)
+            if time.monotonic() - self.last > self.seconds:
+                self.bite()
+
+    def sign(self, beats: int) -> None:
+        """A sign of life: a file that others see change."""
+        partial = self.place(self.rank).with_suffix(".partial")
+        partial.write_text(json.dumps({"host": socket.gethostname(), "beats": beats, "after": self.what}))
+        partial.replace(self.place(self.rank))
+
+    def place(self, rank: int) -> Path:
+        """Where a rank's sign stands."""
+        return self.alive / f"rank-{rank:05d}.json"
+
+    def bite(self) -> None:
+        """Stacks, the cause, the end of this process."""
+        print(f"nothing went on for {self.seconds:g} s after {self.what}; the stacks of this rank:", file=sys.stderr)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        sys.stderr.flush()
+        before = self.signs()
+        for beats in range(SIGNS):  # long enough for every thread that lives to give one
+            self.sign(-1 - beats)
+            time.sleep(self.pause)
+        missing = [rank for rank, sign in self.signs().items() if sign is None or sign == before[rank]]
+        missing = [rank for rank in missing if rank != self.rank]
+        if self.rank == min(set(range(self.ranks)) - set(missing)):
+            self.ended(self.cause(missing))
+        os._exit(HUNG)
+
+    def signs(self) -> dict[int, str | None]:
+        """What every rank last wrote; None where it wrote nothing."""
+        places = {rank: self.place(rank) for rank in range(self.ranks)}
+        return {rank: path.read_text() if path.is_file() else None for rank, path in places.items()}
+
+    def cause(self, missing: list[int]) -> str:
+        """What a person is told."""
+        said = f"nothing went on for {self.seconds:g} s after {self.what}"
+        if not missing:
+            return f"{said}; every rank lives and waits: the stacks in their logs say for what"
+        signs = self.signs()
+        names = []
+        for rank in missing:
+            sign = signs.get(rank)
+            where = (
+                f"host {json.loads(sign)['host']}, last after {json.loads(sign)['after']}" if sign else "never heard of"
+            )
+            names.append(f"rank {rank} ({where})")
+        return f"{said}; no sign of life from {', '.join(names)}"
