@@ -4,7 +4,9 @@ Once differentiable. Each has the signature of the form in torch that it takes t
 """
 
 from importlib.util import find_spec
+from typing import Any
 
+import torch
 from torch import Tensor
 
 ADDED = 0.0  # to a norm's gains
@@ -24,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate_both(q_TBHK: Tensor, k_TBGK: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
-    """As rotary.rotate_both; contiguous queries, keys and their gradients are written over."""
+    """As rotary.rotate_both; contiguous queries and keys are written over."""
     from liger_kernel.ops.rope import LigerRopeFunction
 
     tokens, rows, _, width = q_TBHK.shape
@@ -32,7 +34,21 @@ def rotate_both(q_TBHK: Tensor, k_TBGK: Tensor, cosine: Tensor, sine: Tensor) ->
     cosine, sine = (x.expand(tokens, rows, 1, width).reshape(1, -1, width) for x in (cosine, sine.roll(width // 2, -1)))
     flat = [x.reshape(1, tokens * rows, *x.shape[2:]).transpose(1, 2) for x in (q_TBHK, k_TBGK)]
     q, k = LigerRopeFunction.apply(*flat, cosine, sine)
-    return q.transpose(1, 2).view_as(q_TBHK), k.transpose(1, 2).view_as(k_TBGK)
+    return Guarded.apply(q.transpose(1, 2).view_as(q_TBHK)), Guarded.apply(k.transpose(1, 2).view_as(k_TBGK))
+
+
+class Guarded(torch.autograd.Function):
+    """The same, with a gradient of its own: liger-kernel writes over the one it is given, which others may hold, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """x."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, of: Tensor) -> Tensor:  # type: ignore[override]
+        """A copy."""
+        return of.clone()
 
 
 def swiglu(fused: Tensor) -> Tensor:
@@ -46,7 +62,8 @@ def swiglu(fused: Tensor) -> Tensor:
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor, ignore: int) -> Tensor:
     """Sum of the losses of targets that are not `ignore`; logits are written over with their gradient.
 
-    The sum, and not each token's loss: its gradients with reduction="none" are wrong (liger-kernel, issue 968).
+    The sum, and not each token's loss: its gradients with reduction="none" are wrong (liger-kernel, issue 968). The host
+    reads four values back.
     """
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 

@@ -161,8 +161,8 @@ class Run:
         )
         require(
             not self.train.liger or not (optim.second_order or token_levels(self.levels)),
-            "train.liger=true has no second derivatives, which levels with unit: token and optim.second_order ask for; "
-            "train.liger=false would work",
+            "train.liger has no second derivatives, which levels with unit: token and optim.second_order ask for; "
+            "train.liger=[] would work",
         )
         plain = optim.name == "sgd" and optim.matrix.momentum == 0 and optim.clip == 0
         require(

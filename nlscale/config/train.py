@@ -1,9 +1,11 @@
 """The loop, its checkpoints and what it writes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nlscale.config.errors import require
+
+LIGER = ("norm", "rotary", "swiglu", "loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,9 @@ class Train:
     kernels: Literal["fused", "reference"] = (
         "fused"  # reference: plain torch in place of every kernel, to find a wrong one
     )
-    liger: bool = False  # RMSNorm, rotary positions, SwiGLU and loss by liger-kernel (pip install "nlscale[liger]")
+    liger: list[str] = field(
+        default_factory=list
+    )  # what liger-kernel computes in place of torch: norm, rotary, swiglu, loss
     evaluate_interval: int = 0  # steps between held-out losses; 0: only at the end
     evaluate_rows: int = 64
 
@@ -29,6 +33,12 @@ class Train:
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
         for name in ("evaluate_interval", "evaluate_rows"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
+        for name in self.liger:
+            require(name in LIGER, f"train.liger: liger-kernel is not asked for '{name}'; choose of {', '.join(LIGER)}")
+        require(
+            not self.liger or self.kernels == "fused",
+            "train.liger with train.kernels=reference would run torch; train.liger=[] would work",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A model's norms, rotary positions, SwiGLU and loss by liger-kernel in place of torch."""
 
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -14,23 +15,26 @@ from nlscale.model.layers import Norm
 from nlscale.model.loss import IGNORE, Head, local_cross_entropy
 
 
-def check_liger() -> None:
-    """Raises UserError where it cannot run."""
-    require(torch.cuda.is_available(), "train.liger=true needs an NVIDIA GPU; train.liger=false would work")
+def check_liger(parts: Collection[str]) -> None:
+    """Raises UserError where `parts` are asked for and cannot run."""
+    said = f"train.liger=[{','.join(parts)}]"
+    require(not parts or torch.cuda.is_available(), f"{said} needs an NVIDIA GPU; train.liger=[] would work")
     require(
-        liger.available(),
-        'train.liger=true needs liger-kernel: pip install "nlscale[liger]"; train.liger=false would work',
+        not parts or liger.available(),
+        f'{said} needs liger-kernel: pip install "nlscale[liger]"; train.liger=[] would work',
     )
 
 
-def adopt(model: nn.Module) -> None:
-    """Puts them in. A loss over a vocabulary that is split over ranks stays megatron-core's, GELU torch's."""
+def adopt(model: nn.Module, parts: Collection[str]) -> None:
+    """Puts `parts` (config.train.LIGER) in. A loss over a vocabulary that is split over ranks stays megatron-core's, GELU
+    torch's; the norms and rotations inside memories stay their own.
+    """
     for module in model.modules():
-        if isinstance(module, Norm):
+        if isinstance(module, Norm) and "norm" in parts:
             module.normed = liger.rms_norm
-        elif isinstance(module, FeedForward) and module.activation is swiglu:
+        elif isinstance(module, FeedForward) and "swiglu" in parts and module.activation is swiglu:
             module.activation = liger.swiglu
-        elif isinstance(module, Attention):
+        elif isinstance(module, Attention) and "rotary" in parts:
             module.turned = liger.rotate_both
-        elif isinstance(module, Head) and module.cross_entropy is local_cross_entropy:
+        elif isinstance(module, Head) and "loss" in parts and module.cross_entropy is local_cross_entropy:
             module.cross_entropy = partial(liger.cross_entropy, ignore=IGNORE)

@@ -67,6 +67,7 @@ def stages(run: Run, pipeline_rank: int) -> list[Stage]:
 
 def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Parallelized:
     """Builds, initialises and schedules the model. `dtype` overrides the precision's (float64 references)."""
+    check_liger(run.train.liger)
     dtype = dtype or PRECISIONS[run.train.precision]
     config = transformer_config(run.model, run.parallel, dtype, world.device)
     units = Levels(levels=run.levels).units(run.model.feed_forward)
@@ -76,10 +77,8 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
     initialize(leaves, run.model, run.train.seed, world.tensor_rank)
     for chunk in chunks if run.optim.second_order else ():
         chunk.head.summed = whole_loss  # one stage: the config allows no other
-    if run.train.liger and run.train.kernels == "fused":
-        check_liger()
-        for chunk in chunks:
-            adopt(chunk)
+    for chunk in chunks:
+        adopt(chunk, run.train.liger)
     if run.train.recompute == "block":
         for chunk in chunks:
             for block in (each for each in chunk.blocks if type(each) is Block):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import Gates, Memories, Tokens, resident, self_modifying, triton_backward
 from nlscale_kernels.self_modifying.resident import DIFFERENTIABLE, Given
+from nlscale_kernels.switch import kernels
 from torch import Tensor
 
 B, H, CHUNK, COUNT = 2, 2, 6, 3
@@ -163,6 +164,9 @@ def test_torch_compiles_memories_with_the_operator_in_one_graph(monkeypatch: pyt
 def test_only_a_gpu_with_room_takes_the_operator() -> None:
     net = Net(torch.zeros(1, 1, 1, 5, 4), torch.zeros(1, 1, 1, 4, 5))
     assert not resident.fits(torch.zeros(1, 1, 6, 4), net, 2)
+    assert "cuda" not in resident.resident._disabled_kernel
+    with kernels("reference"):
+        assert "cuda" in resident.resident._disabled_kernel  # what `fits` asks
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,9 @@ def test_only_a_gpu_with_room_takes_the_operator() -> None:
         ({"hold": None}, r"up_speed is .*; it must be None"),
         ({"turn": numbers(B, H, 4, 5, 5)}, "turn is of 4 chunks of 6 tokens; there are 18"),
         ({"down": numbers(B, H, 5, 7).float()}, "down is .*float32.*; it must be .*float64"),
-        ({"fresh": torch.zeros(B, 17)}, "fresh is"),
+        ({"fresh": torch.zeros(B, 17).bool()}, r"fresh is .*17.*; it must be"),
+        ({"fresh": torch.zeros(B, 18)}, r"fresh is .*float32.*; it must be"),
+        ({"chunk": 4, "turn": numbers(B, H, 2, 5, 5)}, "there are 18 tokens, which must be whole chunks"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], words: str) -> None:

@@ -9,6 +9,7 @@ from nlscale_kernels.rotary import rotary_table, rotate_both
 
 from nlscale.config.errors import UserError
 from nlscale.config.read import read
+from nlscale.config.train import LIGER
 from nlscale.model.layers import Norm
 from nlscale.model.liger import adopt
 from nlscale.parallel.apply import parallelize
@@ -44,7 +45,7 @@ def both() -> tuple[float, dict[str, float], set[str]]:
     for adopts in (False, True):
         model = parallelize(run, world)
         if adopts:
-            adopt(model.chunks[0])
+            adopt(model.chunks[0], LIGER)
             for module in model.chunks[0].modules():
                 if isinstance(module, Norm):
                     module.eps = Number(module.eps or 0.0)
@@ -77,14 +78,19 @@ def test_rotary_positions_of_grouped_queries() -> None:
 
     for mine, theirs in zip(liger.rotate_both(*parts(), *tables), rotate_both(*parts(), *tables), strict=True):
         torch.testing.assert_close(mine, theirs)
-        of = torch.randn_like(mine)
-        first, second = (torch.autograd.grad(x, fused, of.clone(), retain_graph=True)[0] for x in (mine, theirs))
-        torch.testing.assert_close(first, second)
+        beside, of = torch.zeros_like(mine, requires_grad=True), torch.randn_like(mine)
+        both = [torch.autograd.grad(x + beside, [fused, beside], of, retain_graph=True) for x in (mine, theirs)]
+        for first, second in zip(*both, strict=True):
+            torch.testing.assert_close(first, second)
 
 
 def test_what_it_cannot_do_is_named() -> None:
     with pytest.raises(UserError, match="has no second derivatives, which levels with unit: token"):
-        read("demo", ["train.liger=true", "use.levels=inside"])
+        read("demo", ["train.liger=[norm]", "use.levels=inside"])
+    with pytest.raises(UserError, match="'rope'; choose of norm, rotary, swiglu, loss"):
+        read("demo", ["train.liger=[rope]"])
+    with pytest.raises(UserError, match="with train.kernels=reference would run torch"):
+        read("demo", ["train.liger=[norm]", "train.kernels=reference"])
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="needs an NVIDIA GPU; train.liger=false would work"):
-            ranks(1, lambda: parallelize(tiny("train.liger=true"), join(tiny().parallel, tiny().cluster, 0)))
+        with pytest.raises(RuntimeError, match=r"needs an NVIDIA GPU; train.liger=\[\] would work"):
+            ranks(1, lambda: parallelize(tiny("train.liger=[norm,loss]"), join(tiny().parallel, tiny().cluster, 0)))

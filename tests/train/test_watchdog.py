@@ -55,7 +55,7 @@ def test_a_stopped_rank_ends_the_job_and_is_named(prepared: str, tmp_path: Path)
     missing = f"nothing went on for 2 s after step 5; no sign of life from rank 1 (host {host}, last after "
     assert hung["cause"].startswith(missing)
     said = str(ended.value)
-    assert "ended with 70" in said and "the stacks of this rank" in said and "train_step" in said
+    assert "ended with 70" in said and "in train_step" in said
     assert hung["cause"] in said
     ranks(2, loop.train, run)
     ranks(2, loop.train, whole)

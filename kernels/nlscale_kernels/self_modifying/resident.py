@@ -17,7 +17,7 @@ from nlscale_kernels.self_modifying.parts import Made, Moving, Tokens
 from nlscale_kernels.self_modifying.writes import Scalars, Writes
 
 WIDEST = 64  # head width and units: both matrices and what a chunk adds to them must fit in a processor's registers
-LEAST = 9  # compute capability: before it, the compiler leaves the kernel half of the registers
+ROOM = (9, 10)  # compute capabilities (major) whose registers and shared memory hold it
 
 
 class Given(NamedTuple):
@@ -175,7 +175,7 @@ resident.register_kernel("cuda")(_forward_on_gpu)
 @resident.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     given = Given(*arguments)
-    speeds = [given.q.new_empty(0) if x is None else torch.empty_like(x) for x in given[12:14]]
+    speeds = [given.q.new_empty(0 if x is None else x.shape) for x in given[12:14]]
     states = [x.new_empty(x.shape) for x in (given.q, given.up, given.down)]
     return (*states, *speeds, given.q.new_empty(kept_by(given) if given.q.is_cuda else 0))
 
@@ -190,13 +190,15 @@ def _(*arguments: Any) -> list[Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.chunk, ctx.clip = inputs
     ctx.save_for_backward(*tensors, output[-1])
+    ctx.set_materialize_grads(False)  # of `kept` it would be as large as all states
 
 
 @once_differentiable
-def _backward(ctx: Any, *of: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *of: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, kept = ctx.saved_tensors
     given = Given._make((*tensors, ctx.chunk, ctx.clip))
-    wanted = list(of[: 3 if given.hold is None else 5])
+    like = [x for x in (given.q, *given[10:14]) if x is not None]
+    wanted = [torch.zeros_like(x) if d is None else d for x, d in zip(like, of, strict=False)]
     found = backward(*given, kept, wanted) if kept.numel() else gradients(given, wanted)
     each = dict(zip(DIFFERENTIABLE, found, strict=True))
     return tuple(each[name] if name in each and getattr(given, name) is not None else None for name in Given._fields)
@@ -208,7 +210,10 @@ resident.register_autograd(_backward, setup_context=_save)
 def _check(given: Given) -> None:
     (B, H, T, K), N, M = given.q.shape, given.turn.shape[2], given.up.shape[2]
     written, kept, speed = N * given.chunk, given.turn.shape[:3], given.hold is not None
-    check(0 < written <= T, f"resident: turn is of {N} chunks of {given.chunk} tokens; there are {T} tokens")
+    check(
+        0 < written <= T and T % given.chunk == 0,
+        f"resident: turn is of {N} chunks of {given.chunk} tokens; there are {T} tokens, which must be whole chunks",
+    )
     wanted = {
         **dict.fromkeys(("q", "k", "v"), (B, H, T, K)),
         **{"rate": (B, H, T), "reach": (B, H, written, K), "write": (B, H, written), "turn": (B, H, N, K, K)},
@@ -227,8 +232,10 @@ def _check(given: Given) -> None:
             f"{None if shape is None else (given.q.dtype, shape)}, on {given.q.device}",
         )
     check(
-        given.fresh is None or given.fresh.shape == (B, T),
-        f"resident: fresh is {given.fresh is not None and tuple(given.fresh.shape)}; it must be {(B, T)}",
+        given.fresh is None
+        or (given.fresh.shape == (B, T) and given.fresh.dtype == torch.bool and given.fresh.device == given.q.device),
+        f"resident: fresh is {given.fresh is not None and (given.fresh.dtype, tuple(given.fresh.shape))}; it must be "
+        f"{(torch.bool, (B, T))}, on {given.q.device}",
     )
 
 
@@ -236,7 +243,7 @@ def fits(q: Tensor, net: Net, count: int) -> bool:
     """Whether there is a kernel: float32 on a GPU that has room, matrices that stay on chip, and chunks that write."""
     if not (q.is_cuda and q.dtype == torch.float32 and count) or "cuda" in resident._disabled_kernel:
         return False
-    return max(net.up.shape[-2:]) <= WIDEST and torch.cuda.get_device_capability(q.device)[0] >= LEAST
+    return max(net.up.shape[-2:]) <= WIDEST and torch.cuda.get_device_capability(q.device)[0] in ROOM
 
 
 def walk(

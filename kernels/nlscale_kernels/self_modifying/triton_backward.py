@@ -1,6 +1,7 @@
 """The main memory's walk with its weights on chip, forward and backward: a program a row and head, chunk after chunk.
 
-Tiles: TILE tokens, K head width and M units (padded). Products take tf32; sums and states are float32. Where documents begin
+Tiles: TILE tokens, K head width and M units (padded). Products take tf32, where the path by chunks multiplies float32 as
+torch is told to (exactly, unless it may take tf32); sums and states are float32. Where documents begin
 in a chunk its tokens are gone over twice: those whose anchor is the state before the chunk (way 0), then those whose anchor
 is the initial state (way 1).
 """
@@ -549,16 +550,21 @@ def gradients(given: Given, kept: Tensor, of: list[Tensor], config: Config | Non
 
 
 def launches() -> list[Launch]:
-    """What is compiled ahead of time: heads of 64, 8 chunks of 64 tokens, with momentum and a limit."""
-    wide, found, count = torch.float32, [], 8
+    """What is compiled ahead of time: heads of 64, 8 chunks of 64 tokens; with momentum and a limit, and with neither."""
+    some, none, found, count = torch.float32, None, [], 8
     sizes = (16, 64 * count, 64, count, 64, 64, 1.0)
-    for documents in (False, True):
-        constants = {"LIMITS": True, "DOCUMENTS": documents, "K": 64, "M": 64, "UPCAST": False}
-        fresh, name = torch.int8 if documents else None, "documents" if documents else "one document"
-        given = (*[wide] * 9, fresh, *[wide] * 12, *sizes)
+    for name, momentum, fresh in (
+        ("one document", some, none),
+        ("documents", some, torch.int8),
+        ("plain", none, none),
+    ):
+        constants = {"LIMITS": name != "plain", "DOCUMENTS": fresh is not None, "K": 64, "M": 64, "UPCAST": False}
+        tokens = (*[some] * 6, momentum, some, some, fresh)
+        kept = (some, some, momentum, momentum, some)
+        given = (*tokens, some, some, momentum, momentum, some, some, some, *kept, *sizes)
         found.append(Launch(f"walk {name}", walk_kernel, given, constants, FORWARD, product=True, spills=4096))
-        given = (*[wide] * 9, fresh, *[wide] * 23, *sizes)
-        found.append(
-            Launch(f"walk gradients {name}", gradients_kernel, given, constants, BACKWARD, product=True, spills=4096)
-        )
+        gradients = (*[some] * 6, momentum, *[some] * 4, momentum, momentum, some, some)
+        given = (*tokens, some, some, *kept, some, *gradients, *sizes)
+        name = f"walk gradients {name}"
+        found.append(Launch(name, gradients_kernel, given, constants, BACKWARD, product=True, spills=4096))
     return found
