@@ -24,7 +24,7 @@ def ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float =
         if code:
             logs = [open(f"{folder}/rank-{rank:05d}.log").read() for rank in range(count)]
             failed = next((log for log in logs if "Traceback" in log), "\n".join(logs))
-            raise RuntimeError(f"{count} ranks ended with {code}\n{failed[-4000:]}")
+            raise RuntimeError(f"{count} ranks ended with {code}\n{failed[-20000:]}")
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(count)]
 
 

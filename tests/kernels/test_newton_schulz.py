@@ -96,7 +96,9 @@ def test_kernel(shape: tuple[int, int, int], dtype: torch.dtype, turned: bool) -
         )
         given = triton.symmetric_product(x, x, add, alpha, beta)
         assert (given.double() - expected).norm() <= tolerance * expected.norm()
-        assert torch.equal(given, given.mT)
+        mirrored, tile = given - given.mT, triton.SMALL.options()["TILE"]
+        tiles = torch.arange(shape[1]) // tile
+        assert not mirrored[:, tiles[:, None] != tiles].any()  # stored twice; within a tile the machine's BLAS decides
 
 
 def test_kernel_of_two_matrices_that_commute() -> None:
