@@ -1,6 +1,7 @@
 """Where rows come from, and in which order."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from nlscale.config.errors import require
 
@@ -29,6 +30,9 @@ class Data:
     canonical_nodes: int = 1
     replay: str | None = None  # a dataset of earlier rows, for levels whose `replay` says what they count there
     replay_batch: int = 0  # rows of it a step, over all replicas
+    damaged: Literal["stop", "quarantine"] = (
+        "stop"  # a shard that does not match its digest; quarantine: its rows are void
+    )
     workers: int = 0  # loader processes a rank; 0: rows are read between steps
 
     def __post_init__(self) -> None:

@@ -24,14 +24,18 @@ class Batch:
 
 
 def to_batch(rows_BT1: np.ndarray, document: int, device: torch.device) -> Batch:
-    """Rows of T + 1 tokens -> a batch; the target of a token is the one that follows it."""
+    """Rows of T + 1 tokens -> a batch; the target of a token is the one that follows it. Void rows have none (-1)."""
     ids = torch.from_numpy(rows_BT1.astype(np.int64)).to(device, non_blocking=True)
-    inputs = ids[:, :-1].contiguous()
+    inputs = ids[:, :-1].clamp(min=0)
     return Batch(inputs, ids[:, 1:].contiguous(), inputs == document)
 
 
 def token_hash(rows_BT1: np.ndarray) -> int:
-    """A hash of a set of rows below 2**HASH_BITS: the sum of the rows' hashes, so their order does not matter."""
+    """A hash of a set of rows below 2**HASH_BITS: the sum of the rows' hashes, so their order does not matter.
+
+    Void rows add nothing.
+    """
+    rows_BT1 = rows_BT1[rows_BT1[:, 0] >= 0]
     position = np.arange(1, rows_BT1.shape[1] + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
         weights = position * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)

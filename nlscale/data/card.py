@@ -8,6 +8,7 @@ from nlscale.config.data import Data
 from nlscale.config.errors import UserError, require
 
 NAME = "dataset.json"
+SPLITS = ("train", "heldout")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from nlscale.config.data import Data
 from nlscale.config.errors import require
-from nlscale.data.mds import StreamingDataset, open_rows, tokens
+from nlscale.data.mds import StreamingDataset, tokens
+from nlscale.data.rows import Found, open_rows
 from nlscale.runtime.world import World
 
 
@@ -20,14 +21,20 @@ class Loader:
     """
 
     def __init__(
-        self, data: Data, global_batch: int, world: World, follow: bool = False, name: str = "train.global_batch"
+        self,
+        data: Data,
+        global_batch: int,
+        world: World,
+        follow: bool = False,
+        name: str = "train.global_batch",
+        found: Found = print,
     ) -> None:
         """`follow`: row i of a step follows row i of the step before in the corpus (`model.reset: never`).
 
-        `name`: the setting that `global_batch` comes from.
+        `name`: the setting that `global_batch` comes from. `found` is told of shards put into quarantine.
         """
         rows = global_batch // world.replicas
-        self.dataset = open_rows(data, "train", world, rows, data.shuffle)
+        self.dataset = open_rows(data, "train", world, rows, data.shuffle, found)
         self.rows_a_step = global_batch
         self.order: dict[str, Any] = {
             name: global_batch,
@@ -132,9 +139,9 @@ class HeldOut:
     They are the same at every layout: a replica that lacks rows for its last micro-batch repeats one that does not count.
     """
 
-    def __init__(self, data: Data, rows: int, multiple: int, world: World) -> None:
-        """`multiple`: rows of this replica come in multiples of it."""
-        self.dataset = open_rows(data, "heldout", world, multiple, shuffle=False)
+    def __init__(self, data: Data, rows: int, multiple: int, world: World, found: Found = print) -> None:
+        """`multiple`: rows of this replica come in multiples of it. `found`: as the Loader's."""
+        self.dataset = open_rows(data, "heldout", world, multiple, False, found)
         available = self.dataset.num_samples
         total = min(rows, available)
         mine = [i * available // total for i in range(world.replica, total, world.replicas)]

@@ -19,12 +19,11 @@ import xxhash
 from tqdm import tqdm
 
 from nlscale.config.errors import UserError, require
-from nlscale.data.card import NAME, Card, load_card, save_card
+from nlscale.data.card import NAME, SPLITS, Card, load_card, save_card
 from nlscale.data.mds import COLUMN, DIGEST, merge, row_type, writer
 from nlscale.data.sources import Piece, documents, expand, units
 from nlscale.data.tokenise import Tokeniser, make
 
-SPLITS = ("train", "heldout")
 TEXTS = 256  # documents tokenised at once
 
 

@@ -2,18 +2,15 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from nlscale_kernels.switch import kernels
 
 from nlscale.config.errors import SavedOnSignal, StoppedOnPurpose, require
 from nlscale.config.read import dump
 from nlscale.config.run import Run, replicas
 from nlscale.data.card import Card, check_data
-from nlscale.data.loader import HeldOut, Loader
 from nlscale.optim.build import build_optimizer
 from nlscale.parallel.apply import PRECISIONS, Parallelized, parallelize
 from nlscale.runtime.folder import Folder, write_durably
@@ -27,6 +24,7 @@ from nlscale.train.metrics import Metrics
 from nlscale.train.peak import peak_flops
 from nlscale.train.plot import plot
 from nlscale.train.second_order import SecondOrder
+from nlscale.train.sources import open_held_out, open_loader, open_replay
 from nlscale.train.state import TrainState
 from nlscale.train.step import Report, held_out_loss, nothing, train_step
 from nlscale.train.stragglers import Stragglers
@@ -70,7 +68,7 @@ def from_where_it_stands(
     model = parallelize(run, world)
     optimizer = build_optimizer(run, model.leaves, world)
     optimizer.await_in(model.modules)
-    loader = Loader(run.data, run.train.global_batch, world, run.model.reset == "never")
+    loader = open_loader(run, world)
     fingerprints = [card.fingerprint for card in cards]
     state = TrainState(run, world, model.leaves, optimizer, loader, fingerprints, model.carried)
     if run.data.replay:
@@ -158,26 +156,6 @@ def alarmed(report: Report, skips: int, step: int, journal: Journal) -> int:
     if skips + 1 == SKIPS:
         raise StoppedOnPurpose(f"gradients were not finite in {SKIPS} steps in a row, up to step {step}")
     return skips + 1
-
-
-def open_replay(run: Run, world: World) -> tuple[Loader, str]:
-    """The rows that levels replay, and which dataset they are of."""
-    data = replace(run.data, path=run.data.replay, streams=[])
-    mine, earlier = (check_data(each, False)[0] for each in (run.data, data))
-    require(
-        mine.tokeniser_digest == earlier.tokeniser_digest,
-        f"data.replay={run.data.replay} was made with tokeniser {earlier.tokeniser}, the run's data with "
-        f"{mine.tokeniser}; they must share one",
-    )
-    return Loader(data, run.data.replay_batch, world, name="data.replay_batch"), earlier.fingerprint
-
-
-def open_held_out(run: Run, world: World) -> tuple[np.ndarray, int] | None:
-    """This replica's held-out rows, read once; None where nothing is evaluated."""
-    if not run.train.evaluate_rows:
-        return None
-    interleaved = run.parallel.pipeline if run.parallel.virtual_pipeline > 1 else 1
-    return HeldOut(run.data, run.train.evaluate_rows, run.train.micro_batch * interleaved, world).rows()
 
 
 def evaluation_due(state: TrainState) -> bool:

@@ -13,7 +13,7 @@ from nlscale.config.data import Data
 from nlscale.config.parallel import Parallel
 from nlscale.config.train import Cluster
 from nlscale.data.loader import Loader
-from nlscale.data.mds import open_rows
+from nlscale.data.rows import open_rows
 from nlscale.runtime.alone import acquire, alone_on_node, lock_file
 from nlscale.runtime.world import join
 from nlscale.testing import ranks

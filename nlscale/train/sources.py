@@ -1,0 +1,56 @@
+"""Where a run's rows come from: its training rows, those that levels replay, those held out."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from nlscale.config.errors import require
+from nlscale.config.run import Run
+from nlscale.data.card import check_data
+from nlscale.data.loader import HeldOut, Loader
+from nlscale.runtime.folder import Folder
+from nlscale.runtime.log import Journal
+from nlscale.runtime.world import World
+
+
+def quarantine(run: Run, world: World) -> Callable[[str], None]:
+    """What is told of shards whose rows are left out: every rank, or process of its loader, says what it found."""
+
+    def found(fault: str) -> None:
+        journal = Journal(Folder(Path(run.folder)), True)
+        journal.event("damaged shard", 0, rank=world.rank, fault=fault)
+        journal.say(f"rank {world.rank}: {fault}")
+
+    return found
+
+
+def open_loader(run: Run, world: World) -> Loader:
+    """Training rows."""
+    follow = run.model.reset == "never"
+    return Loader(run.data, run.train.global_batch, world, follow, found=quarantine(run, world))
+
+
+def open_replay(run: Run, world: World) -> tuple[Loader, str]:
+    """The rows that levels replay, and which dataset they are of."""
+    data = replace(run.data, path=run.data.replay, streams=[])
+    mine, earlier = (check_data(each, False)[0] for each in (run.data, data))
+    require(
+        mine.tokeniser_digest == earlier.tokeniser_digest,
+        f"data.replay={run.data.replay} was made with tokeniser {earlier.tokeniser}, the run's data with "
+        f"{mine.tokeniser}; they must share one",
+    )
+    return Loader(
+        data, run.data.replay_batch, world, name="data.replay_batch", found=quarantine(run, world)
+    ), earlier.fingerprint
+
+
+def open_held_out(run: Run, world: World) -> tuple[np.ndarray, int] | None:
+    """This replica's held-out rows, read once; None where nothing is evaluated."""
+    if not run.train.evaluate_rows:
+        return None
+    interleaved = run.parallel.pipeline if run.parallel.virtual_pipeline > 1 else 1
+    return HeldOut(
+        run.data, run.train.evaluate_rows, run.train.micro_batch * interleaved, world, quarantine(run, world)
+    ).rows()
