@@ -248,7 +248,7 @@ def list_checkpoints(options: argparse.Namespace) -> None:
 def verify_checkpoints(options: argparse.Namespace) -> None:
     """`nlscale checkpoint verify`."""
     quiet()
-    verify = importlib.import_module("nlscale.train.checkpoint").verify
+    verify = importlib.import_module("nlscale.train.manifest").verify
     folder = existing(options.run)
     require(bool(folder.steps()), f"{folder.path} has no checkpoint")
     faults = [f"step {step}: {fault}" for step in folder.steps() for fault in verify(folder.checkpoint(step))]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from nlscale.config.errors import require
 
@@ -47,6 +48,8 @@ class Checkpoint:
 
     interval: int = 500  # steps; the last step is always saved
     keep: int = 3  # newest checkpoints kept; 0 keeps all
+    beside: bool = True  # a save is copied to the host, and written while the run goes on; false: the run waits
+    upload: str = ""  # where saves are sent, too, by any name that fsspec knows, such as s3://bucket/runs/name
     keep_every: int = 0  # checkpoints at multiples of so many steps are kept besides; 0: none
     windows: Literal["each", "total"] = "each"  # each: every replica's open windows, so that a resume is bit-exact;
     # total: their sum, equal up to rounding, which does not grow with replicas
@@ -57,6 +60,12 @@ class Checkpoint:
         require(self.interval >= 1, f"checkpoint.interval={self.interval} must be at least 1")
         for name in ("keep", "keep_every"):
             require(getattr(self, name) >= 0, f"checkpoint.{name}={getattr(self, name)} must not be negative")
+        user = urlsplit(self.upload).netloc.rpartition("@")[0]
+        require(
+            not user,
+            "checkpoint.upload holds a user or a key, which would be written to config.yaml; keys belong in the "
+            "environment, where the storage's library looks for them",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,11 +69,10 @@ def from_where_it_stands(
     optimizer = build_optimizer(run, model.leaves, world)
     optimizer.await_in(model.modules)
     loader = open_loader(run, world)
-    fingerprints = [card.fingerprint for card in cards]
-    state = TrainState(run, world, model.leaves, optimizer, loader, fingerprints, model.carried)
+    state = TrainState(run, world, model.leaves, optimizer, loader, cards, model.carried)
     if run.data.replay:
         state.replay, state.replay_fingerprint = open_replay(run, world)
-    checkpoints = Checkpoints(folder, journal, hold)
+    checkpoints = Checkpoints(run.checkpoint, world, folder, journal, hold)
     resumed = checkpoints.restore(state)
     if state.step < run.train.steps:
         if world.leads:
@@ -116,7 +115,7 @@ def going_on(
     with Watch() as watch, Metrics(state, folder, journal, peak) as metrics, watchdog:
         skips, stragglers = 0, Stragglers(world, journal)
         while state.step < last:
-            report = train_step(state, model, document, watch.asked is not None, before_move)
+            report = train_step(state, model, document, watch.asked is not None or checkpoints.failed, before_move)
             watchdog.note(f"step {state.step}")
             metrics.record(report)
             stragglers.heard(state.step, report.own)
@@ -125,15 +124,23 @@ def going_on(
                 metrics.evaluated(held_out_loss(state, model, held_out, document))
                 watchdog.note(f"the held-out loss of step {state.step}")
             if checkpoints.due(state) or report.stop or state.step == last:
-                saved = checkpoints.save(state)
+                saved = checkpoints.save(state, wait=report.stop or state.step == last)
                 watchdog.note(f"the save of step {state.step}")
                 require(saved or not (report.stop or state.step == last), "the last save failed; mend that and go on")
                 if world.leads:
-                    plot([folder], folder.plot)
+                    redraw(folder, journal, state.step)
             if report.stop and state.step < last:
                 journal.event("stop", state.step, signal=watch.asked)
                 raise SavedOnSignal(f"saved at step {state.step} on a signal; the same command goes on")
     journal.event("end", state.step)
+
+
+def redraw(folder: Folder, journal: Journal, step: int) -> None:
+    """The loss curve anew; a disk that refuses it is no reason to end."""
+    try:
+        plot([folder], folder.plot)
+    except OSError as error:
+        journal.event("plot failed", step, reason=str(error))
 
 
 def hung(state: TrainState, folder: Folder, cause: str) -> None:

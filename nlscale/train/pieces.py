@@ -4,11 +4,13 @@ A shard of optimizer state is a run of a leaf's elements; a run is at most three
 rectangles of the whole tensor, any layout reads what any other wrote.
 """
 
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -16,10 +18,13 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from nlscale.config.errors import StoppedOnPurpose
 
 Rectangle = tuple[tuple[int, ...], Tensor]  # offset in the global tensor, values (a view)
 
@@ -81,6 +86,45 @@ class LoadPieces(DefaultLoadPlanner):
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
 
+class Facts(pickle.Unpickler):
+    """Reads a checkpoint's .metadata, which torch pickles: of what a pickle may name, only what such a file is made of."""
+
+    ALLOWED: ClassVar[dict[str, tuple[str, ...]]] = {
+        "torch.distributed.checkpoint.metadata": (
+            *("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata"),
+            *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+        ),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch.serialization": ("_get_layout",),
+        "pathlib": ("PosixPath",),
+        "torch": (
+            "Size",
+            *{str(getattr(torch, n))[6:] for n in dir(torch) if isinstance(getattr(torch, n), torch.dtype)},
+        ),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Raises UnpicklingError for anything else."""
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's .metadata")
+        return super().find_class(module, name)
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's reader of a folder, without its unpickling of whatever the folder holds."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What the folder says of its tensors; raises StoppedOnPurpose where it holds anything else."""
+        try:
+            with Path(self.path, ".metadata").open("rb") as file:
+                found = Facts(file).load()
+        except pickle.UnpicklingError as error:
+            raise StoppedOnPurpose(f"{self.path}/.metadata was not written by nlscale: {error}") from None
+        found.storage_meta = found.storage_meta or StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
 class Stored(NamedTuple):
     """What a checkpoint says of a tensor."""
 
@@ -93,7 +137,7 @@ class Stored(NamedTuple):
 
 def stored(folder: Path) -> dict[str, Stored]:
     """The tensors in a checkpoint."""
-    facts = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    facts = Reader(folder).read_metadata().state_dict_metadata
     return {
         name: Stored(tuple(each.size), each.properties.dtype)
         for name, each in facts.items()
@@ -101,14 +145,17 @@ def stored(folder: Path) -> dict[str, Stored]:
     }
 
 
-def save(pieces: dict[str, Pieces], folder: Path) -> None:
-    """Writes this rank's rectangles. A collective over all ranks."""
-    dcp.save(dict(pieces), storage_writer=dcp.FileSystemWriter(folder), planner=SavePieces())
+def save(pieces: dict[str, Pieces], folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Writes this rank's rectangles. A collective over the group; without torch.distributed, of one process."""
+    alone = not dist.is_initialized()
+    writer = dcp.FileSystemWriter(folder)
+    dcp.save(dict(pieces), storage_writer=writer, planner=SavePieces(), process_group=group, no_dist=alone)
 
 
 def load(pieces: dict[str, Pieces], folder: Path) -> None:
-    """Fills the rectangles in place, whatever layout wrote them. A collective over all ranks."""
-    dcp.load(dict(pieces), storage_reader=dcp.FileSystemReader(folder), planner=LoadPieces(flatten_state_dict=False))
+    """Fills the rectangles in place, whatever layout wrote them. A collective over all ranks, as `save`."""
+    planner = LoadPieces(flatten_state_dict=False)
+    dcp.load(dict(pieces), storage_reader=Reader(folder), planner=planner, no_dist=not dist.is_initialized())
 
 
 def rectangles(flat: Tensor, start: int, shape: Sequence[int], base: Sequence[int]) -> Iterator[Rectangle]:

@@ -1,12 +1,14 @@
 """Everything that outlives a step, as one value with one form on disk, whatever the layout."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from nlscale.config.run import Run
+from nlscale.data.card import Card
 from nlscale.data.loader import Loader
 from nlscale.optim.build import Optimizer
 from nlscale.optim.levels import identity
@@ -29,13 +31,23 @@ class TrainState:
     leaves: list[Leaf]
     optimizer: Optimizer
     loader: Loader
-    fingerprints: list[str]  # of the datasets
+    cards: Sequence[Card]  # of the datasets
     carried: list[Carried] = field(default_factory=list)  # memories that go on from row to row, a chunk of the model
     replay: Loader | None = None  # of rows that levels replay ...
     replay_fingerprint: str = ""  # ... and of which dataset
     step: int = 0
     tokens: int = 0
     wandb_id: str = ""
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of the datasets."""
+        return [card.fingerprint for card in self.cards]
+
+    def datasets(self) -> list[dict[str, Any]]:
+        """What the datasets are, as a person tells them apart."""
+        paths = [source.path for source in self.run.data.sources]
+        return [{"path": path, **asdict(card)} for path, card in zip(paths, self.cards, strict=True)]
 
     def shards(self) -> dict[str, Pieces]:
         """Masters and moments of this rank, by global name."""
@@ -90,6 +102,7 @@ class TrainState:
             },
             "identity": self.identity(),
             "data": self.fingerprints,
+            "datasets": self.datasets(),
             "wandb_id": self.wandb_id,
         }
 

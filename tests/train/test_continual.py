@@ -107,7 +107,10 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_new_data_is_refused_unless_asked_for(prepared: str, other: str, tmp_path: Path) -> None:
     ranks(1, train, small_run(prepared, tmp_path, "train.stop_at=2"))
-    with pytest.raises(RuntimeError, match="was trained on another dataset .*checkpoint.data=change"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"(?s)was trained on another dataset.*checkpoint.data=change.*dataset 1: fingerprint \w+ -> \w+",
+    ):
         ranks(1, train, small_run(other, tmp_path))
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from nlscale.config.errors import UserError
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.testing import ranks
-from nlscale.train.checkpoint import verify
 from nlscale.train.loop import train
+from nlscale.train.manifest import verify
 from tests.corpus import small_run
 
 
@@ -29,6 +30,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+def heard_of(events: Path, step: int, kind: str) -> None:
+    """Waits for an event."""
+    until = time.monotonic() + 20
+    while not any((line["step"], line["event"]) == (step, kind) for line in read_lines(events)):
+        assert time.monotonic() < until, f"no {kind} of step {step}"
+        time.sleep(0.01)
+
+
 def with_ballast(run, steps: tuple[int, int], ballast: Path) -> str:  # type: ignore[no-untyped-def]
     """Trains; between these steps nothing is left of the disk."""
     from nlscale.train import loop
@@ -36,6 +45,9 @@ def with_ballast(run, steps: tuple[int, int], ballast: Path) -> str:  # type: ig
     plain = loop.train_step
 
     def step(state, *rest):  # type: ignore[no-untyped-def]
+        events = Folder(Path(run.folder)).events
+        if state.world.leads and state.step in steps:  # saves are written beside steps
+            heard_of(events, state.step, "save" if state.step == steps[0] else "save failed")
         if state.world.leads and state.step == steps[0]:
             free = shutil.disk_usage(ballast.parent).free
             ballast.write_bytes(b"\0" * max(0, free - 2**16))

@@ -10,8 +10,8 @@ import pytest
 from nlscale.config.run import Run
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.testing import ranks
-from nlscale.train.checkpoint import verify
 from nlscale.train.loop import train
+from nlscale.train.manifest import verify
 from tests.corpus import small_run
 from tests.faults import attempt, flip, train_until_touch
 

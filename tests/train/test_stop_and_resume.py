@@ -16,8 +16,8 @@ from nlscale.config.run import Run
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.runtime.log import Journal
 from nlscale.testing import ranks
-from nlscale.train.checkpoint import verify
 from nlscale.train.loop import alarmed, train
+from nlscale.train.manifest import verify
 from nlscale.train.step import Report
 from tests.corpus import small_run
 

@@ -1,0 +1,73 @@
+"""Saving beside training: a copy of what is saved, and the thread that writes it."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlscale.train.pieces import Pieces
+
+
+class Staging:
+    """Host memory for the copy of one save: kept for the next one, which so touches no new pages.
+
+    It never holds more than one save's tensors.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, int], Tensor] = {}
+
+    def copies(self, pieces: dict[str, Pieces]) -> dict[str, Pieces]:
+        """Pieces that hold what `pieces` hold now; those that another rank writes hold nothing."""
+        before, self.held = self.held, {}
+        found, sources = {}, []
+        for name, each in pieces.items():
+            rectangles = []
+            for place, (offset, values) in enumerate(each.rectangles if each.owner else []):
+                buffer = before.pop((name, place), None)
+                if buffer is None or buffer.shape != values.shape or buffer.dtype != values.dtype:
+                    buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+                self.held[name, place] = buffer
+                sources.append(values)
+                rectangles.append((offset, buffer))
+            found[name] = Pieces(each.shape, rectangles, each.owner)
+        if sources:
+            torch._foreach_copy_(list(self.held.values()), sources, non_blocking=True)
+        if any(values.is_cuda for values in sources):
+            torch.cuda.current_stream().synchronize()
+        return found
+
+
+class Beside:
+    """At most one task in a thread."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last task ended in an error that nobody has heard of yet."""
+        return self.error is not None
+
+    def start(self, task: Callable[[], Any]) -> None:
+        """Begins a task; the one before has been settled."""
+
+        def run() -> None:
+            try:
+                task()
+            except BaseException as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run, daemon=True, name="save")
+        self.thread.start()
+
+    def settle(self) -> None:
+        """Waits for the task, if there is one, and raises its error."""
+        if self.thread is not None:
+            self.thread.join()
+        self.thread, error, self.error = None, self.error, None
+        if error is not None:
+            raise error

@@ -1,0 +1,53 @@
+"""A checkpoint's folder: shards, then facts, then a manifest of sizes and digests, then one rename that makes it exist."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from nlscale.runtime.folder import MANIFEST, write_durably
+
+
+def anew(folder: Path) -> Path:
+    """The folder, empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def commit(partial: Path, final: Path) -> None:
+    """The one rename that makes a checkpoint exist; `latest` is only a hint."""
+    if final.exists():  # without a manifest: what a killed removal left
+        shutil.rmtree(final)
+    partial.rename(final)
+    directory = os.open(final.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+    write_durably(final.parent / "latest", final.name + "\n")
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size and xxh3 digest of a file."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            state.update(block)
+    return {"bytes": path.stat().st_size, "xxh3": state.hexdigest()}
+
+
+def verify(path: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files, a line each."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{MANIFEST}: {error}"]
+    faults = []
+    for name, expected in sorted(files.items())[rank::ranks]:
+        if Path(name).name != name or not (path / name).is_file():
+            faults.append(f"{name}: missing")
+        elif digest(path / name) != expected:
+            faults.append(f"{name}: digest differs")
+    return faults

@@ -1,0 +1,74 @@
+"""A checked checkpoint, applied to a run's state: levels and data may have changed, if the run asks for it."""
+
+import json
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from nlscale.config.errors import UserError
+from nlscale.runtime.folder import STATE
+from nlscale.runtime.log import Journal
+from nlscale.train.continual import Change, anchor_new, begin_new, carried, compare, dropped, newly_kept, of_tasks
+from nlscale.train.memories import check_memories, memories
+from nlscale.train.pieces import load, stored
+from nlscale.train.split import divided, parts_of, redirected
+from nlscale.train.state import TrainState
+from nlscale.train.windows import load_windows
+
+
+def apply(state: TrainState, path: Path, journal: Journal) -> None:
+    """Takes over a checked checkpoint. A collective.
+
+    Raises UserError for a checkpoint of another model or dataset, unless the run asks for the change.
+    """
+    facts = json.loads((path / STATE).read_text())
+    now = state.identity()
+    parts = parts_of(now, facts["identity"], state.run.levels)
+    facts["identity"] = divided(facts["identity"], now, parts)
+    change = compare(now, facts["identity"], path, state.run.checkpoint.levels == "change")
+    moved_on = facts["data"] != state.fingerprints
+    if moved_on and state.run.checkpoint.data != "change":
+        raise UserError(
+            f"{path} was trained on another dataset; give the old data.path, another run.name, or checkpoint.data=change "
+            "to go on with the new one:\n" + "\n".join(differences(facts.get("datasets", []), state.datasets()))
+        )
+    pieces, there = state.shards() | memories(state), stored(path)
+    check_memories({key: each for key, each in pieces.items() if not change or key in there}, there)
+    began = newly_kept(state.run.levels, now, there, parts)
+    pieces = redirected(pieces, parts, there)
+    load({key: each for key, each in pieces.items() if key in there or not (change or of_tasks(key))}, path)
+    if change:
+        report(change, facts, journal)
+        facts = carried(facts, change, now)
+        begin_new(state.optimizer, change.new, there)
+    anchor_new(state.optimizer, there, parts)
+    state.apply_facts(facts | {"loader": None} if moved_on else facts)
+    state.optimizer.publish()
+    load_windows(state, facts["windows"], path)
+    journal.event("restore", state.step, checkpoint=path.name, layout=facts["layout"])
+    kept = state.optimizer.tasks.end([level.name for level in state.run.levels if moved_on or level.name in began])
+    if moved_on:
+        journal.event("data change", state.step, then=facts["data"], now=state.fingerprints)
+    if moved_on or kept:
+        what = "the data changes" if moved_on else "a task ends"
+        journal.say(f"{what} at step {state.step}; kept of the task before: {', '.join(kept) or 'nothing'}")
+
+
+def report(change: Change, facts: dict[str, Any], journal: Journal) -> None:
+    """Says what a change of levels means."""
+    moved, gone = sorted(set(change.moved.values())), dropped(facts, change)
+    journal.event("levels change", facts["step"], moved=moved, new=sorted(change.new), windows_dropped=gone)
+    windows = f"open windows of {', '.join(gone)} are dropped" if gone else "no open window is dropped"
+    parts = [f"{len(change.moved)} parameters move otherwise ({'; '.join(moved)})"] if moved else []
+    parts += [f"{len(change.new)} parameters are new"] if change.new else []
+    journal.say(f"levels change at step {facts['step']}: {', '.join(parts)}; {windows}")
+
+
+def differences(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[str]:
+    """What differs between two lists of datasets' cards, a line each."""
+    nothing: dict[str, Any] = {}
+    for place, (old, new) in enumerate(zip_longest(then, now, fillvalue=nothing)):
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                yield f"  dataset {place + 1}: {name} {old.get(name, 'none')} -> {new.get(name, 'none')}"
