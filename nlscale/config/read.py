@@ -1,6 +1,7 @@
 """Recipe, section files and overrides -> one Run. Unknown keys and wrong types stop here, with their place."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from nlscale.config.errors import UserError, require
 from nlscale.config.run import Run
 
 CONFIGS = Path(nlscale_configs.__file__).parent
+SECRET = re.compile(r"key|token|secret|pass|credential|auth|\$", re.IGNORECASE)  # in a name, or a name made elsewhere
 SECTIONS = tuple(field.name for field in fields(Run))
 
 
@@ -31,11 +33,22 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
         use = {**raw.pop("use", {}), **said.pop("use", {})}
         parts: list[Any] = [section_file(section, name) for section, name in use.items()]
         config = OmegaConf.merge(OmegaConf.structured(Run), *parts, raw, said)
+        check_secrets(OmegaConf.to_yaml(config))
         run = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
     assert isinstance(run, Run)
     return run
+
+
+def check_secrets(config: str) -> None:
+    """Raises UserError where a value of the environment that looks like a secret would come into the run's files."""
+    for name in re.findall(r"oc\.env:\s*([^,}]*)", config):
+        require(
+            not SECRET.search(name),
+            f"${{oc.env:{name}}} would be written to config.yaml and into checkpoints; the libraries that need secrets "
+            "find them in the environment themselves",
+        )
 
 
 def assigned(override: str) -> str:
@@ -55,9 +68,8 @@ def find(recipe: str) -> Path:
 def section_file(section: str, name: str) -> DictConfig:
     """What a shipped section file says, under its section's key."""
     require(section in SECTIONS, f"use.{section}: sections are {', '.join(SECTIONS)}")
-    path = CONFIGS / section / f"{name}.yaml"
-    require(path.is_file(), f"use.{section}={name}: choose from {', '.join(shipped(section)) or 'none yet'}")
-    return OmegaConf.create({section: OmegaConf.load(path)})
+    require(name in shipped(section), f"use.{section}={name}: choose from {', '.join(shipped(section)) or 'none yet'}")
+    return OmegaConf.create({section: OmegaConf.load(CONFIGS / section / f"{name}.yaml")})
 
 
 def shipped(section: str) -> list[str]:

@@ -151,6 +151,11 @@ class Run:
         """What levels and their optimizer must agree on."""
         optim, first, nested = self.optim, self.levels[0], self.model.variant == "nested"
         require(
+            not optim.second_order or self.train.on_spike == "flag",
+            "train.on_spike=rollback cannot bring back the rows of open windows that optim.second_order holds; "
+            "train.on_spike=flag would work",
+        )
+        require(
             not optim.overlap or (optim.reduce == "defer" and first.steps == 1 and not first.frozen),
             "optim.overlap=true reduces the first level behind every backward pass: it needs optim.reduce=defer and a "
             f"first level of period 1 that is not frozen, not optim.reduce={optim.reduce} and period {first.period}",

@@ -26,13 +26,16 @@ class Train:
     liger: list[str] = field(
         default_factory=list
     )  # what liger-kernel computes in place of torch: norm, rotary, swiglu, loss
+    spike: float = 10.0  # robust standard deviations above the last losses from which a loss is a spike; 0: none is
+    on_spike: Literal["flag", "rollback"] = "flag"  # rollback: to the last good checkpoint, passing over the rows since
+    compare: int = 100  # steps between comparisons of the weights that ranks hold in common; 0: never
     evaluate_interval: int = 0  # steps between held-out losses; 0: only at the end
     evaluate_rows: int = 64
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "micro_batch"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
-        for name in ("evaluate_interval", "evaluate_rows"):
+        for name in ("evaluate_interval", "evaluate_rows", "spike", "compare"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
         for name in self.liger:
             require(name in LIGER, f"train.liger: liger-kernel is not asked for '{name}'; choose of {', '.join(LIGER)}")

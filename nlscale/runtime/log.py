@@ -1,18 +1,52 @@
-"""What a run tells: events for machines, lines for people."""
+"""What a run tells: events for machines, lines for people. A full disk or a closed screen is no reason to end."""
 
+import contextlib
 import json
 import socket
 import time
+from collections import deque
+from pathlib import Path
 from typing import Any
 
 from nlscale.runtime.folder import Folder
+
+WAITING = 100_000  # records that a full disk may keep waiting
+
+
+class Lines:
+    """A JSON-lines file. What finds no room waits for the next write, in order; no line is ever half there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.waiting = path, deque[str](maxlen=WAITING)
+
+    def write(self, record: dict[str, Any]) -> bool:
+        """Appends a record, after those that wait; False where the disk refuses."""
+        self.waiting.append(json.dumps(record) + "\n")
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                self.append(file, "".join(self.waiting).encode())
+        except OSError:
+            return False
+        self.waiting.clear()
+        return True
+
+    def append(self, file: Any, content: bytes) -> None:
+        """All of it or nothing; raises OSError."""
+        end = file.seek(0, 2)
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 class Journal:
     """Rank 0 writes events.jsonl and speaks; the other ranks stay silent."""
 
     def __init__(self, folder: Folder, leads: bool) -> None:
-        self.events, self.leads = folder.events, leads
+        self.events, self.leads = Lines(folder.events), leads
         attempts = folder.attempts()
         self.log = attempts[-1] / "rank-00000.log" if attempts else None
 
@@ -21,13 +55,13 @@ class Journal:
         if self.leads:
             record = {"event": kind, "step": step, "host": socket.gethostname(), **facts}
             record |= {"time": time.time(), "monotonic": time.monotonic()}
-            with self.events.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            self.events.write(record)
 
     def say(self, line: str) -> None:
         """A line for a person, on the screen and in the log of this start."""
         if self.leads:
-            print(line, flush=True)
+            with contextlib.suppress(OSError):
+                print(line, flush=True)
             if self.log is not None:
-                with self.log.open("a") as file:
+                with contextlib.suppress(OSError), self.log.open("a") as file:
                     file.write(line + "\n")

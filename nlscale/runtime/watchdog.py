@@ -5,6 +5,7 @@ the run. When nothing went on for the configured time, it writes the Python stac
 lowest rank that still lives names the cause and all end. A rank that is stopped gives no sign.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -62,8 +63,9 @@ class Watchdog:
     def sign(self, beats: int) -> None:
         """A sign of life: a file that others see change."""
         partial = self.place(self.rank).with_suffix(".partial")
-        partial.write_text(json.dumps({"host": socket.gethostname(), "beats": beats, "after": self.what}))
-        partial.replace(self.place(self.rank))
+        with contextlib.suppress(OSError):  # a full disk
+            partial.write_text(json.dumps({"host": socket.gethostname(), "beats": beats, "after": self.what}))
+            partial.replace(self.place(self.rank))
 
     def place(self, rank: int) -> Path:
         """Where a rank's sign stands."""

@@ -166,6 +166,21 @@ class Checkpoints:
             )
         return False
 
+    def roll_back(self, state: TrainState) -> int | None:
+        """Takes over the newest good checkpoint before this step, but for the place in the data. A collective.
+
+        Gives its step; None where there is none.
+        """
+        self.beside.settle()
+        for step in led(state.world, self.folder.steps):
+            if step < state.step and self.good(step, state.world):
+                for policy in state.open_sums():  # what is closed in the checkpoint must be empty here
+                    for fragment in policy.open():
+                        fragment.values["window"].zero_()
+                apply(state, self.folder.checkpoint(step), self.journal, rows=False)
+                return int(step)
+        return None
+
     def good(self, step: int, world: World) -> bool:
         """Whether every file matches its digest; a damaged checkpoint is said and set aside. A collective."""
         path = self.folder.checkpoint(step)

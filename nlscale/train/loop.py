@@ -15,6 +15,7 @@ from nlscale.optim.build import build_optimizer
 from nlscale.parallel.apply import PRECISIONS, Parallelized, parallelize
 from nlscale.runtime.folder import Folder, write_durably
 from nlscale.runtime.holder import Hold
+from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.log import Journal
 from nlscale.runtime.watchdog import Watchdog
 from nlscale.runtime.world import World, join, leave
@@ -23,8 +24,10 @@ from nlscale.train.checkpoint import Checkpoints
 from nlscale.train.metrics import Metrics
 from nlscale.train.peak import peak_flops
 from nlscale.train.plot import plot
+from nlscale.train.replicas import differing
 from nlscale.train.second_order import SecondOrder
 from nlscale.train.sources import open_held_out, open_loader, open_replay
+from nlscale.train.spikes import Spikes
 from nlscale.train.state import TrainState
 from nlscale.train.step import Report, held_out_loss, nothing, train_step
 from nlscale.train.stragglers import Stragglers
@@ -113,13 +116,17 @@ def going_on(
         folder.path / "alive", world.rank, world.size, run.cluster.watchdog, partial(hung, state, folder)
     )
     with Watch() as watch, Metrics(state, folder, journal, peak) as metrics, watchdog:
-        skips, stragglers = 0, Stragglers(world, journal)
+        skips, stragglers, spikes = 0, Stragglers(world, journal), Spikes(state, checkpoints, journal)
         while state.step < last:
             report = train_step(state, model, document, watch.asked is not None or checkpoints.failed, before_move)
             watchdog.note(f"step {state.step}")
             metrics.record(report)
             stragglers.heard(state.step, report.own)
             skips = alarmed(report, skips, state.step, journal)
+            if spikes.heard(report.loss):
+                metrics.rolled_back()
+                continue
+            compared(state, model.leaves, journal)
             if held_out is not None and evaluation_due(state):
                 metrics.evaluated(held_out_loss(state, model, held_out, document))
                 watchdog.note(f"the held-out loss of step {state.step}")
@@ -133,6 +140,19 @@ def going_on(
                 journal.event("stop", state.step, signal=watch.asked)
                 raise SavedOnSignal(f"saved at step {state.step} on a signal; the same command goes on")
     journal.event("end", state.step)
+
+
+def compared(state: TrainState, leaves: Sequence[Leaf], journal: Journal) -> None:
+    """Holds the weights that ranks have in common against each other, when it is time.
+
+    Raises RuntimeError naming the ranks that differ: what they computed is not saved, and a restart goes on before it.
+    """
+    interval = state.run.train.compare
+    if not interval or state.step % interval or state.world.size == 1:
+        return
+    if odd := differing(leaves, state.world):
+        journal.event("weights differ", state.step, ranks=odd)
+        raise RuntimeError(f"step {state.step}: the weights of {', '.join(odd)} are not those of the other replicas")
 
 
 def redraw(folder: Folder, journal: Journal, step: int) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -15,9 +16,11 @@ from nlscale.config.read import plain
 from nlscale.model.count import flops_a_token
 from nlscale.optim.schedule import rate
 from nlscale.runtime.folder import Folder, read_lines, write_durably
-from nlscale.runtime.log import Journal
+from nlscale.runtime.log import Journal, Lines
 from nlscale.train.state import TrainState
 from nlscale.train.step import Report
+
+REACHED = 30  # seconds in which wandb must answer
 
 
 class Metrics:
@@ -33,19 +36,17 @@ class Metrics:
         run, leads = self.state.run, self.state.world.leads
         if leads:
             forget(self.folder, self.state.step)
-        self.file = self.folder.metrics.open("a") if leads else None
+        self.lines = Lines(self.folder.metrics) if leads else None
         tty = sys.stderr.isatty()
         self.bar = tqdm(total=run.train.steps, initial=self.state.step, disable=not (leads and tty), unit="step")
         self.plain = leads and not tty
-        self.wandb = self._open_wandb() if leads and run.log.wandb != "disabled" else None
+        self.wandb: Any = self._open_wandb() if leads and run.log.wandb != "disabled" else None
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.bar.close()
-        if self.file:
-            self.file.close()
         if self.wandb:
-            self.wandb.finish(exit_code=0 if error is None else 1)
+            self.told(lambda: self.wandb.finish(exit_code=0 if error is None else 1))
 
     def record(self, report: Report) -> dict[str, Any]:
         """Writes one step's line and gives it."""
@@ -90,11 +91,24 @@ class Metrics:
 
     def write(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the same keys to wandb."""
-        if self.file:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+        if self.lines:
+            self.lines.write(line)
         if self.wandb:
-            self.wandb.log(line, step=line["step"])
+            self.told(lambda: self.wandb.log(line, step=line["step"]))
+
+    def told(self, action: Callable[[], Any]) -> None:
+        """Does something with wandb; whatever fails there ends its part in this run, and nothing else."""
+        try:
+            action()
+        except Exception as error:
+            self.wandb = None
+            self.journal.event("wandb failed", self.state.step, reason=f"{type(error).__name__}: {error}")
+
+    def rolled_back(self) -> None:
+        """The run stands at an earlier step: what was written of later ones is dropped."""
+        if self.lines:
+            forget(self.folder, self.state.step)
+        self.bar.n = self.state.step
 
     def show(self, line: dict[str, Any]) -> None:
         """The bar, or a line where there is no terminal."""
@@ -110,29 +124,38 @@ class Metrics:
             )
 
     def _open_wandb(self) -> Any:
-        """A wandb run that goes on as the same curve after a resume; without one the run goes on all the same."""
-        state, run = self.state, self.state.run
+        """A wandb run that goes on as the same curve after a resume; where wandb cannot be reached, one to be sent later."""
+        state, mode = self.state, self.state.run.log.wandb
         os.environ.setdefault("WANDB_SILENT", "true")
-        try:
-            opened = wandb.init(
-                project=run.log.project,
-                name=run.run.name,
-                id=state.wandb_id or None,
-                resume="allow",
-                mode=run.log.wandb,
-                dir=str(self.folder.path),
-                config=plain(run),
-                settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
-            )
-        except (wandb.Error, OSError) as error:
-            self.journal.event("wandb failed", state.step, reason=str(error))
-            self.journal.say(f"wandb is not available ({error}); metrics.jsonl has everything")
-            return None
-        state.wandb_id = opened.id
-        for axis in ("step", "tokens"):
-            opened.define_metric(axis)
-        opened.define_metric("*", step_metric="step")
-        return opened
+        for way in dict.fromkeys((mode, "offline")):
+            try:
+                opened = self._opened(way)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                self.journal.event("wandb failed", state.step, mode=way, reason=reason)
+                then = "offline, `wandb sync` sends it later" if way == "online" else "metrics.jsonl has everything"
+                self.journal.say(f"wandb is not available ({reason}); {then}")
+            else:
+                state.wandb_id = opened.id
+                for axis in ("step", "tokens"):
+                    opened.define_metric(axis)
+                opened.define_metric("*", step_metric="step")
+                return opened
+        return None
+
+    def _opened(self, mode: Any) -> Any:
+        """A wandb run in this mode."""
+        state, run = self.state, self.state.run
+        return wandb.init(
+            project=run.log.project,
+            name=run.run.name,
+            id=state.wandb_id or None,
+            resume="allow",
+            mode=mode,
+            dir=str(self.folder.path),
+            config=plain(run),
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=REACHED),
+        )
 
 
 def forget(folder: Folder, step: int) -> None:

@@ -17,8 +17,8 @@ from nlscale.train.state import TrainState
 from nlscale.train.windows import load_windows
 
 
-def apply(state: TrainState, path: Path, journal: Journal) -> None:
-    """Takes over a checked checkpoint. A collective.
+def apply(state: TrainState, path: Path, journal: Journal, rows: bool = True) -> None:
+    """Takes over a checked checkpoint; `rows`: and its place in the data. A collective.
 
     Raises UserError for a checkpoint of another model or dataset, unless the run asks for the change.
     """
@@ -43,7 +43,8 @@ def apply(state: TrainState, path: Path, journal: Journal) -> None:
         facts = carried(facts, change, now)
         begin_new(state.optimizer, change.new, there)
     anchor_new(state.optimizer, there, parts)
-    state.apply_facts(facts | {"loader": None} if moved_on else facts)
+    places = {"loader": None} if moved_on else {} if rows else {"loader": None, "replay": None}
+    state.apply_facts(facts | places)
     state.optimizer.publish()
     load_windows(state, facts["windows"], path)
     journal.event("restore", state.step, checkpoint=path.name, layout=facts["layout"])

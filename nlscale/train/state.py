@@ -38,6 +38,7 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     wandb_id: str = ""
+    losses: list[float] = field(default_factory=list)  # of the last steps, which a spike stands out of
 
     @property
     def fingerprints(self) -> list[str]:
@@ -104,11 +105,13 @@ class TrainState:
             "data": self.fingerprints,
             "datasets": self.datasets(),
             "wandb_id": self.wandb_id,
+            "losses": self.losses,
         }
 
     def apply_facts(self, facts: dict[str, Any]) -> None:
         """Takes over what train_state.json says."""
         self.step, self.tokens, self.wandb_id = facts["step"], facts["tokens"], facts["wandb_id"]
+        self.losses = list(facts.get("losses", []))
         if facts["loader"] is not None:
             self.loader.load_state_dict(facts["loader"])
         replay = facts.get("replay")

@@ -10,10 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nlscale.config.errors import require
 from nlscale.data.batch import HASH_BITS, to_batch, token_hash
 from nlscale.optim.mover import Moved
 from nlscale.parallel.apply import MicroBatch, Parallelized
 from nlscale.train.state import TrainState
+
+PART = 2**32  # of a hash: its sums over millions of ranks stay exact in float64
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,12 @@ def train_step(
     report = reduced(state, total, token_hash(rows), targets, moved, stop, again)
     state.tokens += int(report[2])
     went = {name: move for name, move in moved.items() if not move.skipped}
-    squares = dict(zip(moved, report[8:], strict=True))
+    squares = dict(zip(moved, report[10:], strict=True))
+    require(
+        report[9] == report[8] * (world.size // world.replicas),
+        f"step {state.step}: ranks of one replica read different rows: their hosts' copies of the dataset are not the same; "
+        "`nlscale data verify` on each says which is damaged",
+    )
     level = {group.name: group.level.name for group in state.optimizer.groups}
     return Report(
         loss=report[0] / report[1] if report[1] else math.nan,
@@ -109,7 +117,8 @@ def reduced(
     again: Tensor | None,
 ) -> list[float]:
     """Sums over all ranks, in one collective: loss, its targets, all targets, hash, stop, refused micro-batches, loss
-    and targets of replayed rows, and the squared update of each moved group.
+    and targets of replayed rows, part of the hash by the ranks that speak for their rows and by all, and the squared
+    update of each moved group.
     """
     world = state.world
     first = world.tensor_rank == 0
@@ -122,6 +131,8 @@ def reduced(
         zero + float(stop),
         (total[3] if again is None else total[3] + again[3]) if counts else zero,
         *(again[:2] if again is not None and first and world.last_stage else (zero, zero)),
+        zero + (rows_hash % PART if counts else 0),
+        zero + rows_hash % PART,
         *(move.update_square.double() for move in moved.values()),
     ]
     vector = torch.stack(local)
