@@ -37,6 +37,7 @@ setup(
         "wandb>=0.31,<1",
         "tokenizers>=0.20",
         "safetensors>=0.4.5",
+        "fsspec>=2024.6",
         "xxhash>=3.4",
         "zstandard>=0.22",
         "matplotlib>=3.8",

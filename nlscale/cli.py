@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     made = verb("plot", draw, "loss, norms by level and throughput of runs, as PNG and SVG")
     made.add_argument("runs", nargs="+", metavar="RUN")
     made.add_argument("--out", help="PNG file; unset: plots/loss.png in the first run")
-    saved = verbs.add_parser("checkpoint", help="list and verify checkpoints").add_subparsers(
+    saved = verbs.add_parser("checkpoint", help="list, verify and convert checkpoints").add_subparsers(
         required=True, metavar="VERB"
     )
     for name, function, text in (
@@ -94,8 +94,15 @@ def build_parser() -> argparse.ArgumentParser:
         ("verify", verify_checkpoints, "check every file of every checkpoint against its digest"),
     ):
         verb(name, function, text, saved).add_argument("run", metavar="RUN")
+    made = verb("convert", convert, "a run's checkpoint -> one safetensors file, or such a file -> a run folder", saved)
+    made.add_argument("source", metavar="RUN|FILE")
+    made.add_argument("--out", required=True, help="the file, or the run folder")
+    made.add_argument("--step", type=int, help="of the checkpoint; unset: the newest")
+    made.add_argument("--weights", action="store_true", help="nothing but the weights, by their own names")
     made = verb("bench", bench, "tables of ratios, measured in one run")
-    made.add_argument("name", choices=("step", "loader", "levels", "memories", "kernels", "parts", "states"))
+    made.add_argument(
+        "name", choices=("step", "loader", "levels", "memories", "kernels", "parts", "states", "checkpoint")
+    )
     made.add_argument("--json", help="also write the table to this file")
     return parser
 
@@ -254,6 +261,25 @@ def verify_checkpoints(options: argparse.Namespace) -> None:
     faults = [f"step {step}: {fault}" for step in folder.steps() for fault in verify(folder.checkpoint(step))]
     require(not faults, "\n".join(faults))
     print(f"{folder.path}: {len(folder.steps())} checkpoints, every file matches its digest")
+
+
+def convert(options: argparse.Namespace) -> None:
+    """`nlscale checkpoint convert`."""
+    quiet()
+    made = importlib.import_module("nlscale.train.convert")
+    if Path(options.source).is_file():
+        step = made.to_checkpoint(Path(options.source), Folder(Path(options.out)))
+        print(
+            f"{options.out}: checkpoint of step {step}; `nlscale train` with run.folder={options.out} goes on from there"
+        )
+        return
+    folder = existing(options.source)
+    steps = folder.steps()
+    require(bool(steps), f"{folder.path} has no checkpoint")
+    step = steps[0] if options.step is None else options.step
+    require(step in steps, f"{folder.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    size = made.to_file(folder.checkpoint(step), Path(options.out), options.weights)
+    print(f"{options.out}: step {step}, {size / 2**20:,.1f} MiB of tensors")
 
 
 def bench(options: argparse.Namespace) -> int:

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 HUNG = 70  # exit code: a crash, which may be requeued
 SIGNS = 4  # signs of life of one rank within which every other gives one
 
@@ -76,6 +78,7 @@ class Watchdog:
         print(f"nothing went on for {self.seconds:g} s after {self.what}; the stacks of this rank:", file=sys.stderr)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
+        self.record()
         before = self.signs()
         for beats in range(SIGNS):  # long enough for every thread that lives to give one
             self.sign(-1 - beats)
@@ -85,6 +88,13 @@ class Watchdog:
         if self.rank == min(set(range(self.ranks)) - set(missing)):
             self.ended(self.cause(missing))
         os._exit(HUNG)
+
+    def record(self) -> None:
+        """NCCL's flight recorder, where this rank computes on a GPU: its last collectives, for torch's `torchfrtrace`."""
+        dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
+        if torch.cuda.is_available() and dump is not None:
+            with contextlib.suppress(Exception):  # the last words of a process that hangs
+                self.place(self.rank).with_name(f"nccl-{self.rank:05d}").write_bytes(dump())
 
     def signs(self) -> dict[int, str | None]:
         """What every rank last wrote; None where it wrote nothing."""

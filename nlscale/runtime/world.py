@@ -99,6 +99,7 @@ def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = Non
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the device
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives, for the watchdog's record
     else:
         device = torch.device("cpu")
         torch.set_num_threads(cluster.threads or max(1, (os.cpu_count() or 1) // local_size))
