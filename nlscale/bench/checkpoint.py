@@ -40,7 +40,7 @@ def built(run: Run, folder: Folder, card: Card) -> tuple[TrainState, Parallelize
     state = TrainState(run, world, model.leaves, optimizer, loader, [card], model.carried)
     journal, hold = Journal(folder, False), Hold(folder.path, 60)
     hold.take()
-    return state, model, Checkpoints(run.checkpoint, world, folder, journal, hold)
+    return state, model, Checkpoints(run, world, folder, journal, hold)
 
 
 def stepped(state: TrainState, model: Parallelized, document: int) -> float:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from nlscale.config.errors import StoppedOnPurpose
 from nlscale.config.read import dump
-from nlscale.config.train import Checkpoint
+from nlscale.config.run import Run
 from nlscale.runtime.folder import MANIFEST, STATE, Folder, write_durably
 from nlscale.runtime.holder import Hold
 from nlscale.runtime.log import Journal
@@ -40,7 +40,6 @@ class Draft:
     step: int
     pieces: dict[str, Pieces]
     facts: str  # as text: the state's own go on changing
-    config: str
     began: float
     stall: float = 0.0  # seconds for which the run stood still
 
@@ -48,12 +47,13 @@ class Draft:
 class Checkpoints:
     """Saves and restores the state of one run."""
 
-    def __init__(self, settings: Checkpoint, world: World, folder: Folder, journal: Journal, hold: Hold) -> None:
+    def __init__(self, run: Run, world: World, folder: Folder, journal: Journal, hold: Hold) -> None:
         """A collective."""
-        self.settings, self.world, self.folder, self.journal, self.hold = settings, world, folder, journal, hold
+        self.settings, self.world, self.folder, self.journal, self.hold = run.checkpoint, world, folder, journal, hold
+        self.config = dump(run)
         self.group = dist.new_group(backend="gloo")  # a save's collectives go on beside those of steps
         self.staging, self.beside = Staging(), Beside()
-        self.remote = Remote(settings.upload, folder, journal, self.group) if settings.upload else None
+        self.remote = Remote(run.checkpoint.upload, folder, journal, self.group) if run.checkpoint.upload else None
 
     def due(self, state: TrainState) -> bool:
         """Whether the interval ends at this step."""
@@ -76,7 +76,7 @@ class Checkpoints:
         if led(state.world, (self.folder.checkpoint(state.step) / MANIFEST).is_file):
             return True
         pieces = {**state.shards(), **windows_to_save(state), **memories(state)}
-        draft = Draft(state.step, pieces, json.dumps(state.facts()), dump(state.run), began)
+        draft = Draft(state.step, pieces, json.dumps(state.facts()), began)
         if wait or not self.settings.beside:
             return self.written(draft)
         draft.pieces = self.staging.copies(pieces)
@@ -106,7 +106,7 @@ class Checkpoints:
 
         def conclude() -> None:
             write_durably(partial / STATE, draft.facts)
-            write_durably(partial / "config.yaml", draft.config)
+            write_durably(partial / "config.yaml", self.config)
             files = {name: each for mine in digests for name, each in mine.items()}
             files |= {name: digest(partial / name) for name in (".metadata", STATE, "config.yaml")}
             write_durably(partial / MANIFEST, json.dumps({"step": draft.step, "files": files}, indent=1))

@@ -75,7 +75,7 @@ def from_where_it_stands(
     state = TrainState(run, world, model.leaves, optimizer, loader, cards, model.carried)
     if run.data.replay:
         state.replay, state.replay_fingerprint = open_replay(run, world)
-    checkpoints = Checkpoints(run.checkpoint, world, folder, journal, hold)
+    checkpoints = Checkpoints(run, world, folder, journal, hold)
     resumed = checkpoints.restore(state)
     if state.step < run.train.steps:
         if world.leads:
