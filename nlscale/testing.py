@@ -10,7 +10,7 @@ from nlscale_launch.local import free_port, start
 
 
 def ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
-    """Results of `function(*args)` on `count` ranks, by rank; the first rank's error is raised here.
+    """Results of `function(*args)` on `count` ranks, by rank; the errors of ranks are raised here.
 
     The ranks find each other through the environment, as under torchrun.
     """
@@ -23,8 +23,8 @@ def ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float =
         code = start(count, run, environment={"MASTER_PORT": str(free_port())}, logs=folder, timeout=timeout)
         if code:
             logs = [open(f"{folder}/rank-{rank:05d}.log").read() for rank in range(count)]
-            failed = next((log for log in logs if "Traceback" in log), "\n".join(logs))
-            raise RuntimeError(f"{count} ranks ended with {code}\n{failed[-20000:]}")
+            failed = [log for log in logs if "Traceback" in log] or logs  # the others may have lost their peer
+            raise RuntimeError("\n".join([f"{count} ranks ended with {code}", *(log[-20000:] for log in failed)]))
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(count)]
 
 

@@ -52,7 +52,9 @@ class Checkpoint:
     interval: int = 500  # steps; the last step is always saved
     keep: int = 3  # newest checkpoints kept; 0 keeps all
     beside: bool = True  # a save is copied to the host, and written while the run goes on; false: the run waits
-    upload: str = ""  # where saves are sent, too, by any name that fsspec knows, such as s3://bucket/runs/name
+    upload: str = (
+        ""  # where saves are sent, too, by any name that fsspec knows, such as s3://bucket/runs; under the run's name
+    )
     keep_every: int = 0  # checkpoints at multiples of so many steps are kept besides; 0: none
     windows: Literal["each", "total"] = "each"  # each: every replica's open windows, so that a resume is bit-exact;
     # total: their sum, equal up to rounding, which does not grow with replicas
@@ -63,10 +65,10 @@ class Checkpoint:
         require(self.interval >= 1, f"checkpoint.interval={self.interval} must be at least 1")
         for name in ("keep", "keep_every"):
             require(getattr(self, name) >= 0, f"checkpoint.{name}={getattr(self, name)} must not be negative")
-        user = urlsplit(self.upload).netloc.rpartition("@")[0]
+        parts = [urlsplit(part) for part in self.upload.split("::")]
         require(
-            not user,
-            "checkpoint.upload holds a user or a key, which would be written to config.yaml; keys belong in the "
+            not any("@" in part.netloc or part.query for part in parts),
+            "checkpoint.upload holds a user, a key or a query, which would be written to config.yaml; keys belong in the "
             "environment, where the storage's library looks for them",
         )
 
@@ -90,6 +92,10 @@ class Identity:
 
     name: str = "run"
     folder: str | None = None  # unset: runs/NAME
+
+    def __post_init__(self) -> None:
+        plain = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
+        require(plain, f"run.name={self.name!r} names a folder in runs/: it has no slash and is not '.' or '..'")
 
 
 @dataclass(frozen=True, kw_only=True)

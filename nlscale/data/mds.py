@@ -11,7 +11,9 @@ from nlscale.runtime.vision import declare_operators
 VISION = declare_operators()  # before streaming is imported, and for as long as it lives
 
 from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402, F401
+from streaming.base.dataset import _ShardState  # noqa: E402
 
+LOCAL = _ShardState.LOCAL
 COLUMN = "tokens"
 DIGEST = "xxh128"
 

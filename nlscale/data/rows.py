@@ -8,7 +8,7 @@ import numpy as np
 from nlscale.config.data import Data
 from nlscale.config.errors import UserError, require
 from nlscale.data.card import load_card
-from nlscale.data.mds import COLUMN, Stream, StreamingDataset
+from nlscale.data.mds import COLUMN, LOCAL, Stream, StreamingDataset
 from nlscale.data.verify import audit, fingerprint_faults
 from nlscale.runtime.alone import alone_on_node
 from nlscale.runtime.world import World
@@ -35,6 +35,7 @@ def open_rows(data: Data, split: str, world: World, rows: int, shuffle: bool, fo
         dataset = Audited(
             data.damaged,
             found,
+            data.sequence + 1,
             streams=streams,
             batch_size=rows,
             shuffle=shuffle,
@@ -50,10 +51,18 @@ def open_rows(data: Data, split: str, world: World, rows: int, shuffle: bool, fo
 class Audited(StreamingDataset):
     """A dataset whose process reads each shard whole, once, before its first row: then the disk's cache has it, too."""
 
-    def __init__(self, damaged: Literal["stop", "quarantine"], found: Found, **options: Any) -> None:
+    def __init__(self, damaged: Literal["stop", "quarantine"], found: Found, length: int, **options: Any) -> None:
+        """`length`: tokens of a row. `found`: told of every shard put into quarantine."""
         super().__init__(**options)
-        self.damaged, self.found = damaged, found
+        self.damaged, self.found, self.length = damaged, found, length
         self.sound: dict[int, bool] = {}
+        for shard in range(
+            len(self.shards)
+        ):  # what is gone is found here, where it is named, not by streaming's threads
+            self._shard_states[shard] = LOCAL
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Nothing: shards are local, or they are damaged."""
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         """A row; of a damaged shard: UserError naming shard and sample, or a void row under quarantine."""
@@ -62,7 +71,7 @@ class Audited(StreamingDataset):
             self.sound[shard] = self.is_sound(self.shards[shard], sample)
         if self.sound[shard]:
             return super().get_item(sample_id, retry)
-        return {COLUMN: np.full(load_card(self.shards[shard].dirname).sequence + 1, VOID, np.int64)}
+        return {COLUMN: np.full(self.length, VOID, np.int64)}
 
     def is_sound(self, shard: Any, sample: int) -> bool:
         """Audits a shard of which `sample` is asked for."""

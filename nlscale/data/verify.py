@@ -68,7 +68,11 @@ def audit(folder: str, split: str, shard: dict[str, Any], card: Card) -> Iterato
     if not path.is_file():
         yield "missing"
         return
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        yield f"cannot be read: {error.strerror}"
+        return
     if len(content) != shard["raw_data"]["bytes"]:
         yield f"{len(content)} bytes, should be {shard['raw_data']['bytes']}"
         return

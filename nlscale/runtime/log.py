@@ -3,12 +3,13 @@
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-from nlscale.runtime.folder import Folder
+from nlscale.runtime.folder import Folder, read_lines, write_durably
 
 WAITING = 100_000  # records that a full disk may keep waiting
 
@@ -17,28 +18,40 @@ class Lines:
     """A JSON-lines file. What finds no room waits for the next write, in order; no line is ever half there."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.waiting = path, deque[str](maxlen=WAITING)
+        self.path, self.waiting, self.lock = path, deque[str](maxlen=WAITING), threading.Lock()
 
     def write(self, record: dict[str, Any]) -> bool:
         """Appends a record, after those that wait; False where the disk refuses."""
-        self.waiting.append(json.dumps(record) + "\n")
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                self.append(file, "".join(self.waiting).encode())
-        except OSError:
-            return False
-        self.waiting.clear()
-        return True
+        with self.lock:  # a save that goes on beside the run has its own thread
+            self.waiting.append(json.dumps(record) + "\n")
+            try:
+                with self.path.open("ab", buffering=0) as file:
+                    self.append(file, "".join(self.waiting).encode())
+            except OSError:
+                return False
+            self.waiting.clear()
+            return True
+
+    def forget(self, step: int) -> None:
+        """Drops records of later steps, of the file and of what waits; raises OSError where the file cannot be written."""
+        with self.lock:
+            kept = [line for line in self.waiting if json.loads(line)["step"] <= step]
+            self.waiting.clear()
+            self.waiting.extend(kept)
+            if self.path.is_file():
+                there = [line for line in read_lines(self.path) if line["step"] <= step]
+                write_durably(self.path, "".join(json.dumps(line) + "\n" for line in there))
 
     def append(self, file: Any, content: bytes) -> None:
         """All of it or nothing; raises OSError."""
-        end = file.seek(0, 2)
+        end, written = file.seek(0, 2), 0
         try:
-            while content:
-                content = content[file.write(content) :]
+            while content[written:]:
+                written += file.write(content[written:])
         except OSError:
             with contextlib.suppress(OSError):
-                file.truncate(end)
+                if file.seek(0, 2) == end + written:  # nobody else has written since
+                    file.truncate(end)
             raise
 
 

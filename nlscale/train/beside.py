@@ -1,7 +1,8 @@
 """Saving beside training: a copy of what is saved, and the thread that writes it."""
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ class Staging:
 class Beside:
     """At most one task in a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """`device`: of the run, which the task must not wait for."""
+        self.device = device
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
@@ -57,17 +60,33 @@ class Beside:
 
         def run() -> None:
             try:
-                task()
+                with self.apart():
+                    task()
             except BaseException as error:
                 self.error = error
 
         self.thread = threading.Thread(target=run, daemon=True, name="save")
         self.thread.start()
 
-    def settle(self) -> None:
-        """Waits for the task, if there is one, and raises its error."""
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """On a GPU: the run's, where a new thread would take the first, and a stream of its own."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.Stream(self.device)):
+            yield
+
+    def end(self, seconds: float) -> bool:
+        """Whether the task came to its end in so many seconds; its error stays unsaid."""
         if self.thread is not None:
-            self.thread.join()
+            self.thread.join(seconds)
+        return self.thread is None or not self.thread.is_alive()
+
+    def settle(self, waiting: Callable[[], None] = lambda: None) -> None:
+        """Waits for the task, if there is one, and raises its error; `waiting` is called every second."""
+        while not self.end(1.0):
+            waiting()
         self.thread, error, self.error = None, self.error, None
         if error is not None:
             raise error

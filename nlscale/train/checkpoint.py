@@ -9,7 +9,10 @@ A save that nobody waits for is copied to the host, and written by a thread of e
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -24,13 +27,15 @@ from nlscale.runtime.log import Journal
 from nlscale.runtime.world import World
 from nlscale.train.agree import everywhere, led
 from nlscale.train.beside import Beside, Staging
-from nlscale.train.manifest import anew, commit, digest, verify
+from nlscale.train.manifest import anew, commit, digest, surplus, verify
 from nlscale.train.memories import memories
 from nlscale.train.pieces import Pieces, save
 from nlscale.train.remote import Remote
 from nlscale.train.restore import apply
 from nlscale.train.state import TrainState
 from nlscale.train.windows import windows_to_save
+
+PATIENCE = timedelta(hours=6)  # of the savers' collectives, which wait for whole checkpoints to be sent or fetched
 
 
 @dataclass
@@ -51,9 +56,10 @@ class Checkpoints:
         """A collective."""
         self.settings, self.world, self.folder, self.journal, self.hold = run.checkpoint, world, folder, journal, hold
         self.config = dump(run)
-        self.group = dist.new_group(backend="gloo")  # a save's collectives go on beside those of steps
-        self.staging, self.beside = Staging(), Beside()
-        self.remote = Remote(run.checkpoint.upload, folder, journal, self.group) if run.checkpoint.upload else None
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)  # saves go on beside steps, and storage is slow
+        self.staging, self.beside = Staging(), Beside(world.device)
+        self.waiting: Callable[[str], None] = lambda _: None  # told while the run waits for a storage
+        self.remote = Remote(run, folder, journal, self.group) if run.checkpoint.upload else None
 
     def due(self, state: TrainState) -> bool:
         """Whether the interval ends at this step."""
@@ -72,7 +78,7 @@ class Checkpoints:
         taken the run folder over.
         """
         began = time.monotonic()
-        self.beside.settle()
+        self.settle()
         if led(state.world, (self.folder.checkpoint(state.step) / MANIFEST).is_file):
             return True
         pieces = {**state.shards(), **windows_to_save(state), **memories(state)}
@@ -83,6 +89,10 @@ class Checkpoints:
         draft.stall = time.monotonic() - began
         self.beside.start(lambda: self.written(draft))
         return True
+
+    def settle(self) -> None:
+        """Waits for the save under way and raises its error. While it is being sent, that is progress."""
+        self.beside.settle(lambda: self.waiting("a second of sending") if self.remote and self.remote.sending else None)
 
     def written(self, draft: Draft) -> bool:
         """Writes, commits, uploads. A collective of the savers' group."""
@@ -100,18 +110,20 @@ class Checkpoints:
     def write(self, draft: Draft, final: Path) -> None:
         """Shards, facts, manifest, commit."""
         world, group = self.world, self.group
-        partial = led(world, lambda: anew(final.with_name(f".{final.name}.{self.hold.token}.partial")), group)
-        save(draft.pieces, partial, group)
-        digests = everywhere(lambda: {path.name: digest(path) for path in partial.glob(f"__{world.rank}_*")}, group)
+        draft_folder = led(world, lambda: anew(final.with_name(f".{final.name}.{self.hold.token}.partial")), group)
+        save(draft.pieces, draft_folder, group)
+        digests = everywhere(
+            lambda: {path.name: digest(path) for path in draft_folder.glob(f"__{world.rank}_*")}, group
+        )
 
         def conclude() -> None:
-            write_durably(partial / STATE, draft.facts)
-            write_durably(partial / "config.yaml", self.config)
+            write_durably(draft_folder / STATE, draft.facts)
+            write_durably(draft_folder / "config.yaml", self.config)
             files = {name: each for mine in digests for name, each in mine.items()}
-            files |= {name: digest(partial / name) for name in (".metadata", STATE, "config.yaml")}
-            write_durably(partial / MANIFEST, json.dumps({"step": draft.step, "files": files}, indent=1))
+            files |= {name: digest(draft_folder / name) for name in (".metadata", STATE, "config.yaml")}
+            write_durably(draft_folder / MANIFEST, json.dumps({"step": draft.step, "files": files}, indent=1))
             with self.hold.committing():
-                commit(partial, final)
+                commit(draft_folder, final)
                 self.prune()
 
         led(world, conclude, group)
@@ -133,11 +145,9 @@ class Checkpoints:
 
     def prune(self) -> None:
         """Removes all but the newest checkpoints and those at every `keep_every` steps, and what killed saves left."""
-        keep, every = self.settings.keep, self.settings.keep_every
-        for step in self.folder.steps()[keep:] if keep else []:
+        for step in surplus(self.folder.steps(), self.settings):
             target = self.folder.checkpoint(step)
-            if not every or step % every:
-                target.rename(target.with_name("." + target.name + ".partial"))  # half removed, it must not look whole
+            target.rename(target.with_name("." + target.name + ".partial"))  # half removed, it must not look whole
         self.clean()
 
     def clean(self) -> None:
@@ -151,29 +161,36 @@ class Checkpoints:
         Raises UserError for a checkpoint of another model or dataset, StoppedOnPurpose where all are damaged.
         """
         led(state.world, self.clean)
-        if self.remote is not None:
-            led(state.world, self.remote.fetch)
-        steps, damaged = led(state.world, lambda: (self.folder.steps(), len(self.folder.damaged())))
-        for step in steps:
-            if self.good(step, state.world):
-                apply(state, self.folder.checkpoint(step), self.journal)
-                led(state.world, self.prune)  # what a killed save left to do
-                return True
-        if steps or damaged:
-            count = len(steps) + damaged
+        newest = self.newest(state.world)
+        if self.remote is not None and led(state.world, partial(self.remote.fetch, newest), self.group):
+            newest = self.newest(state.world)
+        if newest is not None:
+            apply(state, self.folder.checkpoint(newest), self.journal)
+            led(state.world, self.prune)  # what a killed save left to do
+            return True
+        if count := led(state.world, lambda: len(self.folder.damaged())):
             raise StoppedOnPurpose(
                 f"none of the {count} checkpoints in {self.folder.path} is good; remove checkpoints/damaged-* to start anew"
             )
         return False
 
+    def newest(self, world: World) -> int | None:
+        """Step of the newest good checkpoint; those that are damaged are set aside. A collective."""
+        return next((step for step in led(world, self.folder.steps) if self.good(step, world)), None)
+
     def roll_back(self, state: TrainState) -> int | None:
         """Takes over the newest good checkpoint before this step, but for the place in the data. A collective.
 
-        Gives its step; None where there is none.
+        Gives its step; None where there is none that is of the same levels and data.
         """
-        self.beside.settle()
+        state.optimizer.arrive()
+        now = (state.identity(), state.fingerprints)
+        self.settle()
         for step in led(state.world, self.folder.steps):
             if step < state.step and self.good(step, state.world):
+                facts = json.loads((self.folder.checkpoint(step) / STATE).read_text())
+                if (facts["identity"], facts["data"]) != now:
+                    return None
                 for policy in state.open_sums():  # what is closed in the checkpoint must be empty here
                     for fragment in policy.open():
                         fragment.values["window"].zero_()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nlscale_kernels.switch import kernels
 
-from nlscale.config.errors import SavedOnSignal, StoppedOnPurpose, require
+from nlscale.config.errors import SavedOnSignal, StoppedOnPurpose, UserError, require
 from nlscale.config.read import dump
 from nlscale.config.run import Run, replicas
 from nlscale.data.card import Card, check_data
@@ -33,6 +33,7 @@ from nlscale.train.step import Report, held_out_loss, nothing, train_step
 from nlscale.train.stragglers import Stragglers
 from nlscale.train.watch import Watch
 
+LAST = 120.0  # seconds that a run which ends early waits for the save under way
 SKIPS = 10  # steps in a row with gradients that are not finite, until the run is given up
 
 
@@ -80,7 +81,11 @@ def from_where_it_stands(
     if state.step < run.train.steps:
         if world.leads:
             write_durably(folder.config, dump(run))
-        going_on(state, model, checkpoints, cards[0].document, folder, journal, resumed)
+        try:
+            going_on(state, model, checkpoints, cards[0].document, folder, journal, resumed)
+        except (UserError, StoppedOnPurpose):  # what every rank ends for: a save under way may come to its end
+            checkpoints.beside.end(LAST)
+            raise
     else:
         journal.say(f"the run is finished: step {state.step} of {run.train.steps}")
 
@@ -115,18 +120,20 @@ def going_on(
     watchdog = Watchdog(
         folder.path / "alive", world.rank, world.size, run.cluster.watchdog, partial(hung, state, folder)
     )
+    checkpoints.waiting = watchdog.note
     with Watch() as watch, Metrics(state, folder, journal, peak) as metrics, watchdog:
         skips, stragglers, spikes = 0, Stragglers(world, journal), Spikes(state, checkpoints, journal)
         while state.step < last:
             report = train_step(state, model, document, watch.asked is not None or checkpoints.failed, before_move)
             watchdog.note(f"step {state.step}")
             metrics.record(report)
-            stragglers.heard(state.step, report.own)
-            skips = alarmed(report, skips, state.step, journal)
-            if spikes.heard(report.loss):
+            if report.tokens:
+                stragglers.heard(state.step, report.own)
+                skips = alarmed(report, skips, state.step, journal)
+            if report.tokens and spikes.heard(report.loss):
                 metrics.rolled_back()
                 continue
-            compared(state, model.leaves, journal)
+            compared(state, model.leaves, journal, checkpoints.due(state))
             if held_out is not None and evaluation_due(state):
                 metrics.evaluated(held_out_loss(state, model, held_out, document))
                 watchdog.note(f"the held-out loss of step {state.step}")
@@ -142,14 +149,15 @@ def going_on(
     journal.event("end", state.step)
 
 
-def compared(state: TrainState, leaves: Sequence[Leaf], journal: Journal) -> None:
-    """Holds the weights that ranks have in common against each other, when it is time.
+def compared(state: TrainState, leaves: Sequence[Leaf], journal: Journal, saving: bool) -> None:
+    """Holds the weights that ranks have in common against each other, when it is time, or before they are saved.
 
     Raises RuntimeError naming the ranks that differ: what they computed is not saved, and a restart goes on before it.
     """
     interval = state.run.train.compare
-    if not interval or state.step % interval or state.world.size == 1:
+    if not interval or state.world.size == 1 or (state.step % interval and not saving):
         return
+    state.optimizer.arrive()  # what the last move gathers
     if odd := differing(leaves, state.world):
         journal.event("weights differ", state.step, ranks=odd)
         raise RuntimeError(f"step {state.step}: the weights of {', '.join(odd)} are not those of the other replicas")

@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from nlscale.config.train import Checkpoint
 from nlscale.runtime.folder import MANIFEST, write_durably
 
 
@@ -51,3 +53,9 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> list[str]:
         elif digest(path / name) != expected:
             faults.append(f"{name}: digest differs")
     return faults
+
+
+def surplus(steps: Sequence[int], settings: Checkpoint) -> list[int]:
+    """Of the steps of checkpoints, newest first: those that the settings do not keep."""
+    every = settings.keep_every
+    return [step for step in steps[settings.keep :] if settings.keep and (not every or step % every)]

@@ -1,6 +1,5 @@
 """What a run reports: metrics.jsonl, a progress bar or plain lines, wandb. Only rank 0 writes."""
 
-import json
 import os
 import resource
 import sys
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from nlscale.config.read import plain
 from nlscale.model.count import flops_a_token
 from nlscale.optim.schedule import rate
-from nlscale.runtime.folder import Folder, read_lines, write_durably
+from nlscale.runtime.folder import Folder
 from nlscale.runtime.log import Journal, Lines
 from nlscale.train.state import TrainState
 from nlscale.train.step import Report
@@ -34,9 +33,8 @@ class Metrics:
 
     def __enter__(self) -> "Metrics":
         run, leads = self.state.run, self.state.world.leads
-        if leads:
-            forget(self.folder, self.state.step)
         self.lines = Lines(self.folder.metrics) if leads else None
+        self.forget()  # what a crashed start had computed, and this one computes again
         tty = sys.stderr.isatty()
         self.bar = tqdm(total=run.train.steps, initial=self.state.step, disable=not (leads and tty), unit="step")
         self.plain = leads and not tty
@@ -49,8 +47,13 @@ class Metrics:
             self.told(lambda: self.wandb.finish(exit_code=0 if error is None else 1))
 
     def record(self, report: Report) -> dict[str, Any]:
-        """Writes one step's line and gives it."""
+        """Writes one step's line and gives it; of a step whose rows are all void there is no loss."""
         state, run = self.state, self.state.run
+        if not report.tokens:
+            void: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "data/token_hash": 0, "data/void": 1}
+            self.write(void)
+            self.bar.update()
+            return void
         speed = report.tokens / report.seconds
         line: dict[str, Any] = {
             "step": state.step,
@@ -94,7 +97,7 @@ class Metrics:
         if self.lines:
             self.lines.write(line)
         if self.wandb:
-            self.told(lambda: self.wandb.log(line, step=line["step"]))
+            self.told(lambda: self.wandb.log(line))
 
     def told(self, action: Callable[[], Any]) -> None:
         """Does something with wandb; whatever fails there ends its part in this run, and nothing else."""
@@ -106,9 +109,16 @@ class Metrics:
 
     def rolled_back(self) -> None:
         """The run stands at an earlier step: what was written of later ones is dropped."""
-        if self.lines:
-            forget(self.folder, self.state.step)
+        self.forget()
         self.bar.n = self.state.step
+
+    def forget(self) -> None:
+        """Drops lines of steps that are still to come."""
+        try:
+            if self.lines:
+                self.lines.forget(self.state.step)
+        except OSError as error:
+            self.journal.event("metrics failed", self.state.step, reason=str(error))
 
     def show(self, line: dict[str, Any]) -> None:
         """The bar, or a line where there is no terminal."""
@@ -156,13 +166,6 @@ class Metrics:
             config=plain(run),
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=REACHED),
         )
-
-
-def forget(folder: Folder, step: int) -> None:
-    """Drops lines of steps after `step`: a crashed start had computed them, and this one computes them again."""
-    if folder.metrics.is_file():
-        kept = [line for line in read_lines(folder.metrics) if line["step"] <= step]
-        write_durably(folder.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def peak_bytes() -> int:

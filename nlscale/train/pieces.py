@@ -7,7 +7,7 @@ rectangles of the whole tensor, any layout reads what any other wrote.
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 
 from nlscale.config.errors import StoppedOnPurpose
 
@@ -85,13 +85,17 @@ class LoadPieces(DefaultLoadPlanner):
         """The rectangle that a read item fills."""
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
+    def load_bytes(self, read_item: ReadItem, value: IO[bytes]) -> None:
+        """Never: a run saves tensors, and torch would unpickle anything else."""
+        raise StoppedOnPurpose(f"{read_item.storage_index.fqn} is no tensor")
+
 
 class Facts(pickle.Unpickler):
     """Reads a checkpoint's .metadata, which torch pickles: of what a pickle may name, only what such a file is made of."""
 
     ALLOWED: ClassVar[dict[str, tuple[str, ...]]] = {
         "torch.distributed.checkpoint.metadata": (
-            *("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata"),
+            *("Metadata", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata"),
             *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
         ),
         "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
@@ -120,6 +124,9 @@ class Reader(dcp.FileSystemReader):
                 found = Facts(file).load()
         except pickle.UnpicklingError as error:
             raise StoppedOnPurpose(f"{self.path}/.metadata was not written by nlscale: {error}") from None
+        for item in found.storage_data.values():
+            if Path(item.relative_path).name != item.relative_path:
+                raise StoppedOnPurpose(f"{self.path}/.metadata leads out of its folder: {item.relative_path}")
         found.storage_meta = found.storage_meta or StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found

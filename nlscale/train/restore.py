@@ -43,7 +43,8 @@ def apply(state: TrainState, path: Path, journal: Journal, rows: bool = True) ->
         facts = carried(facts, change, now)
         begin_new(state.optimizer, change.new, there)
     anchor_new(state.optimizer, there, parts)
-    places = {"loader": None} if moved_on else {} if rows else {"loader": None, "replay": None}
+    places: dict[str, Any] = {"loader": None} if moved_on or not rows else {}
+    places |= {} if rows else {"replay": None}
     state.apply_facts(facts | places)
     state.optimizer.publish()
     load_windows(state, facts["windows"], path)

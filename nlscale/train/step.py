@@ -52,6 +52,8 @@ def train_step(
     run, world, began = state.run, state.world, time.monotonic()
     rows = next(state.loader)
     waited = time.monotonic() - began
+    if run.data.damaged == "quarantine" and (passed := passed_over(state, rows, stop, waited)) is not None:
+        return passed
     batch = to_batch(rows, document, world.device)
     micro_batches = batch.micro(run.train.micro_batch)
     model.pace(run.model.inner.pace(state.step + 1, run.train.steps))
@@ -89,6 +91,19 @@ def train_step(
         skipped=tuple(sorted({level[name] for name in moved.keys() - went.keys()})),
         groups=tuple(moved),
     )
+
+
+def passed_over(state: TrainState, rows: np.ndarray, stop: bool, waited: float) -> Report | None:
+    """The report of a step all of whose rows, on all replicas, are void: nothing moves. None for any other. A collective."""
+    world = state.world
+    found = torch.tensor([float((rows[:, 0] >= 0).any()), float(stop)], dtype=torch.float64, device=world.device)
+    dist.all_reduce(found)
+    if found[0] > 0:
+        return None
+    state.step += 1
+    if state.step == state.run.train.steps:
+        state.optimizer.flush(state.step)
+    return Report(math.nan, 0, 0, bool(found[1] > 0), waited, waited)
 
 
 def replayed(state: TrainState, model: Parallelized, document: int) -> Tensor | None:

@@ -165,6 +165,27 @@ def targets_and_hashes(run: Run) -> list[tuple[int, int]]:
     return [(32 * int((rows[:, 0] != VOID).sum()), token_hash(rows)) for rows in steps]
 
 
+def test_steps_whose_rows_are_all_void_move_nothing(shards: Path, tmp_path: Path) -> None:
+    """Rows in order, so that a shard that is gone fills whole steps; weights stand still there, and the run goes on."""
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    index = json.loads((copy / "train" / "index.json").read_text())["shards"]
+    (copy / "train" / index[1]["raw_data"]["basename"]).unlink()
+    first, gone = index[0]["samples"], index[1]["samples"]
+    small = ["train.global_batch=4", "model.layers=1", "data.shuffle=false", f"train.steps={(first + gone) // 4 + 6}"]
+    run = small_run(str(copy), tmp_path / "stop", *small)
+    with pytest.raises(RuntimeError, match=r"missing \(sample \d+ was asked for\)"):
+        ranks(2, loop.train, run)
+    run = small_run(str(copy), tmp_path / "run", *small, "data.damaged=quarantine")
+    ranks(2, loop.train, run)
+    lines = read_lines(Folder(Path(run.folder)).metrics)
+    void = [line["step"] for line in lines if "data/void" in line]
+    assert gone // 4 - 1 <= len(void) <= gone // 4 and void == list(range(void[0], void[-1] + 1))
+    assert all("train/loss" not in line for line in lines if line["step"] in void) and len(lines) == run.train.steps
+    assert all(np.isfinite(line["train/loss"]) for line in lines if line["step"] not in void)
+    assert {line["tokens"] for line in lines if line["step"] in void} == {lines[void[0] - 2]["tokens"]}
+
+
 def with_dead_worker(run: Run) -> None:
     """Trains; the loader's process is killed after five steps."""
     plain = loop.train_step

@@ -53,6 +53,7 @@ def spoiled(run: Run, at: list[int]) -> str:
     def step(state: Any, *rest: Any) -> Any:
         if left and state.step == left[0]:
             left.pop(0)
+            state.optimizer.arrive()
             for mover in state.optimizer.movers.values():
                 for shard in mover.shards:
                     for fragment in state.optimizer.fragments(shard):
@@ -77,7 +78,8 @@ def test_a_spike_is_flagged_and_the_run_goes_on(prepared: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "layout", [["parallel.tensor=2"], ["optim.reduce=eager"], pytest.param([], marks=pytest.mark.slow)]
+    "layout",
+    [["parallel.tensor=2"], ["optim.reduce=eager"], ["optim.overlap=true"], pytest.param([], marks=pytest.mark.slow)],
 )
 def test_a_spike_is_rolled_back_and_its_rows_are_passed_over(layout: list[str], prepared: str, tmp_path: Path) -> None:
     """From the checkpoint on it is, to the bit, the run that a fresh start from there makes with the later rows.
@@ -143,6 +145,7 @@ def with_a_flipped_bit(run: Run, rank: int, name: str) -> None:
     def step(state: Any, *rest: Any) -> Any:
         report = plain(state, *rest)
         if state.step == 6 and int(os.environ["RANK"]) == rank:
+            state.optimizer.arrive()
             (leaf,) = (leaf for leaf in state.leaves if leaf.name == name)
             leaf.value.view(torch.int32)[..., 3] ^= 1 << 12
         return report

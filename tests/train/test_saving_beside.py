@@ -1,5 +1,6 @@
 """Saves beside training: the same bits as saves that the run waits for, never two at once, no error lost."""
 
+import io
 import json
 import os
 import pickle
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner import ReadItem
 
 from nlscale.config.errors import StoppedOnPurpose, UserError
 from nlscale.config.run import Run
@@ -21,7 +24,7 @@ from nlscale.testing import ranks
 from nlscale.train import checkpoint, loop, remote
 from nlscale.train.beside import Beside, Staging
 from nlscale.train.manifest import digest, verify
-from nlscale.train.pieces import Pieces, stored
+from nlscale.train.pieces import LoadPieces, Pieces, Reader, stored
 from tests.corpus import small_run
 from tests.faults import flip
 
@@ -116,7 +119,7 @@ def test_staging_keeps_one_copy_and_no_more() -> None:
 
 
 def test_an_error_beside_is_raised_once() -> None:
-    beside = Beside()
+    beside = Beside(torch.device("cpu"))
     beside.start(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         beside.settle()
@@ -130,21 +133,40 @@ def test_saves_are_sent_and_fetched(prepared: str, tmp_path: Path) -> None:
     upload = f"checkpoint.upload=file://{place}"
     run = small_run(prepared, tmp_path / "run", *SMALL, upload, "checkpoint.keep=2", "train.stop_at=8")
     ranks(2, loop.train, run)
-    assert sorted(path.name for path in place.iterdir()) == ["step-00000004", "step-00000008"]
-    assert verify(place / "step-00000008") == [] and [line["step"] for line in events(run, "upload")] == [4, 8]
-    elsewhere = small_run(prepared, tmp_path / "elsewhere", *SMALL, upload, "checkpoint.keep=2")
+    there = place / "demo"
+    assert sorted(path.name for path in there.iterdir()) == ["step-00000004", "step-00000008"]
+    assert verify(there / "step-00000008") == [] and [line["step"] for line in events(run, "upload")] == [4, 8]
+    elsewhere = small_run(
+        prepared, tmp_path / "elsewhere", *SMALL, upload, "checkpoint.keep=1", "checkpoint.keep_every=4"
+    )
     ranks(2, loop.train, elsewhere)
     assert [line["step"] for line in events(elsewhere, "fetch")] == [8]
-    assert sorted(path.name for path in place.iterdir()) == ["step-00000008", "step-00000012"]
+    assert (
+        len(list(there.iterdir())) == 3
+    )  # what `keep_every` keeps is kept there, too, though the new folder never had it
     whole = small_run(prepared, tmp_path / "whole", *SMALL)
     ranks(2, loop.train, whole)
     assert contents(elsewhere, 12) == contents(whole, 12)
-    (shard, *_) = sorted((place / "step-00000012").glob("*.distcp"))
+    (shard, *_) = sorted((there / "step-00000012").glob("*.distcp"))
     flip(shard, random.Random(3))
     third = small_run(prepared, tmp_path / "third", *SMALL, upload)
     ranks(2, loop.train, third)
     assert [line["step"] for line in events(third, "damaged checkpoint")] == [12]
     assert [line["step"] for line in events(third, "fetch")] == [8] and contents(third, 12) == contents(whole, 12)
+
+
+def test_a_damaged_newest_is_fetched_anew_and_no_other_run_is(prepared: str, tmp_path: Path) -> None:
+    upload = f"checkpoint.upload=file://{tmp_path}/store"
+    run = small_run(prepared, tmp_path / "run", *SMALL, upload, "train.stop_at=8")
+    ranks(2, loop.train, run)
+    for step in (4, 8):
+        flip(sorted(Folder(Path(run.folder)).checkpoint(step).glob("*.distcp"))[0], random.Random(step))
+    ranks(2, loop.train, small_run(prepared, tmp_path / "run", *SMALL, upload))
+    assert [line["step"] for line in events(run, "fetch")] == [8]
+    assert [line["step"] for line in events(run, "restore")] == [8]
+    other = small_run(prepared, tmp_path / "other", *SMALL, upload, "run.name=other", "train.stop_at=4")
+    ranks(2, loop.train, other)
+    assert events(other, "fetch") == [] and len(list((tmp_path / "store" / "demo").iterdir())) == 3
 
 
 def unreachable() -> None:
@@ -153,7 +175,7 @@ def unreachable() -> None:
     def refuse(self: Any, *_: Any, **__: Any) -> None:
         raise RuntimeError("no route to host")
 
-    for name in ("glob", "put_file", "makedirs"):
+    for name in ("glob", "put_file", "makedirs", "exists"):
         setattr(type(remote.fsspec.filesystem("file")), name, refuse)
 
 
@@ -167,6 +189,26 @@ def test_a_storage_that_cannot_be_reached(prepared: str, tmp_path: Path) -> None
     assert ranks(2, disturbed, run, unreachable) == ["finished"] * 2
     assert [line["step"] for line in events(run, "upload failed")] == [8, 12]
     assert Folder(Path(run.folder)).steps() == [12, 8, 4]
+
+
+def test_bytes_in_place_of_a_tensor_are_not_unpickled(prepared: str, tmp_path: Path) -> None:
+    """torch would take them for whatever was pickled."""
+    run = small_run(prepared, tmp_path / "run", *SMALL, "train.stop_at=4")
+    ranks(1, loop.train, run)
+    path = Folder(Path(run.folder)).checkpoint(4)
+    facts = Reader(path).read_metadata()
+    facts.state_dict_metadata["weights/embed.weight"] = BytesStorageMetadata()
+    (path / ".metadata").write_bytes(pickle.dumps(facts))
+    with pytest.raises(StoppedOnPurpose, match="BytesStorageMetadata has no place"):
+        Reader(path).read_metadata()
+    with pytest.raises(StoppedOnPurpose, match="is no tensor"):
+        LoadPieces().load_bytes(ReadItem(*[MetadataIndex("weights/embed.weight")] * 6), io.BytesIO())
+    del facts.state_dict_metadata["weights/embed.weight"]
+    place = next(iter(facts.storage_data.values()))
+    place.relative_path = "../" + place.relative_path
+    (path / ".metadata").write_bytes(pickle.dumps(facts))
+    with pytest.raises(StoppedOnPurpose, match="leads out of its folder"):
+        Reader(path).read_metadata()
 
 
 class Foreign:
@@ -192,7 +234,15 @@ def test_a_foreign_pickle_is_not_run(prepared: str, tmp_path: Path) -> None:
     assert not Path("/tmp/nlscale-was-here").exists()
 
 
-@pytest.mark.parametrize("url", ["s3://key:secret@bucket/run", "https://user@host/run"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:secret@bucket/run",
+        "https://user@host/run",
+        "simplecache::s3://key:secret@bucket/run",
+        "https://h/p?token=x",
+    ],
+)
 def test_a_key_in_the_config_is_refused(url: str, prepared: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="keys belong in the environment"):
         small_run(prepared, tmp_path / "run", f"checkpoint.upload={url}")
