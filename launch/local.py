@@ -99,7 +99,7 @@ def watch(children: dict[int, int], deadline: float | None, logs: str | None) ->
 
     caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     before = {number: signal.signal(number, forward) for number in caught}
-    failed = 0
+    failed, codes = 0, dict[int, int]()
     try:
         while children:
             for pid in list(children):
@@ -107,14 +107,15 @@ def watch(children: dict[int, int], deadline: float | None, logs: str | None) ->
                 if not done:
                     continue
                 rank = children.pop(pid)
-                code = os.waitstatus_to_exitcode(status)
+                code = codes[rank] = os.waitstatus_to_exitcode(status)
                 if code and not failed:
                     failed = code if code > 0 else 128 - code
                     orderly = code in ORDERLY
                     deadline = min(deadline or float("inf"), time.monotonic() + (PATIENCE if orderly else GRACE))
                     if not orderly:
                         where = f"; see {logs}/rank-{rank:05d}.log" if logs else ""
-                        print(f"rank {rank} ended with {code}{where}", file=sys.stderr, flush=True)
+                        who = f"rank {rank} (host {socket.gethostname()})"
+                        print(f"{who} ended with {code}{where}", file=sys.stderr, flush=True)
             if deadline is not None and time.monotonic() > deadline:
                 failed = failed or 124
                 for pid in children:
@@ -123,4 +124,12 @@ def watch(children: dict[int, int], deadline: float | None, logs: str | None) ->
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if failed in ORDERLY and codes.get(0) != failed and logs:
+        repeat(next(rank for rank, code in codes.items() if code == failed), logs)
     return failed
+
+
+def repeat(rank: int, logs: str) -> None:
+    """The last words of a rank that ended for a reason of its own, which stand in its log only."""
+    with contextlib.suppress(OSError, IndexError), open(os.path.join(logs, f"rank-{rank:05d}.log")) as log:
+        print(f"rank {rank}: {log.read().splitlines()[-1]}", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ from nlscale.runtime.folder import Folder, read_lines
 from nlscale.runtime.world import World, join
 from nlscale.testing import ranks
 from nlscale.train import loop
-from tests.corpus import small_run, write_corpus
+from tests.corpus import LEVELS, MODEL, REST, TRAIN, small_run, write_corpus
 from tests.faults import flip
 
 
@@ -163,6 +163,20 @@ def targets_and_hashes(run: Run) -> list[tuple[int, int]]:
     loader = Loader(run.data, 16, join(Parallel(), Cluster(), 0))
     steps = [next(loader) for _ in range(30)]
     return [(32 * int((rows[:, 0] != VOID).sum()), token_hash(rows)) for rows in steps]
+
+
+def test_the_program_says_which_shard_and_ends_with_78(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where it was not rank 0 that met it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    for target in (copy / "train").rglob("*.mds"):
+        cut(target)
+    asked = [LEVELS, *MODEL, *TRAIN, *REST, f"data.path={copy}", f"run.folder={tmp_path / 'run'}"]
+    assert main(["train", "demo", *asked, "--nproc", "2"]) == 78
+    said = capfd.readouterr().err
+    assert "bytes, should be" in said and "restore the file, or data.damaged=quarantine" in said
 
 
 def test_steps_whose_rows_are_all_void_move_nothing(shards: Path, tmp_path: Path) -> None:

@@ -42,7 +42,10 @@ def test_same_global_batches_at_every_layout_and_after_a_resume(prepared: str) -
     steps = rows // 8 + 5  # into a second epoch
     whole = global_hashes(ranks(1, hashes, data, Parallel(), steps, 0))
     assert len(set(whole)) == steps
-    for count, parallel in ((2, Parallel()), (4, Parallel()), (2, Parallel(tensor=2)), (4, Parallel(tensor=2))):
+    layouts = [(2, Parallel()), (4, Parallel()), (4, Parallel(tensor=2, pipeline=2)), (4, Parallel(context=2))]
+    layouts += [(count, Parallel(tensor=n)) for count, n in ((2, 2), (4, 2), (4, 4))]
+    layouts += [(count, Parallel(pipeline=n)) for count, n in ((2, 2), (4, 2), (4, 4))]
+    for count, parallel in layouts:
         results = ranks(count, hashes, data, parallel, 12, 0)
         assert global_hashes(results) == whole[:12]
         per_replica: dict[int, set] = {}

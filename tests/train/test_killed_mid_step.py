@@ -1,0 +1,57 @@
+"""A rank that dies in the middle of a step: the others end soon, it is named, and the run goes on with the same bits."""
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nlscale.config.run import Run
+from nlscale.runtime.folder import Folder, read_lines
+from nlscale.testing import ranks
+from nlscale.train import loop
+from nlscale.train.manifest import verify
+from tests.corpus import small_run
+
+SMALL = ["model.layers=2", "train.steps=12", "checkpoint.interval=4"]
+
+
+def dies_in_backward(run: Run, rank: int) -> None:
+    """Trains; in the sixth step `rank` is killed as soon as its backward pass reaches the first gradient."""
+    plain = loop.train_step
+
+    def step(state: Any, *rest: Any) -> Any:
+        if state.step == 5 and int(os.environ["RANK"]) == rank:
+            parameter = state.leaves[-1].parameter
+            parameter.register_hook(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        return plain(state, *rest)
+
+    loop.train_step = step
+    loop.train(run)
+
+
+def ended(run: Run) -> tuple[list[float], dict[str, dict]]:
+    folder = Folder(Path(run.folder))
+    files = json.loads((folder.checkpoint(12) / "manifest.json").read_text())["files"]
+    lines = [line["train/loss"] for line in read_lines(folder.metrics) if "train/loss" in line]
+    return lines, {name: facts for name, facts in files.items() if name.endswith(".distcp")}
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_rank_killed_in_backward(rank: int, prepared: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run, whole = (small_run(prepared, tmp_path / name, *SMALL) for name in ("run", "whole"))
+    ranks(2, loop.train, small_run(prepared, tmp_path / "run", *SMALL, "train.stop_at=4"))
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="ended with 137"):
+        ranks(2, dies_in_backward, run, rank)
+    assert time.monotonic() - began < 20  # start and five steps included
+    assert f"rank {rank} (host {socket.gethostname()}) ended with -9" in capfd.readouterr().err
+    folder = Folder(Path(run.folder))
+    assert folder.steps() == [4] and verify(folder.checkpoint(4)) == []
+    ranks(2, loop.train, run)
+    ranks(2, loop.train, whole)
+    assert ended(run) == ended(whole)
