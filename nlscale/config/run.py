@@ -118,6 +118,7 @@ class Run:
                 "model.attention=document: a memory's initial state learns where documents begin",
             ),
             (self.data.shuffle, "data.shuffle=false: rows follow one another"),
+            (self.data.damaged != "stop", "data.damaged=stop: no row of the sequence may be left out"),
             (len(self.data.sources) > 1, "data.path, one dataset: a mixture has no next row"),
             (self.optim.second_order, "optim.second_order=false"),
             (

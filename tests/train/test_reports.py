@@ -125,6 +125,13 @@ def test_a_secret_of_the_environment_is_not_taken_into_a_run(name: str, prepared
     assert small_run(prepared, tmp_path / "run", "log.project=${oc.env:HOME}").log.project == os.environ["HOME"]
 
 
+def test_rows_that_follow_one_another_are_not_left_out(prepared: str, tmp_path: Path) -> None:
+    asked = ["model.reset=never", "model.mixer=titans", "model.titans.chunk=8", "data.shuffle=false"]
+    assert small_run(prepared, tmp_path / "run", *asked).data.damaged == "stop"
+    with pytest.raises(UserError, match=r"model\.reset=never needs data\.damaged=stop"):
+        small_run(prepared, tmp_path / "run", *asked, "data.damaged=quarantine")
+
+
 @pytest.mark.parametrize("name", ["../recipes/demo", "../../setup", "/etc/passwd"])
 def test_a_section_file_is_a_shipped_one(name: str, prepared: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"use\.levels=.*: choose from"):
