@@ -48,6 +48,7 @@ class Beside:
         """`device`: of the run, which the task must not wait for."""
         self.device = device
         self.thread: threading.Thread | None = None
+        self.given: Any = None
         self.error: BaseException | None = None
 
     @property
@@ -56,12 +57,14 @@ class Beside:
         return self.error is not None
 
     def start(self, task: Callable[[], Any]) -> None:
-        """Begins a task; the one before has been settled."""
+        """Begins a task; the one before has been settled. What a GPU has been asked to compute for it is waited for."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
         def run() -> None:
             try:
                 with self.apart():
-                    task()
+                    self.given = task()
             except BaseException as error:
                 self.error = error
 
@@ -83,10 +86,12 @@ class Beside:
             self.thread.join(seconds)
         return self.thread is None or not self.thread.is_alive()
 
-    def settle(self, waiting: Callable[[], None] = lambda: None) -> None:
-        """Waits for the task, if there is one, and raises its error; `waiting` is called every second."""
+    def settle(self, waiting: Callable[[], None] = lambda: None) -> Any:
+        """Waits for the task, if there is one; gives what it gave or raises its error. `waiting` is called every second."""
         while not self.end(1.0):
             waiting()
-        self.thread, error, self.error = None, self.error, None
+        given, error = self.given, self.error
+        self.thread, self.given, self.error = None, None, None
         if error is not None:
             raise error
+        return given

@@ -83,16 +83,21 @@ class Checkpoints:
             return True
         pieces = {**state.shards(), **windows_to_save(state), **memories(state)}
         draft = Draft(state.step, pieces, json.dumps(state.facts()), began)
-        if wait or not self.settings.beside:
-            return self.written(draft)
-        draft.pieces = self.staging.copies(pieces)
-        draft.stall = time.monotonic() - began
+        wait = wait or not self.settings.beside
+        if not wait:
+            draft.pieces = self.staging.copies(pieces)
+            draft.stall = time.monotonic() - began
         self.beside.start(lambda: self.written(draft))
-        return True
+        return self.settle() if wait else True
 
-    def settle(self) -> None:
-        """Waits for the save under way and raises its error. While it is being sent, that is progress."""
-        self.beside.settle(lambda: self.waiting("a second of sending") if self.remote and self.remote.sending else None)
+    def settle(self) -> bool:
+        """Waits for the save under way, gives its outcome or raises its error. While it is being sent, that is progress."""
+
+        def tell() -> None:
+            if self.remote is not None and self.remote.sending:
+                self.waiting("a second of sending")
+
+        return self.beside.settle(tell) is not False
 
     def written(self, draft: Draft) -> bool:
         """Writes, commits, uploads. A collective of the savers' group."""
