@@ -48,7 +48,7 @@ def test_a_rank_killed_in_backward(rank: int, prepared: str, tmp_path: Path, cap
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="ended with 137"):
         ranks(2, dies_in_backward, run, rank)
-    assert time.monotonic() - began < 20  # start and five steps included
+    assert time.monotonic() - began < 30  # start and five steps included
     assert f"rank {rank} (host {socket.gethostname()}) ended with -9" in capfd.readouterr().err
     folder = Folder(Path(run.folder))
     assert folder.steps() == [4] and verify(folder.checkpoint(4)) == []
