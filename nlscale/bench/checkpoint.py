@@ -12,35 +12,20 @@ import torch
 
 from nlscale.bench.table import Row, at_least, at_most, by_clock, show
 from nlscale.config.read import read
-from nlscale.config.run import Run
 from nlscale.data.batch import to_batch
-from nlscale.data.card import Card, check_data
-from nlscale.data.loader import Loader
+from nlscale.data.card import check_data
 from nlscale.data.write import Preparation, prepare
-from nlscale.optim.build import build_optimizer
-from nlscale.parallel.apply import Parallelized, parallelize
+from nlscale.parallel.apply import Parallelized
 from nlscale.runtime.folder import Folder
 from nlscale.runtime.holder import Hold
 from nlscale.runtime.log import Journal
 from nlscale.runtime.world import join
 from nlscale.train.checkpoint import Checkpoints
+from nlscale.train.loop import built
 from nlscale.train.state import TrainState
 
 ROUNDS = 7
 SIZES = ["model.layers=4", "model.width=768", "model.hidden=2048", "model.heads=12", "model.kv_heads=12"]
-
-
-def built(run: Run, folder: Folder, card: Card) -> tuple[TrainState, Parallelized, Checkpoints]:
-    """A run's state and its checkpoints, as `train` makes them."""
-    world = join(run.parallel, run.cluster, run.train.seed)
-    model = parallelize(run, world)
-    optimizer = build_optimizer(run, model.leaves, world)
-    optimizer.await_in(model.modules)
-    loader = Loader(run.data, run.train.global_batch, world)
-    state = TrainState(run, world, model.leaves, optimizer, loader, [card], model.carried)
-    journal, hold = Journal(folder, False), Hold(folder.path, 60)
-    hold.take()
-    return state, model, Checkpoints(run, world, folder, journal, hold)
 
 
 def stepped(state: TrainState, model: Parallelized, document: int) -> float:
@@ -63,7 +48,11 @@ def main(target: str | None) -> int:
         folder = Folder(place / "run")
         folder.open()
         (card,) = check_data(run.data, False)
-        state, model, checkpoints = built(run, folder, card)
+        world = join(run.parallel, run.cluster, run.train.seed)
+        state, model = built(run, world, [card])
+        hold = Hold(folder.path, run.cluster.lease)
+        hold.take()
+        checkpoints = Checkpoints(run, world, folder, Journal(folder, False), hold)
         steps = [stepped(state, model, card.document) for _ in range(9)]
         rows = saves(state, model, checkpoints, card.document, median(steps[1:]))
         rows += takeover(state, checkpoints, place)

@@ -69,13 +69,7 @@ def from_where_it_stands(
     run: Run, world: World, cards: Sequence[Card], folder: Folder, journal: Journal, hold: Hold
 ) -> None:
     """The run on this rank, its folder held."""
-    model = parallelize(run, world)
-    optimizer = build_optimizer(run, model.leaves, world)
-    optimizer.await_in(model.modules)
-    loader = open_loader(run, world)
-    state = TrainState(run, world, model.leaves, optimizer, loader, cards, model.carried)
-    if run.data.replay:
-        state.replay, state.replay_fingerprint = open_replay(run, world)
+    state, model = built(run, world, cards)
     checkpoints = Checkpoints(run, world, folder, journal, hold)
     resumed = checkpoints.restore(state)
     if state.step < run.train.steps:
@@ -88,6 +82,17 @@ def from_where_it_stands(
             raise
     else:
         journal.say(f"the run is finished: step {state.step} of {run.train.steps}")
+
+
+def built(run: Run, world: World, cards: Sequence[Card]) -> tuple[TrainState, Parallelized]:
+    """A run at its beginning. A collective."""
+    model = parallelize(run, world)
+    optimizer = build_optimizer(run, model.leaves, world)
+    optimizer.await_in(model.modules)
+    state = TrainState(run, world, model.leaves, optimizer, open_loader(run, world), cards, model.carried)
+    if run.data.replay:
+        state.replay, state.replay_fingerprint = open_replay(run, world)
+    return state, model
 
 
 def node_of(run: Run) -> int | None:

@@ -16,7 +16,10 @@ from nlscale.runtime.world import World
 
 
 def quarantine(run: Run, world: World) -> Callable[[str], None]:
-    """What is told of shards whose rows are left out: every rank, or process of its loader, says what it found."""
+    """What is told of shards whose rows are left out: every rank, or process of its loader, says what it found.
+
+    The event's step is 0: a loader reads ahead, and does not know for which step.
+    """
 
     def found(fault: str) -> None:
         journal = Journal(Folder(Path(run.folder)), True)

@@ -48,7 +48,7 @@ class Spikes:
         state, reached = self.state, self.state.step
         there = self.checkpoints.roll_back(state)
         if there is None:
-            self.journal.event("no rollback", reached, reason="no checkpoint yet")
+            self.journal.event("no rollback", reached, reason="no good checkpoint of these levels and data")
             return False
         self.journal.event(
             "rollback", there, reached=reached, rows_passed_over=state.run.train.global_batch * (reached - there)

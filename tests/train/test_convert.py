@@ -1,6 +1,5 @@
 """A checkpoint as one safetensors file and back: the run goes on with the same bits."""
 
-import json
 import random
 from pathlib import Path
 
@@ -10,11 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from nlscale.cli import main
 from nlscale.config.run import Run
-from nlscale.runtime.folder import Folder, read_lines
+from nlscale.runtime.folder import Folder
 from nlscale.testing import ranks
 from nlscale.train.loop import train
 from tests.corpus import small_run
 from tests.faults import flip
+from tests.records import losses, shards
 
 SMALL = ["model.layers=2", "train.steps=11", "checkpoint.interval=6", "parallel.tensor=2"]  # windows are open at 6
 
@@ -26,15 +26,6 @@ def trained(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def losses(run: Run) -> list[float]:
-    return [line["train/loss"] for line in read_lines(Folder(Path(run.folder)).metrics) if "train/loss" in line]
-
-
-def shards(run: Run) -> dict[str, dict]:
-    files = json.loads((Folder(Path(run.folder)).checkpoint(11) / "manifest.json").read_text())["files"]
-    return {name: facts for name, facts in files.items() if name.endswith(".distcp")}
-
-
 def test_there_and_back_the_run_goes_on_bit_for_bit(trained: Run, prepared: str, tmp_path: Path) -> None:
     file, back = tmp_path / "whole.safetensors", tmp_path / "back"
     assert main(["checkpoint", "convert", trained.folder, "--step", "6", "--out", str(file)]) == 0
@@ -44,7 +35,7 @@ def test_there_and_back_the_run_goes_on_bit_for_bit(trained: Run, prepared: str,
     assert main(["checkpoint", "convert", str(file), "--out", str(back)]) == 0
     assert main(["checkpoint", "verify", str(back)]) == 0
     ranks(2, train, run)
-    assert losses(run) == losses(trained)[6:] and shards(run) == shards(trained)
+    assert losses(run) == losses(trained)[6:] and shards(run, 11) == shards(trained, 11)
 
 
 def test_weights_alone_have_their_own_names(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,5 @@
 """A real run of two ranks, killed again and again at random moments, ends with the bits of one that was not."""
 
-import json
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ from nlscale.testing import ranks
 from nlscale.train import loop
 from tests.corpus import small_run
 from tests.faults import attempt
+from tests.records import hashes, losses, shards
 
 SMALL = ["model.layers=1", "checkpoint.interval=3", "checkpoint.keep=2", "cluster.threads=1"]
 
@@ -40,15 +40,6 @@ def killed(run: Run, rank: int, after: int, seconds: float) -> None:
     loop.train(run)
 
 
-def ended(run: Run) -> tuple[list[float], list[int], dict[str, dict]]:
-    """Losses, token hashes, digests of the last checkpoint's shards."""
-    folder = Folder(Path(run.folder))
-    lines = [line for line in read_lines(folder.metrics) if "train/loss" in line]
-    files = json.loads((folder.checkpoint(run.train.steps) / "manifest.json").read_text())["files"]
-    shards = {name: facts for name, facts in files.items() if name.endswith(".distcp")}
-    return [line["train/loss"] for line in lines], [line["data/token_hash"] for line in lines], shards
-
-
 def campaign(prepared: str, folder: Path, steps: int, kills: int, seed: int) -> int:
     """Kills and resumes, then lets the run come to its end; gives the number of kills."""
     chance = random.Random(seed)
@@ -60,7 +51,8 @@ def campaign(prepared: str, folder: Path, steps: int, kills: int, seed: int) -> 
         assert Folder(Path(run.folder)).steps()[:1] != [steps], f"the run ended after {done} kills: give it more steps"
     ranks(2, loop.train, run)
     ranks(2, loop.train, whole)
-    assert ended(run) == ended(whole)
+    assert (losses(run), hashes(run)) == (losses(whole), hashes(whole))
+    assert shards(run, steps) == shards(whole, steps)
     check_starts(run)
     return done
 

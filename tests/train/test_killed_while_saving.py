@@ -1,6 +1,5 @@
 """SIGKILL at every boundary of a save: what was committed loads, what was not does not exist, the end has the same bits."""
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -8,24 +7,16 @@ from pathlib import Path
 import pytest
 
 from nlscale.config.run import Run
-from nlscale.runtime.folder import Folder, read_lines
+from nlscale.runtime.folder import Folder
 from nlscale.testing import ranks
 from nlscale.train.loop import train
 from nlscale.train.manifest import verify
 from tests.corpus import small_run
 from tests.faults import attempt, flip, train_until_touch
+from tests.records import losses, shards
 
 SMALL = ["train.steps=12", "checkpoint.interval=4", "checkpoint.keep=1", "model.layers=1"]
 AFTER = 6  # the second save commits and removes the first
-
-
-def shards(run: Run) -> dict[str, dict]:
-    files = json.loads((Folder(Path(run.folder)).checkpoint(12) / "manifest.json").read_text())["files"]
-    return {name: facts for name, facts in files.items() if name.endswith(".distcp")}
-
-
-def losses(run: Run) -> list[float]:
-    return [line["train/loss"] for line in read_lines(Folder(Path(run.folder)).metrics) if "train/loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +39,7 @@ def killed_and_resumed(run: Run, whole: Run, rank: int, at: int) -> None:
     assert saved and saved[0] >= 4, f"touch {at} of rank {rank} lost more than the steps since the last commit: {saved}"
     assert not any(verify(folder.checkpoint(step)) for step in saved)
     ranks(2, train, run)
-    assert shards(run) == shards(whole) and losses(run) == losses(whole), f"touch {at} of rank {rank}"
+    assert shards(run, 12) == shards(whole, 12) and losses(run) == losses(whole), f"touch {at} of rank {rank}"
     assert folder.steps() == [12] and not list((folder.path / "checkpoints").glob(".*"))
 
 

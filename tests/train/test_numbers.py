@@ -13,28 +13,16 @@ import torch
 
 from nlscale.config.errors import StoppedOnPurpose, UserError
 from nlscale.config.run import Run
-from nlscale.runtime.folder import Folder, read_lines
+from nlscale.runtime.folder import Folder
 from nlscale.testing import ranks
 from nlscale.train import loop
 from nlscale.train.manifest import digest
 from nlscale.train.replicas import odd_ranks, weights_hash
 from nlscale.train.spikes import z_score
 from tests.corpus import small_run
+from tests.records import events, lines, shards
 
 SMALL = ["model.layers=2", "train.steps=50", "checkpoint.interval=6", "checkpoint.keep=0"]
-
-
-def events(run: Run, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_lines(Folder(Path(run.folder)).events) if line["event"] == kind]
-
-
-def lines(run: Run) -> list[dict[str, Any]]:
-    return [line for line in read_lines(Folder(Path(run.folder)).metrics) if "train/loss" in line]
-
-
-def shards(run: Run, step: int) -> dict[str, dict]:
-    files = json.loads((Folder(Path(run.folder)).checkpoint(step) / "manifest.json").read_text())["files"]
-    return {name: facts for name, facts in files.items() if name.endswith(".distcp")}
 
 
 def test_z_score_is_that_of_a_normal_distribution_and_no_outlier_moves_it() -> None:

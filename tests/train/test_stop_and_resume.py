@@ -4,7 +4,6 @@ Step 15 lies inside the windows of both slow levels (periods 4 and 8), so what t
 beyond the first three stop at step 11 of 18, which lies so as well.
 """
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 
 from nlscale.config.errors import StoppedOnPurpose
-from nlscale.config.run import Run
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.runtime.log import Journal
 from nlscale.testing import ranks
@@ -21,6 +19,7 @@ from nlscale.train.loop import alarmed, train
 from nlscale.train.manifest import verify
 from nlscale.train.step import Report
 from tests.corpus import small_run
+from tests.records import hashes, losses, shards
 
 LAYOUTS = {
     "one": (1, []),
@@ -72,20 +71,6 @@ def marked(name: str, campaign: tuple[str, ...]) -> Any:
     return pytest.param(name, marks=pytest.mark.slow) if name in campaign else name
 
 
-def losses(run: Run) -> list[float]:
-    return [line["train/loss"] for line in read_lines(Folder(Path(run.folder)).metrics) if "train/loss" in line]
-
-
-def hashes(run: Run) -> list[int]:
-    return [line["data/token_hash"] for line in read_lines(Folder(Path(run.folder)).metrics) if "train/loss" in line]
-
-
-def final_state(run: Run) -> dict[str, dict]:
-    """Sizes and digests of the last checkpoint's shards: every master weight and moment of every rank."""
-    files = json.loads((Folder(Path(run.folder)).checkpoint(run.train.steps) / "manifest.json").read_text())["files"]
-    return {name: facts for name, facts in files.items() if name.endswith(".distcp")}
-
-
 @pytest.mark.parametrize("layout", [marked(name, CAMPAIGN) for name in LAYOUTS])
 def test_stopped_and_resumed_equals_unbroken_bit_for_bit(layout: str, prepared: str, tmp_path: Path) -> None:
     count, overrides = LAYOUTS[layout]
@@ -99,7 +84,7 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(layout: str, prepared: 
     ranks(count, train, resumed)
     assert losses(resumed) == losses(unbroken)
     assert len(losses(unbroken)) == steps
-    assert final_state(resumed) == final_state(unbroken)
+    assert shards(resumed, steps) == shards(unbroken, steps)
 
 
 MOVES = {

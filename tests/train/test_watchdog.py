@@ -14,6 +14,7 @@ from nlscale.runtime.folder import Folder, read_lines
 from nlscale.testing import ranks
 from nlscale.train import loop
 from tests.corpus import small_run
+from tests.records import events
 
 
 def disturbed(run: Run, at: int, what: str) -> None:
@@ -36,10 +37,6 @@ def disturbed(run: Run, at: int, what: str) -> None:
 
     loop.train_step = step
     loop.train(run)
-
-
-def events(run: Run, kind: str) -> list[dict]:
-    return [line for line in read_lines(Folder(Path(run.folder)).events) if line["event"] == kind]
 
 
 def test_a_stopped_rank_ends_the_job_and_is_named(prepared: str, tmp_path: Path) -> None:
