@@ -18,8 +18,8 @@ from nlscale.runtime.world import join
 from nlscale.testing import ranks
 from nlscale.train.loop import train
 from tests.corpus import small_run
+from tests.records import losses
 from tests.tiny import micro_batches, tiny
-from tests.train.test_stop_and_resume import losses
 
 NEVER = ["model.reset=never", "data.shuffle=false"]
 CHUNKS = ["model.linear.chunk=4", "model.titans.chunk=4", "model.self_modifying.chunk=2"]

@@ -13,8 +13,8 @@ from nlscale.train.loop import train
 from nlscale.train.second_order import SecondOrder
 from tests.corpus import small_run
 from tests.optim.driver import built, usual
+from tests.records import losses
 from tests.tiny import tiny
-from tests.train.test_stop_and_resume import losses
 
 SECOND = [
     "model.variant=nested",
