@@ -2,7 +2,19 @@
 
 from setuptools import find_packages, setup
 
-CONFIG_FOLDERS = ("recipes", "model", "levels", "data", "optim", "parallel", "train", "checkpoint", "log", "cluster")
+CONFIG_FOLDERS = (
+    "recipes",
+    "model",
+    "levels",
+    "data",
+    "optim",
+    "parallel",
+    "train",
+    "checkpoint",
+    "log",
+    "cluster",
+    "layout",
+)
 
 setup(
     name="nlscale",
@@ -25,6 +37,7 @@ setup(
     package_data={
         "nlscale_configs": [f"{folder}/*.yaml" for folder in CONFIG_FOLDERS],
         "nlscale_kernels": ["tuned/*.json"],
+        "nlscale_launch": ["slurm.sbatch"],
     },
     install_requires=[
         "torch>=2.11,<2.14",

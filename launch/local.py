@@ -15,9 +15,10 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from nlscale.config.errors import ORDERLY
+
 GRACE = 10.0  # seconds that the others get after one rank has failed
-ORDERLY = (75, 78, 93)  # exit codes of ranks that ended on purpose: the others end likewise, in their own time
-PATIENCE = 120.0  # seconds that they get
+PATIENCE = 120.0  # seconds that they get after one has ended on purpose: the others end likewise, in their own time
 
 
 def gpus() -> int:
@@ -124,7 +125,7 @@ def watch(children: dict[int, int], deadline: float | None, logs: str | None) ->
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if failed in ORDERLY and codes.get(0) != failed and logs:
+    if failed and failed in ORDERLY and codes.get(0) != failed and logs:
         repeat(next(rank for rank, code in codes.items() if code == failed), logs)
     return failed
 

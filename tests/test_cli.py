@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 from nlscale_launch.local import start
 
+from nlscale.cli import main
 from nlscale.runtime.world import join, leave
 from tests.tiny import tiny
 
@@ -54,6 +55,7 @@ MISTAKES = {
     "another sequence": (["data.sequence=64"], "data.sequence=32 would work"),
     "small vocabulary": (["model.vocabulary=128"], "smaller than the 257 tokens"),
     "no recipe section": (["use.model=huge"], "choose from"),
+    "a place in a list": (["levels.3.period=16"], "levels is a list: give it whole"),
     "no assignment": (["verbose"], "overrides have the form section.key=value"),
 }
 
@@ -220,3 +222,72 @@ def test_a_run_finds_a_port_of_its_own_beside_another(monkeypatch: pytest.Monkey
             holder.bind(("", 20000))
             holder.listen()
         assert start(2, meet, timeout=60) == 0
+
+
+def test_a_run_that_crashes_is_started_again_while_it_gets_further(
+    prepared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`--restart` here: crashes at steps 5 and 9 are passed, each by a checkpoint; three at step 12 end the run with 93."""
+    from nlscale.train import loop
+
+    plain = loop.train_step
+
+    def step(state, *rest):  # type: ignore[no-untyped-def]
+        attempts = len(list((tmp_path / "logs").iterdir()))
+        if state.step + 1 == {1: 5, 2: 9}.get(attempts, 12):
+            raise RuntimeError(f"a fault in attempt {attempts}")
+        return plain(state, *rest)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    command = ["train", "demo", *SHAPE, f"data.path={prepared}", f"run.folder={tmp_path}", "train.steps=20"]
+    code = main([*command, "checkpoint.interval=2", "--restart", "--nproc", "1", "parallel.tensor=1"])
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    ended = [(event["code"], event["step"]) for event in events if event["event"] == "attempt ended"]
+    assert code == 93 and ended == [(1, 4), (1, 8), (1, 10), (1, 10), (1, 10)]
+    assert [event["reason"] for event in events if event["event"] == "give up"] == [
+        "3 crashes in a row that did not get beyond the checkpoint of step 10"
+    ]
+    assert any("RuntimeError: a fault in attempt 3" in event.get("reason", "") for event in events)
+    capfd.readouterr()
+    assert main(["status", str(tmp_path)]) == 0
+    head, row, _, held, *spent = capfd.readouterr().out.splitlines()
+    assert held.startswith("machines were held for")
+    assert [" ".join(line.split()[:-3]) for line in spent] == [
+        "productive", "data wait", "recomputed", "checkpoint", "evaluation", "restart", "other",
+    ]  # fmt: skip
+    again = [event["steps"] for event in events if event["event"] == "again"]
+    assert again == [1, 1]  # step 11, which no checkpoint held
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    ledgers = [line for line in lines if "goodput/share" in line]
+    assert [line["step"] for line in ledgers] == [2, 4, 6, 8, 10]
+    parts = [value for key, value in ledgers[-1].items() if key.endswith("_seconds") and "held" not in key]
+    assert sum(parts) == pytest.approx(ledgers[-1]["goodput/held_seconds"], abs=0.1) and len(parts) == 7
+    assert 0 < ledgers[-1]["goodput/share"] < 1
+    assert head.split() == ["run", "state", "step", "loss", "tokens/s", "checkpoint", "attempts", "goodput", "what"]
+    assert row.split()[1:3] == ["stopped", "11"] and row.split()[5:7] == ["10", "5"] and "3 crashes in a row" in row
+    assert main(["logs", str(tmp_path), "--attempt", "2"]) == 0
+    assert "2/rank 0 | demo goes on after step 4" in capfd.readouterr().out
+    assert main(["logs", str(tmp_path), "--rank", "7"]) == 78 and "no log of rank 7" in capfd.readouterr().err
+    assert main(["logs", str(tmp_path), "--rank", "x"]) == 78 and "a number, or all" in capfd.readouterr().err
+
+
+def test_runs_without_a_queue_are_told_by_their_folders(
+    prepared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`status` of all in runs/, `cancel` of one that trains here, and of one that does not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["status"]) == 78 and "no run" in capfd.readouterr().err
+    command = [*PROGRAM, "train", "demo", *SHAPE, f"data.path={prepared}", "run.name=here", "train.steps=100000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        metrics, deadline = tmp_path / "runs" / "here" / "metrics.jsonl", time.monotonic() + 60
+        while not metrics.is_file() or not metrics.read_text():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        assert main(["status"]) == 0 and " running " in capfd.readouterr().out
+        assert main(["cancel", "here"]) == 0 and "saves and ends" in capfd.readouterr().out
+        process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert main(["status", "here"]) == 0
+    assert "saved at step" in capfd.readouterr().out
+    assert main(["cancel", "here"]) == 78 and "no process of it on this host" in capfd.readouterr().err

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nlscale.bench.table import Row, at_most, exactly, show, within
-from nlscale.bench.wire import Wire
 from nlscale.config.levels import Level, level_of, parameter_names
 from nlscale.config.model import Model
 from nlscale.config.read import read
@@ -21,6 +20,7 @@ from nlscale.optim.build import Optimizer, build_optimizer
 from nlscale.optim.layout import Kind, packed
 from nlscale.parallel.apply import parallelize
 from nlscale.runtime.leaf import Leaf
+from nlscale.runtime.wire import Wire
 from nlscale.runtime.world import join
 from nlscale.testing import ranks
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+import torch
+
 Timer = Callable[[Sequence[Callable[[], object]]], list[float]]  # median seconds of each, called in turn
 PACKAGES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "triton")
 
@@ -48,6 +50,12 @@ def within(name: str, value: float, unit: str, baseline: float, tolerance: float
 def exactly(name: str, value: float, unit: str, wanted: float) -> Row:
     """value = wanted."""
     return Row(name, value, unit, None, None, f"= {wanted:g}", value == wanted)
+
+
+def gpu_here() -> bool:
+    """Whether there is a GPU, told by its driver: asking CUDA itself would spoil processes that are forked after."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    return torch.cuda.is_available()
 
 
 def by_clock(run: Callable[[], object]) -> float:

@@ -1,5 +1,7 @@
 """What a run's end means to whoever started it: exit codes, and the one error that is the user's to mend."""
 
+from collections.abc import Sequence
+
 FINISHED = 0
 SAVED_ON_SIGNAL = 75
 USER_ERROR = 78
@@ -16,6 +18,29 @@ class SavedOnSignal(Exception):
 
 class StoppedOnPurpose(Exception):
     """Going on would not help: diverged, or no good checkpoint is left. Exit code 93."""
+
+
+class BadHosts(RuntimeError):
+    """What ran on some hosts is wrong or missing. A crash; a launcher may leave those hosts out."""
+
+    def __init__(self, message: str, hosts: Sequence[str]) -> None:
+        super().__init__(message)
+        self.hosts = hosts
+
+
+CODES: dict[type[Exception], int] = {
+    UserError: USER_ERROR,
+    SavedOnSignal: SAVED_ON_SIGNAL,
+    StoppedOnPurpose: STOPPED_ON_PURPOSE,
+}
+
+
+ORDERLY = (FINISHED, *CODES.values())  # any other is a crash
+
+
+def code_of(error: Exception) -> int:
+    """Exit code of an orderly end; 1 for any other."""
+    return next((code for kind, code in CODES.items() if isinstance(error, kind)), 1)
 
 
 def require(condition: bool, message: str) -> None:

@@ -39,6 +39,9 @@ class Model:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
+    base_width: int | None = (
+        None  # width at which optim.lr and init_std were chosen (config/transfer.py); unset: this one
+    )
 
     def __post_init__(self) -> None:
         require(self.mixer in MIXERS, f"model.mixer={self.mixer} is no mixer; choose one of {', '.join(MIXERS)}")
@@ -57,6 +60,13 @@ class Model:
         require(
             self.linear.kernels == "own" or self.mixer == "delta",
             f"model.linear.kernels={self.linear.kernels} needs model.mixer=delta, not {self.mixer}; own would work",
+        )
+        require(
+            self.base_width is None or self.base_width >= 1, f"model.base_width={self.base_width} must be at least 1"
+        )
+        require(
+            not (self.tied and self.base_width),
+            "model.base_width lets the head begin and move otherwise than the embedding, which model.tied=true makes one",
         )
         require(
             self.heads % self.key_value_heads == 0,

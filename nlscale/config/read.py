@@ -24,19 +24,30 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
     """The run that a recipe describes.
 
     A recipe is YAML: `use: {model: 125m, levels: four}` names one shipped file a section, and every other key is a
-    section with what differs. `overrides` are `section.key=value`, with or without leading dashes; `use.model=350m`
-    changes a section's file. Raises UserError.
+    section with what differs. `use: {layout: h100-64}` names a table of layouts, whose row for the model's size comes
+    after the recipe. `overrides` are `section.key=value`, with or without leading dashes; `use.model=350m` changes a
+    section's file. Raises UserError.
     """
     try:
         raw = load(find(recipe))
         said = OmegaConf.from_dotlist([override.removeprefix("--") for override in map(assigned, overrides)])
         use = {**raw.pop("use", {}), **said.pop("use", {})}
+        mixer = OmegaConf.select(OmegaConf.merge(raw, said), "model.mixer", default="attention")
+        layout = laid_out(use.pop("layout", None), use.get("model", ""), mixer)
         parts: list[Any] = [section_file(section, name) for section, name in use.items()]
-        config = OmegaConf.merge(OmegaConf.structured(Run), *parts, raw, said)
+        config = OmegaConf.merge(OmegaConf.structured(Run), *parts, raw, layout, said)
         check_secrets(OmegaConf.to_yaml(config))
         run = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
+    except TypeError as error:  # OmegaConf's word for a mapping in the place of a list
+        lists = [name for name in ("levels",) if isinstance(said.get(name), DictConfig)]
+        at = (
+            f"{lists[0]} is a list: give it whole, {lists[0]}=[{{...}}, {{...}}], or by use.{lists[0]}"
+            if lists
+            else str(error)
+        )
+        raise UserError(at) from None
     assert isinstance(run, Run)
     return run
 
@@ -66,10 +77,35 @@ def find(recipe: str) -> Path:
 
 
 def section_file(section: str, name: str) -> DictConfig:
-    """What a shipped section file says, under its section's key."""
+    """What a section file says, under its section's key: a shipped one by its name, or any YAML file by its path."""
     require(section in SECTIONS, f"use.{section}: sections are {', '.join(SECTIONS)}")
+    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
+        return OmegaConf.create({section: load(Path(name))})
     require(name in shipped(section), f"use.{section}={name}: choose from {', '.join(shipped(section)) or 'none yet'}")
     return OmegaConf.create({section: OmegaConf.load(CONFIGS / section / f"{name}.yaml")})
+
+
+def laid_out(layout: str | None, model: str, mixer: str) -> DictConfig:
+    """What a table of layouts says of a model, or of a model with this mixer: sections with what differs.
+
+    Nothing where no table is named.
+    """
+    if layout is None:
+        return OmegaConf.create({})
+    by_path = layout.endswith((".yaml", ".yml")) and Path(layout).is_file()
+    require(
+        by_path or layout in shipped("layout"),
+        f"use.layout={layout}: choose from {', '.join(shipped('layout'))}, or a YAML file",
+    )
+    rows = load(Path(layout) if by_path else CONFIGS / "layout" / f"{layout}.yaml")
+    others = [name for name in shipped("layout") if model in load(CONFIGS / "layout" / f"{name}.yaml")]
+    require(
+        model in rows,
+        f"use.layout={layout} has no layout for {model or 'a recipe that names no model file'}, only for "
+        f"{', '.join(str(name) for name in rows if '-' not in str(name))}"
+        + (f"; {model} has one in {', '.join(others)}" if others else ""),
+    )
+    return OmegaConf.create(rows.get(f"{model}-{mixer}", rows[model]))
 
 
 def shipped(section: str) -> list[str]:

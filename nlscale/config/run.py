@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from nlscale.config.cluster import Cluster
 from nlscale.config.data import Data
 from nlscale.config.errors import divisors, nearest, require
 from nlscale.config.levels import Level, Levels, parameter_names, token_levels
@@ -9,7 +10,7 @@ from nlscale.config.mixers import check_chunks, chunk_of
 from nlscale.config.model import Model
 from nlscale.config.optim import MATRIX_RULES, Optim
 from nlscale.config.parallel import Parallel
-from nlscale.config.train import Checkpoint, Cluster, Identity, Log, Train
+from nlscale.config.train import Checkpoint, Identity, Log, Train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +180,10 @@ class Run:
         for level in self.levels:
             rule = level.optimizer or optim.name
             require(
+                not self.model.base_width or rule == "adamw",
+                f"model.base_width says how AdamW's steps transfer over widths; level {level.name} follows {rule}",
+            )
+            require(
                 not optim.offload or level.steps < optim.offload or rule not in MATRIX_RULES,
                 f"optim.offload={optim.offload} updates level {level.name} in host memory, where {rule} has no fast "
                 "matrix products; give the level optimizer: adamw, or a larger optim.offload",
@@ -213,10 +218,12 @@ def replicas(run: Run, world: int) -> int:
     """Data-parallel degree of `run` on `world` ranks; raises UserError where the world or the batch does not fit."""
     need, train = run.parallel.ranks, run.train
     layout = f"parallel.tensor={run.parallel.tensor} x parallel.pipeline={run.parallel.pipeline}"
+    layout += f" x parallel.context={run.parallel.context}" if run.parallel.context > 1 else ""
     require(
         world % need == 0,
         f"{world} ranks cannot hold whole replicas of {layout} = {need} ranks; "
-        f"{', '.join(str(need * k) for k in (1, 2, 4))} ... ranks would work",
+        f"{', '.join(str(need * k) for k in (1, 2, 4))} ... ranks would work "
+        "(use.layout=null takes none of a table)",
     )
     count = world // need
     require(

@@ -20,6 +20,7 @@ class Train:
     micro_batch: int = 1  # sequences a forward pass on one replica
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute: Literal["none", "block"] = "none"  # block: activations inside a block are computed again in backward
+    compile: Literal["none", "block"] = "none"  # block: torch.compile of each block, once a layout and shape
     kernels: Literal["fused", "reference"] = (
         "fused"  # reference: plain torch in place of every kernel, to find a wrong one
     )
@@ -80,6 +81,7 @@ class Log:
     interval: int = 10  # steps between lines where there is no terminal
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "nlscale"
+    trace: list[int] = field(default_factory=list)  # steps whose profiler trace each rank writes into its logs
     peak_flops: float | None = None  # of one device at the run's precision; unset: by the device's name, or measured
 
     def __post_init__(self) -> None:
@@ -96,20 +98,3 @@ class Identity:
     def __post_init__(self) -> None:
         plain = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
         require(plain, f"run.name={self.name!r} names a folder in runs/: it has no slash and is not '.' or '..'")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """The kind of machine; a Slurm cluster's facts join it with `submit`."""
-
-    nproc: int | None = None  # ranks that `nlscale train` starts on this machine; unset: what the layout needs
-    threads: int | None = None  # of one rank on a CPU; unset: cores shared evenly
-    timeout: int = 600  # seconds until a collective that waits is given up
-    watchdog: float = (
-        600.0  # seconds without a step after which every rank's stacks are written and the job ends; 0: never
-    )
-    lease: float = 60.0  # seconds without a sign of life after which another host's hold on a run folder is over
-
-    def __post_init__(self) -> None:
-        for name in ("watchdog", "lease"):
-            require(getattr(self, name) >= 0, f"cluster.{name}={getattr(self, name)} must not be negative")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nlscale.config.model import Model
+from nlscale.config.transfer import deviation_factor
 from nlscale.runtime.leaf import Leaf
 
 # The first pattern that matches decides: a constant, or what the standard deviation of normal values is.
@@ -76,11 +77,14 @@ def initialize(leaves: list[Leaf], model: Model, seed: int, tensor_rank: int) ->
             continue
         axis = leaf.shard or 0
         offset = tensor_rank * leaf.value.shape[axis] if leaf.shard is not None else 0
-        draw(leaf.value.movedim(axis, 0), offset, f"{seed}:{leaf.name}", deviation[word])
+        spread = deviation[word] * deviation_factor(leaf.name, model)
+        draw(leaf.value.movedim(axis, 0), offset, f"{seed}:{leaf.name}", spread)
 
 
 def draw(out_RN: Tensor, offset: int, key: str, deviation: float) -> None:
     """Fills rows `offset ...` of a global normal matrix, block of rows by block of rows."""
+    if out_RN.is_meta:  # a plan has shapes only
+        return
     rows, rest = out_RN.shape[0], out_RN.shape[1:]
     for block in range(offset // BLOCK, -(-(offset + rows) // BLOCK)):
         digest = hashlib.sha256(f"{key}:{block}".encode()).digest()

@@ -31,7 +31,7 @@ def transformer_config(model: Model, parallel: Parallel, dtype: torch.dtype, dev
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=device.type == "cpu",
+        use_cpu_initialization=device.type != "cuda",
         perform_initialization=False,
         calculate_per_token_loss=True,  # the loss is a sum over tokens: a level's window divides by its own count
         add_bias_linear=False,
@@ -48,7 +48,7 @@ def transformer_config(model: Model, parallel: Parallel, dtype: torch.dtype, dev
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
         batch_p2p_sync=False,
-        deallocate_pipeline_outputs=device.type == "cuda" or not interleaved,
+        deallocate_pipeline_outputs=device.type != "cpu" or not interleaved,
     )
 
 

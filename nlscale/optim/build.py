@@ -6,7 +6,7 @@ travels behind the next forward pass.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from nlscale.optim.shard import Fragment, Sharder, fragments, square
 from nlscale.optim.tasks import Tasks
 from nlscale.optim.window import Windows
 from nlscale.optim.zero import ZeroShard, forbid_compilation, silence
+from nlscale.runtime.clock import Clock
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 
@@ -45,6 +46,8 @@ class Optimizer:
     movers: dict[str, Mover]  # of this rank
     anchors: Anchors
     tasks: Tasks
+    clock: Clock
+    under_way: set[int] = field(default_factory=set)  # shards (by id) whose weights travel
     awaited: bool = False  # modules wait for their own weights before their next forward pass
 
     @torch.no_grad()
@@ -60,9 +63,10 @@ class Optimizer:
         if replayed is not None:
             share = torch.tensor([group.level.replay for group in self.groups], dtype=torch.float64)
             self.windows.tokens += share.to(self.world.device) * replayed
-        for mover in self.movers.values():
-            for policy in mover.policies if not mover.group.level.frozen else ():
-                policy.add()
+        with self.clock.span("reduce"):
+            for mover in self.movers.values():
+                for policy in mover.policies if not mover.group.level.frozen else ():
+                    policy.add()
         self.windows.release()
         return self.move([group for group in self.groups if due(group.level, step, group.phase)], step)
 
@@ -77,7 +81,8 @@ class Optimizer:
         if not moving:
             return {}
         held = {g.name: self.movers[g.name] for g in moving if g.name in self.movers}
-        grads = {name: [policy.close() for policy in mover.policies] for name, mover in held.items()}
+        with self.clock.span("reduce"):
+            grads = {name: [policy.close() for policy in mover.policies] for name, mover in held.items()}
         norms, means = self.agree(moving, {name: mover.square(grads[name]) for name, mover in held.items()})
         for name, mover in held.items():
             for gram in mover.grams:
@@ -87,7 +92,8 @@ class Optimizer:
             norm, square = norms[group.name], self.nothing()
             if group.name in held and norm < float("inf"):
                 scale = means[group.name] * self.clip(norm, norms)
-                square = self.update(held[group.name], grads.pop(group.name), scale, step)
+                with self.clock.span(f"level/{group.level.name}/optimizer"):
+                    square = self.update(held[group.name], grads.pop(group.name), scale, step)
             elif norm < float("inf"):
                 self.tasks.keep_off(group, None, [])
             moved[group.name] = Moved(norm, not norm < float("inf"), square)
@@ -96,6 +102,7 @@ class Optimizer:
             if not moved[name].skipped:
                 for shard in mover.shards:
                     shard.gather()
+                self.under_way.update(map(id, mover.shards))
         self.windows.restart(group.name for group in moving)
         if any(move.skipped for move in moved.values()):
             self.drop_spoilt()
@@ -201,8 +208,16 @@ class Optimizer:
         for module in modules:
             own = set(module.parameters())
             shards = [shard for shard in self.shards() if any(leaf.parameter in own for leaf in shard.leaves)]
-            module.register_forward_pre_hook(lambda *_, shards=shards: arrive(shards))
+            module.register_forward_pre_hook(lambda *_, shards=shards: self.await_these(shards))
         self.awaited = True
+
+    def await_these(self, shards: Sequence[Sharder]) -> None:
+        """Waits for the weights that a module is about to use, where they are under way."""
+        waiting = [shard for shard in shards if id(shard) in self.under_way]
+        if waiting:
+            with self.clock.span("gather"):
+                arrive(waiting)
+            self.under_way.difference_update(map(id, waiting))
 
     def shards(self) -> list[Sharder]:
         """All shards of this rank."""
@@ -211,6 +226,7 @@ class Optimizer:
     def arrive(self) -> None:
         """Waits until all weights are where the model computes with them."""
         arrive(self.shards())
+        self.under_way.clear()
 
 
 def arrive(shards: Iterable[Sharder]) -> None:
@@ -247,4 +263,6 @@ def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int |
             movers[group.name] = Mover(group, shards, policies, grams)
     anchors = Anchors(run.levels if run.model.variant == "nested" else [], optim.slow_weight, movers)
     tasks = Tasks(every, movers, world)
-    return Optimizer(optim, steps or run.train.steps, world, windows, every, movers, anchors, tasks)
+    return Optimizer(
+        optim, steps or run.train.steps, world, windows, every, movers, anchors, tasks, Clock(world.device)
+    )

@@ -114,7 +114,7 @@ class FlatShard:
 def flats_of(level: Level, leaves: Sequence[Leaf], run: Run, world: World, align: int) -> list[Flat]:
     """The flats of a group under its level's rule."""
     nested = run.model.variant == "nested" and level.name != run.levels[-1].name
-    return flats(leaves, level.optimizer or run.optim.name, nested, world.copies, align)
+    return flats(leaves, level.optimizer or run.optim.name, nested, run.model, world.copies, align)
 
 
 def on_host(master: Tensor) -> Tensor:

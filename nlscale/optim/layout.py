@@ -13,7 +13,9 @@ from math import ceil
 from torch import Tensor
 
 from nlscale.config.errors import require
+from nlscale.config.model import Model
 from nlscale.config.optim import MATRIX_RULES
+from nlscale.config.transfer import rate_factor
 from nlscale.optim.levels import decays
 from nlscale.runtime.leaf import Leaf
 
@@ -27,6 +29,7 @@ class Kind:
 
     rule: str
     decays: bool
+    rate: float = 1.0  # factor on the level's rate (config/transfer.py)
     nested: bool = False  # a fast level's leaf that is reset to its slow copy (spec 2.4)
 
 
@@ -64,18 +67,20 @@ def is_matrix(leaf: Leaf) -> bool:
     return leaf.value.ndim == 2 and not any(fnmatchcase(leaf.name, pattern) for pattern in STACKS)
 
 
-def kind_of(leaf: Leaf, rule: str, nested: bool) -> Kind:
+def kind_of(leaf: Leaf, rule: str, nested: bool, model: Model) -> Kind:
     """The flat that a leaf belongs to; `nested`: its level has a slower one to be reset from."""
     rule = "adamw" if rule in MATRIX_RULES and not is_matrix(leaf) else rule
-    return Kind(rule, decays(leaf.name), nested and ".continuum." in leaf.name)
+    return Kind(rule, decays(leaf.name), rate_factor(leaf.name, model), nested and ".continuum." in leaf.name)
 
 
-def flats(leaves: Sequence[Leaf], rule: str, nested: bool, replicas: int, align: int = ALIGN) -> list[Flat]:
+def flats(
+    leaves: Sequence[Leaf], rule: str, nested: bool, model: Model, replicas: int, align: int = ALIGN
+) -> list[Flat]:
     """The flats of a group, in a fixed order; a replica's part is a multiple of `align` elements."""
     kinds: dict[Kind, list[Leaf]] = {}
     for leaf in sorted(leaves, key=lambda leaf: (leaf.twin, leaf.shard is None)):  # what counts in norms lies together
-        kinds.setdefault(kind_of(leaf, rule, nested), []).append(leaf)
-    ordered = sorted(kinds.items(), key=lambda item: (item[0].rule, not item[0].decays, item[0].nested))
+        kinds.setdefault(kind_of(leaf, rule, nested, model), []).append(leaf)
+    ordered = sorted(kinds.items(), key=lambda item: (item[0].rule, not item[0].decays, item[0].rate, item[0].nested))
     return [(slots if kind.rule in MATRIX_RULES else packed)(kind, held, replicas, align) for kind, held in ordered]
 
 

@@ -31,13 +31,14 @@ class Rule:
     state: dict[str, Tensor]
     apply: Apply
     updates: int = 0
+    factor: float = 1.0  # on the rates that it is given
     copy: Tensor | None = None  # the weights that the model computes with, where the rule itself writes them
     tells: bool = False  # it says how far it moved
 
     def step(self, grad: Tensor, rate: float, scale: float = 1.0) -> Tensor | None:
         """Moves the master along `scale` x `grad`; gives the squared change of each block, where it is known."""
         self.updates += 1
-        return self.apply(grad, rate, scale, self.updates)
+        return self.apply(grad, rate * self.factor, scale, self.updates)
 
 
 def adamw(master: Tensor, optim: Optim, level: Level, decay: float, copy: Tensor | None) -> Rule:
@@ -101,7 +102,9 @@ def bind(
     """
     decay = level_decay(optim, level) if kind.decays else 0.0
     if kind.rule not in MATRIX_RULES:
-        return ELEMENTS[kind.rule](master, optim, level, decay, copy)
+        rule = ELEMENTS[kind.rule](master, optim, level, decay / kind.rate, copy)  # rate x decay does not transfer
+        rule.factor = kind.rate
+        return rule
     if kind.rule == "dgd":
         return Rule(master, {}, delta_step(master, decay, parts, tensor, inputs))
     state = {name: torch.zeros_like(master) for name in STATES[kind.rule]}

@@ -97,7 +97,7 @@ def square(tensors: Sequence[Tensor], spans: Sequence[Sequence[slice]]) -> Tenso
         torch.linalg.vector_norm(piece, dtype=torch.float64)
         for tensor, held in zip(tensors, spans, strict=True)
         for span in held
-        for piece in tensor[span].split(len(tensor) if tensor.is_cuda else PIECE)
+        for piece in tensor[span].split(PIECE if tensor.is_cpu else max(1, len(tensor)))
     ]
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=tensors[0].device)

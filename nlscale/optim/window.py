@@ -56,6 +56,12 @@ class Windows:
         window = self.sums[leaf.parameter]
         return leaf.of(self._make(leaf.parameter) if window is None else window)
 
+    def fill(self) -> None:
+        """Makes every sum that is not there: what a step's first micro-batch leaves to the others."""
+        for parameter, window in self.sums.items():
+            if window is None:
+                self._make(parameter)
+
     def release(self) -> None:
         """Gives back the memory of all sums that do not last; they were read."""
         if not self.lasting:

@@ -25,10 +25,12 @@ from nlscale.model.liger import adopt, check_liger
 from nlscale.parallel.carried import Carried
 from nlscale.parallel.gate import Gate
 from nlscale.parallel.replay import Replay
+from nlscale.runtime.clock import Clock
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BACKEND = "inductor"  # of torch.compile
 MicroBatch = tuple[Tensor, Tensor, Tensor]  # tokens, targets, starts, each (B, T)
 
 
@@ -40,6 +42,7 @@ class Parallelized:
     leaves: list[Leaf]
     forward_backward: Callable[[Sequence[MicroBatch], bool], Tensor]
     carried: list[Carried]  # a chunk; none where memories begin anew at each row
+    clock: Clock  # of forward passes and of the schedule
     replayed: Callable[[Sequence[MicroBatch]], Tensor] | None = None  # forward_backward of rows that levels replay
 
     @property
@@ -79,6 +82,9 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
         chunk.head.summed = whole_loss  # one stage: the config allows no other
     for chunk in chunks:
         adopt(chunk, run.train.liger)
+    if run.train.compile == "block":
+        for block in (each for chunk in chunks for each in chunk.blocks if type(each) is Block):
+            block.forward = torch.compile(block.forward, backend=BACKEND)  # type: ignore[method-assign]
     if run.train.recompute == "block":
         for chunk in chunks:
             for block in (each for each in chunk.blocks if type(each) is Block):
@@ -94,16 +100,17 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
         )
         for chunk in (chunks if run.model.reset == "never" else ())
     ]
-    forward_backward = scheduled(chunks, run, gates, carried)
+    clock = Clock(world.device)
+    forward_backward = scheduled(chunks, run, gates, carried, clock)
     if not any(level.replay for level in run.levels):
-        return Parallelized(chunks, leaves, forward_backward, carried)
-    replay, anew = Replay(leaves, run.levels), scheduled(chunks, run, gates, [])
+        return Parallelized(chunks, leaves, forward_backward, carried, clock)
+    replay, anew = Replay(leaves, run.levels), scheduled(chunks, run, gates, [], clock)
 
     def replayed(batches: Sequence[MicroBatch]) -> Tensor:
         with replay.read():
             return anew(batches, True)
 
-    return Parallelized(chunks, leaves, forward_backward, carried, replayed)
+    return Parallelized(chunks, leaves, forward_backward, carried, clock, replayed)
 
 
 def built(
@@ -124,7 +131,7 @@ def built(
 
 
 def scheduled(
-    chunks: list[Hope], run: Run, gates: dict[int, Gate], carried: Sequence[Carried]
+    chunks: list[Hope], run: Run, gates: dict[int, Gate], carried: Sequence[Carried], clock: Clock
 ) -> Callable[[Sequence[MicroBatch], bool], Tensor]:
     """The step's schedule: no pipeline, 1F1B or interleaved 1F1B, settled here once."""
     goes_on = {id(each.model): each.read for each in carried}
@@ -134,7 +141,8 @@ def scheduled(
     def step(batches: Iterator[MicroBatch], model: Hope, learn: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:
         batch = next(batches)
         read = goes_on.get(id(model)) if learn else None
-        output, own = read(batch) if read else model(*batch), model.exchange.tokens(batch[1], 1)
+        with clock.span("forward"):
+            output, own = read(batch) if read else model(*batch), model.exchange.tokens(batch[1], 1)
         gates[id(model)].guard(output, (own >= 0).sum())
         return output, partial(summed, targets=own)
 
@@ -145,15 +153,16 @@ def scheduled(
         for gate in gates.values():
             gate.restart()
         iterators = [iter(batches) for _ in chunks]
-        losses = schedule(
-            forward_step_func=partial(step, learn=learn),
-            data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(batches),
-            seq_length=tokens,
-            micro_batch_size=rows,
-            forward_only=not learn,
-        )
+        with clock.span("schedule"):
+            losses = schedule(
+                forward_step_func=partial(step, learn=learn),
+                data_iterator=iterators if len(chunks) > 1 else iterators[0],
+                model=chunks if len(chunks) > 1 else chunks[0],
+                num_microbatches=len(batches),
+                seq_length=tokens,
+                micro_batch_size=rows,
+                forward_only=not learn,
+            )
         for each in carried if learn else ():
             each.settle(gates[id(each.model)].accepts)
         device = batches[0][0].device

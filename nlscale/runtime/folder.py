@@ -46,6 +46,11 @@ class Folder:
         found = (self.path / "checkpoints").glob(f"step-{'[0-9]' * 8}/{MANIFEST}")
         return sorted((int(path.parent.name.removeprefix("step-")) for path in found), reverse=True)
 
+    @property
+    def newest(self) -> int:
+        """Step of the newest checkpoint; 0 where there is none."""
+        return next(iter(self.steps()), 0)
+
     def damaged(self) -> list[Path]:
         """Checkpoints that were found damaged and set aside."""
         return sorted((self.path / "checkpoints").glob("damaged-step-*"))
@@ -75,6 +80,14 @@ def write_durably(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
+
+
+def read_json(path: Path) -> dict:
+    """A file's content; empty where there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from nlscale.config.errors import StoppedOnPurpose, UserError
 from nlscale.runtime.folder import write_durably
 
+BEATS = 6  # of a holder within the lease
 PATIENCE = 30.0  # seconds to wait for the guard, which nobody holds for longer than a commit's rename
 
 
@@ -32,6 +33,7 @@ class Holder:
     pid: int
     born: str  # when the process started, in ticks after boot: process ids come again
     job: str  # Slurm's job id, empty elsewhere
+    life: int = 0  # how often Slurm had restarted the job
     beat: int = 0
     released: bool = False
 
@@ -39,7 +41,7 @@ class Holder:
     def dead(self) -> bool:
         """Whether it is known to be gone, which only its own host can say."""
         here = this_process(self.token)
-        if self.released or (self.job and self.job == here.job):  # a requeued job's earlier life
+        if self.released or (self.job and self.job == here.job and self.life < here.life):
             return True
         return self.host == here.host and (self.boot != here.boot or self.born != born(self.pid))
 
@@ -52,7 +54,8 @@ def this_process(token: int) -> Holder:
     """This process as a holder."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     pid = os.getpid()
-    return Holder(token, socket.gethostname(), boot, pid, born(pid), os.environ.get("SLURM_JOB_ID", ""))
+    job, life = os.environ.get("SLURM_JOB_ID", ""), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return Holder(token, socket.gethostname(), boot, pid, born(pid), job, life)
 
 
 def born(pid: int) -> str:
@@ -71,6 +74,7 @@ class Hold:
         """`lease`: seconds without a beat after which another host's attempt is taken for dead."""
         self.file, self.guard, self.lease = folder / "holder.json", folder / ".holder.lock", lease
         self.mine: Holder | None = None
+        self.silent = 0.0  # when whoever was replaced has heard of it
         self.ended = threading.Event()
 
     @property
@@ -89,8 +93,19 @@ class Hold:
                 raise UserError(f"{self.file.parent} was just taken by {now}; wait for it, or give another run.name")
             self.mine = this_process(now.token + 1 if now else 1)
             self.write(self.mine)
+        if old is not None and not old.released and old.host != self.mine.host:
+            self.silent = time.monotonic() + 1.2 * self.lease / BEATS
         threading.Thread(target=self.live, daemon=True, name="holder").start()
         return "" if old is None or old.released else f"takes the folder over from {old}, which is dead"
+
+    def await_silence(self) -> None:
+        """Returns when an attempt of another host, should it live after all, has heard that it is replaced."""
+        time.sleep(max(0.0, self.silent - time.monotonic()))
+
+    @property
+    def replaced(self) -> bool:
+        """Whether a beat found that another attempt has the folder."""
+        return self.mine is not None and self.ended.is_set()
 
     def outwait(self, old: Holder) -> None:
         """Returns when the holder's beat stood still for the lease; raises UserError when it goes on."""
@@ -110,7 +125,7 @@ class Hold:
 
     def live(self) -> None:
         """Beats until released or replaced."""
-        while not self.ended.wait(self.lease / 6):
+        while not self.ended.wait(self.lease / BEATS):
             with contextlib.suppress(OSError, StoppedOnPurpose), self.committing() as mine:
                 self.mine = replace(mine, beat=mine.beat + 1)
                 self.write(self.mine)
@@ -150,10 +165,10 @@ class Hold:
             yield
 
     def read(self) -> Holder | None:
-        """Who stands in the file; None where there is none that can be read."""
+        """Who stands in the file; None where nobody does. Raises OSError where a file system does not say."""
         try:
             return Holder(**json.loads(self.file.read_text()))
-        except (OSError, ValueError, TypeError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
             return None
 
     def write(self, holder: Holder) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import threading
 import time
@@ -32,15 +33,22 @@ class Lines:
             self.waiting.clear()
             return True
 
-    def forget(self, step: int) -> None:
-        """Drops records of later steps, of the file and of what waits; raises OSError where the file cannot be written."""
+    def forget(self, step: int) -> list[dict[str, Any]]:
+        """Drops records of later steps, of the file and of what waits, and gives them.
+
+        Raises OSError where the file cannot be written.
+        """
         with self.lock:
-            kept = [line for line in self.waiting if json.loads(line)["step"] <= step]
+            waiting = [(line, json.loads(line)) for line in self.waiting]
+            dropped = [record for _, record in waiting if record["step"] > step]
             self.waiting.clear()
-            self.waiting.extend(kept)
+            self.waiting.extend(line for line, record in waiting if record["step"] <= step)
             if self.path.is_file():
-                there = [line for line in read_lines(self.path) if line["step"] <= step]
-                write_durably(self.path, "".join(json.dumps(line) + "\n" for line in there))
+                there = read_lines(self.path)
+                dropped += [line for line in there if line["step"] > step]
+                whole = (json.dumps(line) + "\n" for line in there if line["step"] <= step)
+                write_durably(self.path, "".join(whole))
+            return dropped
 
     def append(self, file: Any, content: bytes) -> None:
         """All of it or nothing; raises OSError."""
@@ -77,4 +85,5 @@ class Journal:
                 print(line, flush=True)
             if self.log is not None:
                 with contextlib.suppress(OSError), self.log.open("a") as file:
-                    file.write(line + "\n")
+                    if not os.path.sameopenfile(file.fileno(), 1):  # a launcher may have led the screen there
+                        file.write(line + "\n")

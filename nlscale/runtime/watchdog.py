@@ -26,10 +26,12 @@ SIGNS = 4  # signs of life of one rank within which every other gives one
 class Watchdog:
     """A context; `note` says that something went on."""
 
-    def __init__(self, alive: Path, rank: int, ranks: int, seconds: float, ended: Callable[[str], None]) -> None:
+    def __init__(
+        self, alive: Path, rank: int, ranks: int, seconds: float, ended: Callable[[str, list[str]], None]
+    ) -> None:
         """`alive`: the folder of the signs of life. `seconds`: without progress; 0 watches nothing.
 
-        `ended` is told the cause, on the one rank that speaks, before its process ends.
+        `ended` is told the cause and the hosts of missing ranks, on the one rank that speaks, before its process ends.
         """
         self.alive, self.rank, self.ranks, self.seconds, self.ended = alive, rank, ranks, seconds, ended
         self.pause = min(seconds / 8, 5.0)
@@ -86,7 +88,7 @@ class Watchdog:
         missing = [rank for rank, sign in self.signs().items() if sign is None or sign == before[rank]]
         missing = [rank for rank in missing if rank != self.rank]
         if self.rank == min(set(range(self.ranks)) - set(missing)):
-            self.ended(self.cause(missing))
+            self.ended(self.cause(missing), self.hosts(missing))
         os._exit(HUNG)
 
     def record(self) -> None:
@@ -100,6 +102,11 @@ class Watchdog:
         """What every rank last wrote; None where it wrote nothing."""
         places = {rank: self.place(rank) for rank in range(self.ranks)}
         return {rank: path.read_text() if path.is_file() else None for rank, path in places.items()}
+
+    def hosts(self, missing: list[int]) -> list[str]:
+        """Where those ranks were last heard of."""
+        said = [sign for rank, sign in self.signs().items() if rank in missing and sign]
+        return sorted({json.loads(sign)["host"] for sign in said})
 
     def cause(self, missing: list[int]) -> str:
         """What a person is told."""

@@ -5,15 +5,17 @@ import random
 import re
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nlscale.config.cluster import Cluster
 from nlscale.config.errors import UserError, divisors
 from nlscale.config.parallel import Parallel
-from nlscale.config.train import Cluster
 from nlscale.runtime import cpu
+from nlscale.runtime.muster import meet, prove
 
 ORDER = "tp-cp-ep-pp-dp"  # ranks of one replica are neighbours: they read the same rows (StreamingDataset replication)
 
@@ -80,7 +82,7 @@ def announce(rank: int, size: int, local_rank: int, local_size: int) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
-        os.environ["MASTER_PORT"] = str(20000 + job % 20000)
+        os.environ["MASTER_PORT"] = str(20000 + job % 12000)
 
 
 def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = None) -> World:
@@ -94,18 +96,28 @@ def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = Non
     if size % parallel.ranks:
         raise UserError(f"{size} ranks are no multiple of the {parallel.ranks} that one replica needs")
     cpu.install()
-    cuda = torch.cuda.is_available()
-    if cuda:
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the device
-        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives, for the watchdog's record
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(cluster.threads or max(1, (os.cpu_count() or 1) // local_size))
+    device = take_device(cluster, local_rank, local_size)
     if not dist.is_initialized():
         timeout = timedelta(seconds=cluster.timeout)
-        dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timeout)
+        store = meet(rank, size, cluster.gather, timeout)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        prove(rank, size, device)
+    return arranged(parallel, Place(rank, size, local_rank, local_size, device), seed, cluster.timeout, node)
+
+
+class Place(NamedTuple):
+    """Where a process stands."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+
+def arranged(parallel: Parallel, place: Place, seed: int, timeout: int, node: int | None) -> World:
+    """megatron-core's groups, and ours across nodes, over the ranks of the default process group. A collective."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -114,19 +126,21 @@ def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = Non
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         order=ORDER,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, -(-cluster.timeout // 60)),
+        distributed_timeout_minutes=max(1, -(-timeout // 60)),
     )
     random.seed(seed)
     torch.manual_seed(seed)
-    seconds = timedelta(seconds=cluster.timeout)
+    seconds = timedelta(seconds=timeout)
     near = far = data = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if node != 0:
-        near, far = nodes(size // parallel.ranks, parallel, node or max(1, local_size // parallel.ranks), seconds)
+        near, far = nodes(
+            place.size // parallel.ranks, parallel, node or max(1, place.local_size // parallel.ranks), seconds
+        )
     return World(
-        rank=rank,
-        size=size,
-        local_rank=local_rank,
-        device=device,
+        rank=place.rank,
+        size=place.size,
+        local_rank=place.local_rank,
+        device=place.device,
         replica=parallel_state.get_data_parallel_rank(),
         replicas=parallel_state.get_data_parallel_world_size(),
         copy=dist.get_rank(data),
@@ -142,6 +156,18 @@ def join(parallel: Parallel, cluster: Cluster, seed: int, node: int | None = Non
         far=far,
         ends=parallel_state.get_embedding_group(check_initialized=False),
     )
+
+
+def take_device(cluster: Cluster, local_rank: int, local_size: int) -> torch.device:
+    """This rank's GPU, or its share of the cores."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(cluster.threads or max(1, (os.cpu_count() or 1) // local_size))
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the device
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives, for the watchdog's record
+    return device
 
 
 def nodes(

@@ -6,7 +6,9 @@ checkpoint is passed over for the newest good one, aloud; a run never starts fro
 A save that nobody waits for is copied to the host, and written by a thread of every rank while the run goes on.
 """
 
+import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -59,6 +61,7 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)  # saves go on beside steps, and storage is slow
         self.staging, self.beside = Staging(), Beside(world.device)
         self.waiting: Callable[[str], None] = lambda _: None  # told while the run waits for a storage
+        self.cluster = run.cluster if "SLURM_JOB_ID" in os.environ else None  # until its lead was found too short
         self.remote = Remote(run, folder, journal, self.group) if run.checkpoint.upload else None
 
     def due(self, state: TrainState) -> bool:
@@ -79,7 +82,7 @@ class Checkpoints:
         """
         began = time.monotonic()
         self.settle()
-        if led(state.world, (self.folder.checkpoint(state.step) / MANIFEST).is_file):
+        if led(state.world, partial(self.stands, state.step)):
             return True
         pieces = {**state.shards(), **windows_to_save(state), **memories(state)}
         draft = Draft(state.step, pieces, json.dumps(state.facts()), began)
@@ -89,6 +92,12 @@ class Checkpoints:
             draft.stall = time.monotonic() - began
         self.beside.start(lambda: self.written(draft))
         return self.settle() if wait else True
+
+    def stands(self, step: int) -> bool:
+        """Whether a checkpoint is there already; raises StoppedOnPurpose where another attempt has the run folder."""
+        with contextlib.suppress(OSError), self.hold.committing():  # a disk that refuses is said by the save itself
+            pass
+        return (self.folder.checkpoint(step) / MANIFEST).is_file()
 
     def settle(self) -> bool:
         """Waits for the save under way, gives its outcome or raises its error. While it is being sent, that is progress."""
@@ -108,6 +117,13 @@ class Checkpoints:
             return False
         seconds = time.monotonic() - draft.began
         self.journal.event("save", draft.step, seconds=round(seconds, 3), stall=round(draft.stall or seconds, 3))
+        if self.cluster is not None and (need := self.cluster.least_lead(seconds, 0.0)) > self.cluster.lead:
+            lead, self.cluster = self.cluster.lead, None
+            self.journal.event("lead too short", draft.step, lead=lead, seconds=round(seconds, 3))
+            self.journal.say(
+                f"the save of step {draft.step} took {seconds:.0f} s: a signal cluster.lead={lead} s before the "
+                f"job's end leaves too little for it; cluster.lead={need:.0f} would do"
+            )
         if self.remote is not None:
             self.remote.upload(draft.step, self.world)
         return True

@@ -1,10 +1,12 @@
 """A run, from its recipe or from where its folder left off, to its last step."""
 
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from nlscale_kernels.switch import kernels
 
 from nlscale.config.errors import SavedOnSignal, StoppedOnPurpose, UserError, require
@@ -13,41 +15,46 @@ from nlscale.config.run import Run, replicas
 from nlscale.data.card import Card, check_data
 from nlscale.optim.build import build_optimizer
 from nlscale.parallel.apply import PRECISIONS, Parallelized, parallelize
+from nlscale.runtime.alone import together
 from nlscale.runtime.folder import Folder, write_durably
 from nlscale.runtime.holder import Hold
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.log import Journal
-from nlscale.runtime.watchdog import Watchdog
+from nlscale.runtime.outcome import tell
+from nlscale.runtime.watch import Watch
+from nlscale.runtime.watchdog import HUNG, Watchdog
 from nlscale.runtime.world import World, join, leave
 from nlscale.train.agree import led
 from nlscale.train.checkpoint import Checkpoints
 from nlscale.train.metrics import Metrics
 from nlscale.train.peak import peak_flops
-from nlscale.train.plot import plot
 from nlscale.train.replicas import differing
 from nlscale.train.second_order import SecondOrder
 from nlscale.train.sources import open_held_out, open_loader, open_replay
 from nlscale.train.spikes import Spikes
 from nlscale.train.state import TrainState
-from nlscale.train.step import Report, held_out_loss, nothing, train_step
+from nlscale.train.step import BeforeMove, Report, held_out_loss, nothing, train_step
 from nlscale.train.stragglers import Stragglers
-from nlscale.train.watch import Watch
+from nlscale.train.trace import Tracer
 
 LAST = 120.0  # seconds that a run which ends early waits for the save under way
 SKIPS = 10  # steps in a row with gradients that are not finite, until the run is given up
 
 
-def train(run: Run) -> None:
-    """Trains one run on this rank; the run folder exists.
+def train(run: Run, watch: Watch | None = None) -> None:
+    """Trains one run on this rank; the run folder exists. `watch`: has heard signals since before this; unset: from now.
 
     Raises UserError for what the user must mend, SavedOnSignal after a signal, StoppedOnPurpose where going on would
     not help.
     """
+    if watch is None:
+        with Watch() as watch:
+            return train(run, watch)
     with kernels(run.train.kernels):
-        train_here(run)
+        return train_here(run, watch)
 
 
-def train_here(run: Run) -> None:
+def train_here(run: Run, watch: Watch) -> None:
     """The run on this rank, by the operators' chosen forms."""
     world = join(run.parallel, run.cluster, run.train.seed, node_of(run))
     replicas(run, world.size)
@@ -59,14 +66,24 @@ def train_here(run: Run) -> None:
         if taken:
             journal.event("takeover", 0, what=taken)
             journal.say(taken)
-        from_where_it_stands(run, world, cards, folder, journal, hold)
+        from_where_it_stands(run, world, cards, folder, journal, hold, watch)
+    except SavedOnSignal:
+        hold.release()  # before any rank ends, and has the others ended by its launcher
+        together()
+        raise
     finally:
         hold.release()
     leave()
 
 
 def from_where_it_stands(
-    run: Run, world: World, cards: Sequence[Card], folder: Folder, journal: Journal, hold: Hold
+    run: Run,
+    world: World,
+    cards: Sequence[Card],
+    folder: Folder,
+    journal: Journal,
+    hold: Hold,
+    watch: Watch,
 ) -> None:
     """The run on this rank, its folder held."""
     state, model = built(run, world, cards)
@@ -76,7 +93,7 @@ def from_where_it_stands(
         if world.leads:
             write_durably(folder.config, dump(run))
         try:
-            going_on(state, model, checkpoints, cards[0].document, folder, journal, resumed)
+            going_on(state, model, checkpoints, cards[0].document, folder, journal, resumed, watch)
         except (UserError, StoppedOnPurpose):  # what every rank ends for: a save under way may come to its end
             checkpoints.beside.end(LAST)
             raise
@@ -108,6 +125,7 @@ def going_on(
     folder: Folder,
     journal: Journal,
     resumed: bool,
+    watch: Watch,
 ) -> None:
     """The steps that remain."""
     run, world = state.run, state.world
@@ -116,20 +134,18 @@ def going_on(
     journal.event("start", state.step, world=world.size, replicas=world.replicas, peak_flops=peak, peak_source=source)
     where = f"goes on after step {state.step}" if resumed else "starts"
     journal.say(f"{run.run.name} {where}: {world.size} ranks, {world.replicas} replicas, {world.device.type}")
-    before_move = nothing
-    if run.optim.second_order:
-        before_move = SecondOrder(run, model, state.optimizer).before
-        if state.step % run.levels[-1].period:
-            journal.say("the slow copies' next steps are first order: the rows of their open windows are gone")
+    before_move = opening(state, model, journal)
     last = min(run.train.steps, run.train.stop_at or run.train.steps)
     watchdog = Watchdog(
         folder.path / "alive", world.rank, world.size, run.cluster.watchdog, partial(hung, state, folder)
     )
-    checkpoints.waiting = watchdog.note
-    with Watch() as watch, Metrics(state, folder, journal, peak) as metrics, watchdog:
+    checkpoints.waiting, tracer = watchdog.note, Tracer(run, world, folder, journal)
+    checkpoints.hold.await_silence()
+    with Metrics(state, folder, journal, peak, checkpoints.hold) as metrics, watchdog:
         skips, stragglers, spikes = 0, Stragglers(world, journal), Spikes(state, checkpoints, journal)
         while state.step < last:
-            report = train_step(state, model, document, watch.asked is not None or checkpoints.failed, before_move)
+            with tracer.step(state.step + 1):
+                report = train_step(state, model, document, partial(stopping, watch, checkpoints), before_move)
             watchdog.note(f"step {state.step}")
             metrics.record(report)
             if report.tokens:
@@ -139,19 +155,52 @@ def going_on(
                 metrics.rolled_back()
                 continue
             compared(state, model.leaves, journal, checkpoints.due(state))
-            if held_out is not None and evaluation_due(state):
-                metrics.evaluated(held_out_loss(state, model, held_out, document))
+            evaluate = partial(evaluated, state, model, held_out, document, metrics)
+            saving_first = report.stop and state.step < last  # the save that a signal asks for does not wait
+            if not saving_first and evaluate():
                 watchdog.note(f"the held-out loss of step {state.step}")
             if checkpoints.due(state) or report.stop or state.step == last:
                 saved = checkpoints.save(state, wait=report.stop or state.step == last)
                 watchdog.note(f"the save of step {state.step}")
-                require(saved or not (report.stop or state.step == last), "the last save failed; mend that and go on")
+                if not saved and report.stop and state.step < last:
+                    raise RuntimeError(
+                        f"the save that a signal asked for at step {state.step} failed; the one before stands"
+                    )
+                require(saved or state.step != last, "the last save failed; mend that and go on")
+                metrics.ledger()
                 if world.leads:
                     redraw(folder, journal, state.step)
             if report.stop and state.step < last:
+                evaluate()
                 journal.event("stop", state.step, signal=watch.asked)
                 raise SavedOnSignal(f"saved at step {state.step} on a signal; the same command goes on")
     journal.event("end", state.step)
+
+
+def opening(state: TrainState, model: Parallelized, journal: Journal) -> BeforeMove:
+    """What happens between backward and the levels' move."""
+    run = state.run
+    if not run.optim.second_order:
+        return nothing
+    if state.step % run.levels[-1].period:
+        journal.say("the slow copies' next steps are first order: the rows of their open windows are gone")
+    return SecondOrder(run, model, state.optimizer).before
+
+
+def evaluated(
+    state: TrainState, model: Parallelized, held_out: tuple[np.ndarray, int] | None, document: int, metrics: Metrics
+) -> bool:
+    """The held-out loss, where this step ends with one; whether it does."""
+    if held_out is None or not evaluation_due(state):
+        return False
+    began = time.monotonic()
+    metrics.evaluated(held_out_loss(state, model, held_out, document), time.monotonic() - began)
+    return True
+
+
+def stopping(watch: Watch, checkpoints: Checkpoints) -> bool:
+    """Whether this rank knows a reason to end at this step."""
+    return watch.asked is not None or checkpoints.failed or checkpoints.hold.replaced
 
 
 def compared(state: TrainState, leaves: Sequence[Leaf], journal: Journal, saving: bool) -> None:
@@ -170,15 +219,18 @@ def compared(state: TrainState, leaves: Sequence[Leaf], journal: Journal, saving
 
 def redraw(folder: Folder, journal: Journal, step: int) -> None:
     """The loss curve anew; a disk that refuses it is no reason to end."""
+    from nlscale.train.plot import plot  # matplotlib, which no other rank needs
+
     try:
         plot([folder], folder.plot)
     except OSError as error:
         journal.event("plot failed", step, reason=str(error))
 
 
-def hung(state: TrainState, folder: Folder, cause: str) -> None:
-    """What the watchdog's last words are."""
+def hung(state: TrainState, folder: Folder, cause: str, hosts: Sequence[str]) -> None:
+    """What the watchdog's last words are; `hosts`: of the ranks that are missing."""
     Journal(folder, True).event("hung", state.step, rank=state.world.rank, cause=cause)
+    tell(HUNG, state.world.rank, cause, hosts)
     print(f"nlscale: {cause}", file=sys.stderr, flush=True)
 
 

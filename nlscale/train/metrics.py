@@ -3,19 +3,22 @@
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
-import wandb
 from tqdm import tqdm
 
 from nlscale.config.read import plain
 from nlscale.model.count import flops_a_token
 from nlscale.optim.schedule import rate
-from nlscale.runtime.folder import Folder
+from nlscale.runtime.folder import Folder, read_lines
+from nlscale.runtime.goodput import Steps, account, lost, of_lines
+from nlscale.runtime.holder import Hold
 from nlscale.runtime.log import Journal, Lines
+from nlscale.runtime.watch import sparing_children
 from nlscale.train.state import TrainState
 from nlscale.train.step import Report
 
@@ -25,16 +28,17 @@ REACHED = 30  # seconds in which wandb must answer
 class Metrics:
     """A context that turns each step's report into records."""
 
-    def __init__(self, state: TrainState, folder: Folder, journal: Journal, peak: float) -> None:
+    def __init__(self, state: TrainState, folder: Folder, journal: Journal, peak: float, hold: Hold) -> None:
         self.state, self.folder, self.journal = state, folder, journal
         self.flops_a_token = flops_a_token(state.run.model, state.run.data.sequence)
-        self.peak = peak
+        self.peak, self.hold = peak, hold
         self.levels = [level.name for level in state.run.levels]
 
     def __enter__(self) -> "Metrics":
         run, leads = self.state.run, self.state.world.leads
         self.lines = Lines(self.folder.metrics) if leads else None
         self.forget()  # what a crashed start had computed, and this one computes again
+        self.steps = of_lines(read_lines(self.folder.metrics)) if leads else Steps()
         tty = sys.stderr.isatty()
         self.bar = tqdm(total=run.train.steps, initial=self.state.step, disable=not (leads and tty), unit="step")
         self.plain = leads and not tty
@@ -71,6 +75,9 @@ class Metrics:
         }
         if report.replay_loss is not None:
             line["train/replay_loss"] = report.replay_loss
+        line |= {f"time/{name}_seconds": round(seconds, 6) for name, seconds in report.parts.items()}
+        spent = sum(report.parts.values()) + report.data_wait
+        line["time/other_seconds"] = round(max(0.0, report.seconds - spent), 6)
         for name, sent in state.optimizer.bytes_sent(report.groups).items():
             fired = name in report.grad_norm
             line[f"optim/level/{name}/fired"] = int(fired)
@@ -85,15 +92,26 @@ class Metrics:
         self.show(line)
         return line
 
-    def evaluated(self, loss: float) -> None:
-        """Writes a held-out loss."""
-        self.write({"step": self.state.step, "tokens": self.state.tokens, "eval/loss": loss})
+    def evaluated(self, loss: float, seconds: float) -> None:
+        """Writes a held-out loss, and how long it took."""
+        where = {"step": self.state.step, "tokens": self.state.tokens}
+        self.write({**where, "eval/loss": loss, "eval/seconds": round(seconds, 3)})
         if self.plain:
             self.journal.say(f"step {self.state.step:6d}  held-out loss {loss:.4f}")
         self.bar.set_postfix_str(f"held-out {loss:.3f}")
 
+    def ledger(self) -> None:
+        """Writes where the time has gone so far, over all attempts."""
+        if self.lines and (found := account(self.steps, read_lines(self.folder.events), time.time())):
+            self.write(
+                {"step": self.state.step, "tokens": self.state.tokens, "goodput/share": found.share} | found.values()
+            )
+
     def write(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same keys to wandb."""
+        """One line of metrics.jsonl, and the same keys to wandb; nothing where another attempt writes them."""
+        if self.hold.replaced:
+            return
+        self.steps.add(line)
         if self.lines:
             self.lines.write(line)
         if self.wandb:
@@ -110,13 +128,16 @@ class Metrics:
     def rolled_back(self) -> None:
         """The run stands at an earlier step: what was written of later ones is dropped."""
         self.forget()
+        self.steps = of_lines(read_lines(self.folder.metrics)) if self.lines else Steps()
         self.bar.n = self.state.step
 
     def forget(self) -> None:
         """Drops lines of steps that are still to come."""
         try:
-            if self.lines:
-                self.lines.forget(self.state.step)
+            dropped = self.lines.forget(self.state.step) if self.lines else []
+            steps = [line for line in dropped if "throughput/step_seconds" in line]
+            if steps:
+                self.journal.event("again", self.state.step, steps=len(steps), seconds=round(lost(steps), 3))
         except OSError as error:
             self.journal.event("metrics failed", self.state.step, reason=str(error))
 
@@ -139,7 +160,8 @@ class Metrics:
         os.environ.setdefault("WANDB_SILENT", "true")
         for way in dict.fromkeys((mode, "offline")):
             try:
-                opened = self._opened(way)
+                with sparing_children():
+                    opened = self._opened(way)
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
                 self.journal.event("wandb failed", state.step, mode=way, reason=reason)
@@ -155,6 +177,8 @@ class Metrics:
 
     def _opened(self, mode: Any) -> Any:
         """A wandb run in this mode."""
+        import wandb  # which no other rank needs
+
         state, run = self.state, self.state.run
         return wandb.init(
             project=run.log.project,

@@ -5,13 +5,7 @@ import time
 import torch
 import torch.distributed as dist
 
-# Vendor figures, dense, FLOP/s: (bf16, fp32 on CUDA cores)
-DEVICES = {
-    "A100": (312e12, 19.5e12),
-    "H100": (989e12, 67e12),
-    "H200": (989e12, 67e12),
-    "B200": (2250e12, 80e12),
-}
+from nlscale.plan.devices import DEVICES
 
 
 def peak_flops(given: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
@@ -24,9 +18,10 @@ def peak_flops(given: float | None, dtype: torch.dtype, device: torch.device) ->
         return given * dist.get_world_size(), "log.peak_flops"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for word, (bf16, fp32) in DEVICES.items():
-            if word in name:
-                return (bf16 if dtype == torch.bfloat16 else fp32) * dist.get_world_size(), f"vendor figure of {word}"
+        for word, gpu in DEVICES.items():
+            if word.upper() in name:
+                each = gpu.flops if dtype == torch.bfloat16 else gpu.flops_fp32
+                return each * dist.get_world_size(), f"vendor figure of {word.upper()}"
     speed = torch.tensor(measured(dtype, device), dtype=torch.float64, device=device)
     dist.all_reduce(speed)
     return float(speed), "a matrix product measured at start"

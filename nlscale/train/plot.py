@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 from nlscale.runtime.folder import Folder, read_lines  # noqa: E402
 
@@ -38,12 +39,7 @@ def plot(folders: Sequence[Folder], target: Path) -> Path:
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend(fontsize="small")
-    figure.tight_layout()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=110)
-    figure.savefig(target.with_suffix(".svg"))
-    pyplot.close(figure)
-    return target
+    return written(figure, target)
 
 
 def draw(axes: pyplot.Axes, lines: list[dict], key: str, label: str, **style: Any) -> None:
@@ -51,3 +47,13 @@ def draw(axes: pyplot.Axes, lines: list[dict], key: str, label: str, **style: An
     points = [(line["step"], line[key]) for line in lines if key in line]
     if points:
         axes.plot(*zip(*points, strict=True), label=label, **style)
+
+
+def written(figure: Figure, target: Path) -> Path:
+    """Writes a figure into `target` (PNG) and an SVG beside it, and closes it."""
+    figure.tight_layout()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110)
+    figure.savefig(target.with_suffix(".svg"))
+    pyplot.close(figure)
+    return target

@@ -14,6 +14,7 @@ from nlscale.config.errors import require
 from nlscale.data.batch import HASH_BITS, to_batch, token_hash
 from nlscale.optim.mover import Moved
 from nlscale.parallel.apply import MicroBatch, Parallelized
+from nlscale.runtime.clock import parted
 from nlscale.train.state import TrainState
 
 PART = 2**32  # of a hash: its sums over millions of ranks stay exact in float64
@@ -35,6 +36,7 @@ class Report:
     refused: int = 0  # micro-batches whose loss was not finite: they added nothing to any window
     replay_loss: float | None = None  # mean over the replayed targets
     skipped: tuple[str, ...] = ()  # levels that were due, but whose gradients were not finite
+    parts: dict[str, float] = field(default_factory=dict)  # seconds of this rank, by what they went into
     groups: tuple[str, ...] = ()  # that were due: levels, or their phases
 
 
@@ -46,10 +48,15 @@ def nothing(step: int, batches: Sequence[MicroBatch]) -> None:
 
 
 def train_step(
-    state: TrainState, model: Parallelized, document: int, stop: bool, before_move: BeforeMove = nothing
+    state: TrainState, model: Parallelized, document: int, stop: Callable[[], bool], before_move: BeforeMove = nothing
 ) -> Report:
-    """Takes the next rows and makes one step of all levels that are due; `before_move` sees the micro-batches."""
+    """Takes the next rows and makes one step of all levels that are due; `before_move` sees the micro-batches.
+
+    `stop` is asked at the end, so that what this rank hears during a step is heeded with it.
+    """
     run, world, began = state.run, state.world, time.monotonic()
+    for clock in (model.clock, state.optimizer.clock):
+        clock.restart()
     rows = next(state.loader)
     waited = time.monotonic() - began
     if run.data.damaged == "quarantine" and (passed := passed_over(state, rows, stop, waited)) is not None:
@@ -84,6 +91,7 @@ def train_step(
         seconds=time.monotonic() - began,
         data_wait=waited,
         own=own,
+        parts=parted(model.clock.seconds() | state.optimizer.clock.seconds()),
         refused=int(report[5]),
         replay_loss=report[6] / report[7] if report[7] else None,
         grad_norm=joint({name: move.grad_norm**2 for name, move in went.items()}, level),
@@ -93,10 +101,10 @@ def train_step(
     )
 
 
-def passed_over(state: TrainState, rows: np.ndarray, stop: bool, waited: float) -> Report | None:
+def passed_over(state: TrainState, rows: np.ndarray, stop: Callable[[], bool], waited: float) -> Report | None:
     """The report of a step all of whose rows, on all replicas, are void: nothing moves. None for any other. A collective."""
     world = state.world
-    found = torch.tensor([float((rows[:, 0] >= 0).any()), float(stop)], dtype=torch.float64, device=world.device)
+    found = torch.tensor([float((rows[:, 0] >= 0).any()), float(stop())], dtype=torch.float64, device=world.device)
     dist.all_reduce(found)
     if found[0] > 0:
         return None
@@ -128,7 +136,7 @@ def reduced(
     rows_hash: int,
     targets: Tensor,
     moved: dict[str, Moved],
-    stop: bool,
+    stop: Callable[[], bool],
     again: Tensor | None,
 ) -> list[float]:
     """Sums over all ranks, in one collective: loss, its targets, all targets, hash, stop, refused micro-batches, loss
@@ -143,7 +151,7 @@ def reduced(
         *(total[:2] if first and world.last_stage else (zero, zero)),
         targets.double() if counts else zero,
         zero + (rows_hash if counts else 0),
-        zero + float(stop),
+        zero + float(stop()),
         (total[3] if again is None else total[3] + again[3]) if counts else zero,
         *(again[:2] if again is not None and first and world.last_stage else (zero, zero)),
         zero + (rows_hash % PART if counts else 0),

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from nlscale.cli import main
+from nlscale.config.cluster import Cluster
 from nlscale.config.data import Data
 from nlscale.config.errors import UserError
 from nlscale.config.parallel import Parallel
 from nlscale.config.run import Run
-from nlscale.config.train import Cluster
 from nlscale.data.batch import token_hash
 from nlscale.data.loader import Loader, collate
 from nlscale.data.rows import VOID, open_rows

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from nlscale_launch.local import free_port
 
+from nlscale.config.cluster import Cluster
 from nlscale.config.data import Data
 from nlscale.config.parallel import Parallel
-from nlscale.config.train import Cluster
 from nlscale.data.loader import Loader
 from nlscale.data.rows import open_rows
 from nlscale.runtime.alone import acquire, alone_on_node, lock_file

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nlscale.config.cluster import Cluster
 from nlscale.config.data import Data, Stream
 from nlscale.config.errors import UserError
 from nlscale.config.parallel import Parallel
-from nlscale.config.train import Cluster
 from nlscale.data.batch import HASH_BITS, token_hash
 from nlscale.data.card import check_data, load_card
 from nlscale.data.loader import HeldOut, Loader

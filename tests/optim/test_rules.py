@@ -6,10 +6,10 @@ import torch.distributed as dist
 from nlscale_kernels.newton_schulz import QUINTIC
 from torch import Tensor
 
+from nlscale.config.cluster import Cluster
 from nlscale.config.levels import Level
 from nlscale.config.optim import MATRIX_RULES, RULES, Matrix, Optim
 from nlscale.config.parallel import Parallel
-from nlscale.config.train import Cluster
 from nlscale.optim.layout import Kind
 from nlscale.optim.matrices import Part
 from nlscale.optim.newton_schulz import gathers, newton_schulz

@@ -4,9 +4,9 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from nlscale.bench.wire import Wire
 from nlscale.config.levels import level_of
 from nlscale.optim.levels import due
+from nlscale.runtime.wire import Wire
 from nlscale.testing import ranks
 from tests.optim.driver import LAYOUTS, built, usual
 from tests.tiny import tiny

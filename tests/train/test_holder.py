@@ -116,6 +116,9 @@ def test_a_requeued_jobs_earlier_life_is_over(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     first, second = Hold(tmp_path, 60.0), Hold(tmp_path, 60.0)
     first.take()
+    with pytest.raises(UserError, match="job 17"):  # of the same life: another step, or another terminal
+        second.take()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert "job 17" in second.take()
     with pytest.raises(StoppedOnPurpose, match="attempt 2"), first.committing():
         raise AssertionError("entered")

@@ -152,7 +152,7 @@ def matrix_memory(given: Given) -> tuple[Tensor, Tensor]:
     On a GPU, and where torch.compile traces, the operator, which keeps its inputs alone; else the reference, for which
     autograd keeps what backward needs.
     """
-    if given.k.is_cuda or torch.compiler.is_compiling():
+    if not given.k.is_cpu or torch.compiler.is_compiling():
         o, state = forward(*given)
         return o, state
     _check(given)

@@ -199,4 +199,4 @@ OPERATORS = {kind: _glue(kind) for kind in ACTIVATIONS}
 def glue_for(x: Tensor, activation: str) -> Glue:
     """Operators on a GPU and where torch.compile traces; else torch's, which writes over what is no longer needed."""
     check(activation in TORCH, f"mlp_memory: no activation {activation}; choose of {', '.join(TORCH)}")
-    return (OPERATORS if x.is_cuda or torch.compiler.is_compiling() else TORCH)[activation]
+    return (TORCH if x.is_cpu and not torch.compiler.is_compiling() else OPERATORS)[activation]

@@ -196,7 +196,7 @@ forward.register_autograd(_backward, setup_context=_save)
 
 def moved(step: Step) -> tuple[Tensor, Tensor | None]:
     """State and momentum after a step: the operator on a GPU and where torch.compile traces; else `stepped`."""
-    if not (step.written.is_cuda or torch.compiler.is_compiling()):
+    if step.written.is_cpu and not torch.compiler.is_compiling():
         return stepped(step)
     state, speed = (None if x is None else x.expand_as(step.written) for x in step[:2])
     after, then = forward(state, speed, *step[2:])

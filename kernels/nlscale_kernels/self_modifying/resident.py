@@ -177,7 +177,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     given = Given(*arguments)
     speeds = [given.q.new_empty(0 if x is None else x.shape) for x in given[12:14]]
     states = [x.new_empty(x.shape) for x in (given.q, given.up, given.down)]
-    return (*states, *speeds, given.q.new_empty(kept_by(given) if given.q.is_cuda else 0))
+    return (*states, *speeds, given.q.new_empty(0 if given.q.is_cpu else kept_by(given)))
 
 
 @backward.register_fake
@@ -240,10 +240,11 @@ def _check(given: Given) -> None:
 
 
 def fits(q: Tensor, net: Net, count: int) -> bool:
-    """Whether there is a kernel: float32 on a GPU that has room, matrices that stay on chip, and chunks that write."""
-    if not (q.is_cuda and q.dtype == torch.float32 and count) or "cuda" in resident._disabled_kernel:
+    """Whether there is a kernel: float32 on a GPU that has room (which the meta device stands for), small matrices."""
+    if q.is_cpu or q.dtype != torch.float32 or not count or "cuda" in resident._disabled_kernel:
         return False
-    return max(net.up.shape[-2:]) <= WIDEST and torch.cuda.get_device_capability(q.device)[0] in ROOM
+    roomy = q.is_meta or torch.cuda.get_device_capability(q.device)[0] in ROOM
+    return roomy and max(net.up.shape[-2:]) <= WIDEST
 
 
 def walk(

@@ -1,6 +1,9 @@
 """Signals that ask a run to stop: noted at any moment, heeded at a step's end by all ranks together."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -15,6 +18,8 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         self._before = {number: signal.signal(number, self._note) for number in CAUGHT}
+        with sparing_children():
+            resource_tracker.ensure_running()  # of the rows' shared memory
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -23,3 +28,13 @@ class Watch:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
+
+
+@contextmanager
+def sparing_children() -> Iterator[None]:
+    """Processes started within do not hear those signals: Slurm sends them to every process of a job, not to ranks alone."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

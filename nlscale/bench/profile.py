@@ -1,0 +1,156 @@
+"""`nlscale bench step --profile`: where a training step's time goes, from the program's own clock and torch's profiler.
+
+Four levels, real rows, the real step: on the CPU by two ranks that share nothing but data, on a GPU by one. Exposed
+communication is the time in which a collective was under way and nothing was computed.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from nlscale.bench.table import Row, gpu_here, show
+from nlscale.config.read import read
+from nlscale.config.run import Run, replicas
+from nlscale.data.card import check_data
+from nlscale.data.write import Preparation, prepare
+from nlscale.model.count import flops_a_token
+from nlscale.parallel.apply import PRECISIONS
+from nlscale.runtime.quiet import quiet
+from nlscale.runtime.world import join
+from nlscale.testing import ranks
+from nlscale.train.loop import built
+from nlscale.train.peak import peak_flops
+from nlscale.train.step import train_step
+
+SHAPE = ("model.width=256", "model.layers=4", "model.heads=4", "model.kv_heads=4", "model.hidden=1024")
+LEVELS = (
+    "levels=[{name: fast, period: 1, width: 0.25}, {name: medium, period: 4, width: 0.25}, "
+    "{name: slow, period: 8, width: 0.25}, {name: long, period: 16, width: 0.25}]"
+)
+LONG = 256  # tokens of a row
+WARM, STEPS = 3, 16  # the last level moves at the last of them
+Span = tuple[float, float]
+
+
+def corpus(folder: Path) -> str:
+    """Rows of bytes."""
+    (folder / "in").mkdir()
+    text = Path(__file__).read_text()
+    lines = (json.dumps({"text": text[i : i + 2000]}) + "\n" for i in range(0, len(text), 40))
+    (folder / "in" / "text.jsonl").write_text("".join(lines))
+    prepare(
+        Preparation(
+            sources=(str(folder / "in"),), out=str(folder / "out"), sequence=LONG, tokeniser="bytes", held_out=0.1
+        )
+    )
+    return str(folder / "out")
+
+
+def configure(data: str, count: int) -> Run:
+    """The bench's run on `count` ranks."""
+    precision = "bf16" if torch.cuda.is_available() else "fp32"
+    rows = [
+        f"train.global_batch={8 * count}",
+        "train.micro_batch=4",
+        f"train.precision={precision}",
+        "train.evaluate_rows=0",
+    ]
+    rest = [
+        f"data.path={data}",
+        f"data.sequence={LONG}",
+        "model.vocabulary=384",
+        "parallel.tensor=1",
+        "log.wandb=disabled",
+    ]
+    return read("demo", [*SHAPE, *rows, *rest, f"train.steps={10 * STEPS}", LEVELS])
+
+
+def steps(run: Run, trace: str) -> dict[str, float]:
+    """Seconds of a step by part, the mean over STEPS; of rank 0."""
+    quiet()
+    world = join(run.parallel, run.cluster, run.train.seed, 0)
+    replicas(run, world.size)
+    cards = check_data(run.data, False)
+    state, model = built(run, world, cards)
+    peak, _ = peak_flops(None, PRECISIONS[run.train.precision], world.device)
+    for _ in range(WARM):
+        train_step(state, model, cards[0].document, lambda: False)
+    state.step = 0
+    reports = [train_step(state, model, cards[0].document, lambda: False) for _ in range(STEPS)]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities) as seen:
+        profiled = train_step(state, model, cards[0].document, lambda: False)
+    if trace and world.leads:
+        seen.export_chrome_trace(trace)
+    whole = mean(report.seconds for report in reports)
+    parts = {name: sum(report.parts.get(name, 0.0) for report in reports) / STEPS for name in named(reports)}
+    parts |= {"data wait": mean(report.data_wait for report in reports)}
+    parts["other"] = whole - sum(parts.values())
+    tokens = mean(report.tokens for report in reports)
+    work = flops_a_token(run.model, run.data.sequence) * tokens
+    share = exposed(seen.events()) / profiled.seconds
+    return {"step": whole, **parts, "exposed": share * whole, "mfu": work / whole / peak, "peak": peak}
+
+
+def named(reports: Iterable[Any]) -> list[str]:
+    """Names of all parts, in the order of a step."""
+    return list(dict.fromkeys(name for report in reports for name in report.parts))
+
+
+def exposed(events: Iterable[Any]) -> float:
+    """Seconds in which collectives ran and nothing was computed: kernels on a GPU, ATen operations on a CPU."""
+    on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
+    told = [(event.name, (event.time_range.start, event.time_range.end)) for event in (on_gpu or events)]
+    word = "nccl" if on_gpu else "gloo:"
+    collectives = [span for name, span in told if name.startswith(word)]
+    computing = [span for name, span in told if not name.startswith(word) and (on_gpu or name.startswith("aten::"))]
+    both = joined([*collectives, *computing])
+    return (length(both) - length(joined(computing))) / 1e6
+
+
+def joined(spans: Sequence[Span]) -> list[Span]:
+    """The same time as spans that do not overlap."""
+    found: list[Span] = []
+    for begin, end in sorted(spans):
+        if found and begin <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], end)
+        else:
+            found.append((begin, end))
+    return found
+
+
+def length(spans: Sequence[Span]) -> float:
+    """Of spans that do not overlap."""
+    return sum(end - begin for begin, end in spans)
+
+
+def main(target: str | None, trace: str = "") -> int:
+    """Prints the table."""
+    count = 1 if gpu_here() else 2
+    with tempfile.TemporaryDirectory(prefix="profile-") as folder:
+        run = configure(corpus(Path(folder)), count)
+        found = ranks(count, steps, run, trace, timeout=300)[0]
+    whole, mfu, peak = found.pop("step"), found.pop("mfu"), found.pop("peak")
+    table = [Row("step", whole, "s", None, None, "-", True)]
+    table += [
+        Row(name, seconds, "s", whole, seconds / whole, "-", True)
+        for name, seconds in found.items()
+        if name != "exposed"
+    ]
+    table.append(
+        Row("exposed communication, inside these", found["exposed"], "s", whole, found["exposed"] / whole, "-", True)
+    )
+    table.append(Row("MFU: model FLOPs / seconds / peak", mfu, f"of {peak:.3g} FLOP/s", None, None, "-", True))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return show(
+        f"a step of {count} rank{'s' if count > 1 else ''} on {device}, mean of {STEPS}; baseline: the step",
+        table,
+        target,
+    )

@@ -1,0 +1,291 @@
+"""Memory and time of a layout by formula, without torch: what `nlscale check` says, and what layouts are ranked by.
+
+What a block keeps for backward was counted in the simulation (plan/simulate.py), a token and unit of width, for each
+mixer; a test holds the formula against it. Times are work over the rates of plan/devices.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from nlscale.config.levels import Level, level_of, parameter_names
+from nlscale.config.optim import STATES
+from nlscale.config.run import Run, replicas
+from nlscale.model.count import FLOPS, elements, flops_a_token
+from nlscale.plan.devices import MEMORIES, PRODUCTS, SCORES, STREAM, WIRE, Device
+
+# Bytes that a block keeps in bf16 a token and unit of width: beside the mixer, on all of a row's tokens ...
+BESIDE = 20.0
+# ... by the mixer, on this rank's heads. Attention: without and for its keys and values.
+KEPT = {
+    "attention": 7.4,
+    "linear": 68.5,
+    "delta": 71.5,
+    "titans": 82.7,
+    "titans_mac": 54.0,
+    "titans_mag": 118.0,
+    "titans_mal": 105.0,
+    "self_modifying": 77.4,
+}
+PAIRS = 4.6
+# Projections of all heads' width that one product computes together, beside keys and values of attention.
+FUSED = {
+    "attention": 1,
+    "linear": 4,
+    "delta": 4,
+    "titans": 4,
+    "titans_mac": 4,
+    "titans_mag": 6,
+    "titans_mal": 7,
+    "self_modifying": 2,
+}
+HIDDEN = {"swiglu": 8.0, "gelu": 6.0}  # ... and of the feed-forward, a hidden unit
+LOGITS = 4  # float32 copies of a chunk of logits
+CHUNK, WIDE = 512, 2**24  # tokens, and logits, of a chunk of the loss, at most (kernels/summed_loss)
+AT_ONCE = 5.0  # bytes an element of the largest bucket, while a level moves
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank of a pipeline stage."""
+
+    weights: float
+    windows: float
+    masters: float
+    moments: float
+    host: float
+    activations: float
+    moving: float
+
+    @property
+    def resident(self) -> float:
+        """At the peak."""
+        return self.weights + self.windows + self.masters + self.moments + max(self.activations, self.moving)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a step, by what they are spent on."""
+
+    products: float
+    scores: float  # attention, or memories
+    stream: float  # reading and writing activations
+    tensor: float  # collectives inside a layer
+    pipeline: float  # messages between stages
+    bubble: float
+    data: float  # reductions and gathers of levels, the mean over a period
+    optimizer: float
+
+    @property
+    def step(self) -> float:
+        """All of them: nothing is taken to overlap."""
+        return sum(vars(self).values())
+
+
+class Estimate:
+    """A run on so many ranks. Raises UserError where the layout does not fit them."""
+
+    def __init__(self, run: Run, size: int) -> None:
+        self.run, self.size = run, size
+        self.replicas = replicas(run, size)
+        self.copies = self.replicas * run.parallel.context
+        self.width = 2 if run.train.precision == "bf16" else 4
+        self.micro_batches = run.train.global_batch // (self.replicas * run.train.micro_batch)
+        self.tokens = run.train.micro_batch * run.data.sequence // run.parallel.context  # of a micro-batch, here
+
+    @cached_property
+    def held(self) -> dict[tuple[str, str], int]:
+        """(embed, head or block; level) -> parameters of one rank: of all blocks, or of the embedding or head."""
+        found: dict[tuple[str, str], int] = {}
+        model, ranks = self.run.model, self.run.parallel.tensor
+        for name in parameter_names(replace(model, layers=1), self.run.levels):  # blocks are alike
+            whole = name.endswith(("norm.weight", "gains"))
+            count = elements(name, model, self.run.levels) // (1 if whole else ranks)
+            place = "head" if name == "norm.weight" else name.split(".")[0]
+            key = place, level_of(name, self.run.levels).name
+            found[key] = found.get(key, 0) + count * (model.layers if place == "blocks" else 1)
+        return found
+
+    def parameters(self, rank: int) -> dict[str, float]:
+        """By level, of a rank of a pipeline stage."""
+        stages = self.run.parallel.pipeline
+        found = dict.fromkeys((level.name for level in self.run.levels), 0.0)
+        ends = {"embed": [0, stages - 1] if self.run.model.tied else [0], "head": [stages - 1]}
+        for (place, level), count in self.held.items():
+            if place == "blocks":
+                found[level] += count / stages
+            elif rank in ends[place]:
+                found[level] += count
+        return found
+
+    def kept(self, recomputed: bool) -> float:
+        """Bytes that a block keeps of a micro-batch."""
+        run, model, ranks = self.run, self.run.model, self.run.parallel.tensor
+        split = ranks if run.parallel.sequence else 1
+        if recomputed:
+            return float(self.tokens * model.width * self.width / split)
+        pairs = PAIRS * model.key_value_heads / model.heads if model.mixer == "attention" else 0.0
+        mixing = (KEPT[model.mixer] + pairs) * model.width / ranks
+        behind = HIDDEN[model.activation] * model.feed_forward / ranks
+        return self.tokens * (BESIDE * model.width / split + mixing + behind) * self.width / 2
+
+    def memory(self, rank: int) -> Memory:
+        """Of a rank of a pipeline stage."""
+        optim, levels = self.run.optim, self.run.levels
+        held = self.parameters(rank)
+        total = sum(held.values())
+        share = {"defer": 1.0, "eager": 1 / self.copies, "hierarchical": 1 / (optim.node or 8)}[optim.reduce]
+        masters, moments, host = 0.0, 0.0, 0.0
+        for level in levels:
+            own = 4 * held[level.name] / self.copies
+            states = own * len(STATES[level.optimizer or optim.name])
+            if optim.offload and level.steps >= optim.offload:
+                host += own + states
+            else:
+                masters, moments = masters + own, moments + states
+        return Memory(
+            weights=self.width * (total + self.sliced()),
+            windows=4 * total * share,
+            masters=masters,
+            moments=moments,
+            host=host,
+            activations=self.activations(rank) + (4 * total if optim.reduce != "defer" else 0.0),
+            moving=4 * total / self.copies + (AT_ONCE * self.bucket(held) if self.copies > 1 else 0.0),
+        )
+
+    def sliced(self) -> float:
+        """Parameters that lie twice: in the memory that is gathered, and in a product's fused weight."""
+        model, ranks, stages = self.run.model, self.run.parallel.tensor, self.run.parallel.pipeline
+        layers, pairs = model.layers / stages, model.key_value_heads * model.head_width
+        fused = 2 if model.activation == "swiglu" else 1
+        several = sum(level.width > 0 for level in self.run.levels) > 1
+        cut = (fused if fused > 1 or several else 0) + (1 if several else 0)
+        inner = model.heads * model.head_width
+        mixing = model.width * (FUSED[model.mixer] * inner + (2 * pairs if model.mixer == "attention" else 0))
+        return layers * (mixing + cut * model.width * model.feed_forward) / ranks
+
+    def bucket(self, held: dict[str, float]) -> float:
+        """Elements of the largest bucket of a level."""
+        layers = self.run.model.layers / self.run.parallel.pipeline
+        largest = max(held.values())
+        return min(largest, max(float(self.run.optim.bucket), largest / layers))
+
+    def flying(self, rank: int) -> float:
+        """Micro-batches whose activations a pipeline rank holds at once, in whole stages."""
+        stages, virtual = self.run.parallel.pipeline, self.run.parallel.virtual_pipeline
+        if virtual == 1:
+            return min(self.micro_batches, stages - rank)
+        return min(self.micro_batches * virtual, 2 * (stages - rank - 1) + (virtual - 1) * stages + 1) / virtual
+
+    def activations(self, rank: int) -> float:
+        """At the peak of the schedule."""
+        run, model = self.run, self.run.model
+        layers = model.layers * model.loops / run.parallel.pipeline
+        recomputed = run.train.recompute == "block"
+        held = self.flying(rank) * layers * self.kept(recomputed)
+        inside = self.kept(False) * (1.4 if recomputed else 0.4)  # of the block that backward is in
+        if rank < run.parallel.pipeline - 1:
+            return held + inside
+        assert model.vocabulary is not None
+        rows = model.vocabulary / run.parallel.tensor
+        chunk = min(self.tokens, CHUNK, max(1, WIDE // rows))
+        loss = LOGITS * 4 * chunk * rows + 4 * rows * model.width + 2 * self.tokens * model.width * self.width
+        return held + max(inside, loss)
+
+    def times(self, device: Device) -> Times:
+        """Of a step on such GPUs."""
+        run, model, parallel = self.run, self.run.model, self.run.parallel
+        peak = device.flops if self.width == 2 else device.flops_fp32
+        again = 4 / 3 if run.train.recompute == "block" else 1.0
+        inner = parallel.tensor * parallel.context
+        tokens = self.tokens * parallel.context
+        mixing = 3.0 * model.layers * model.loops * FLOPS[model.mixer](model, run.data.sequence)
+        products = flops_a_token(model, run.data.sequence) - mixing
+        share = SCORES if model.mixer == "attention" else MEMORIES
+        stages, virtual, count = parallel.pipeline, parallel.virtual_pipeline, self.micro_batches
+        each = Times(
+            products=tokens * products * again / (inner * stages * peak * PRODUCTS),
+            scores=tokens * mixing * again / (inner * stages * peak * share),
+            stream=3 * again * self.kept(False) * model.layers * model.loops / stages / (device.bandwidth * STREAM),
+            tensor=self.inside(device) * again,
+            pipeline=self.between(device),
+            bubble=0.0,
+            data=0.0,
+            optimizer=0.0,
+        )
+        moved = self.moved()
+        return Times(
+            **{
+                name: value * count for name, value in vars(each).items() if name not in ("bubble", "data", "optimizer")
+            },
+            bubble=each.step * (stages - 1) / virtual,
+            data=self.over_data(device, moved),
+            optimizer=30 * moved / self.copies / (device.bandwidth * STREAM) + self.over_host(device),
+        )
+
+    def inside(self, device: Device) -> float:
+        """Seconds of a micro-batch's collectives inside layers."""
+        run, ranks, around = self.run, self.run.parallel.tensor, self.run.parallel.context
+        row = self.tokens * run.model.width * self.width
+        layers = run.model.layers * run.model.loops / run.parallel.pipeline
+        over = (10 if run.parallel.sequence else 8) * row * (ranks - 1) / ranks
+        traded = 8 * row / ranks * (around - 1) / around
+        near = device.link if ranks * around <= device.node else device.network
+        return layers * (over / device.link + traded / near) / WIRE
+
+    def over_data(self, device: Device, moved: float) -> float:
+        """Seconds a step of reducing and gathering levels, the mean over their periods."""
+        optim, far = self.run.optim, self.size > device.node
+        link = device.network if far else device.link
+        share = (self.copies - 1) / self.copies
+        every = self.mean(lambda level: 1.0)
+        if optim.reduce == "hierarchical":
+            near = optim.node or device.node
+            nodes = max(1, self.copies // near)
+            inside, across = every * (near - 1) / near / device.link, moved / near * (nodes - 1) / nodes / link
+        else:
+            inside, across = 0.0, (every if optim.reduce == "eager" else moved) * share / link
+        return self.width * (inside + across + moved * share / link) / WIRE
+
+    def over_host(self, device: Device) -> float:
+        """Seconds a step in which what is kept in host memory comes and goes, and is moved there."""
+        optim, levels = self.run.optim, self.run.levels
+        away = [level for level in levels if optim.offload and level.steps >= optim.offload]
+        held = self.parameters(0)
+        return sum(24 * held[level.name] * beat(level) / self.copies for level in away) / (device.host * STREAM)
+
+    def between(self, device: Device) -> float:
+        """Seconds of a micro-batch's messages to the next stage and back."""
+        parallel = self.run.parallel
+        if parallel.pipeline == 1:
+            return 0.0
+        split = parallel.tensor if parallel.sequence else 1
+        size = self.tokens * self.run.model.width * self.width / split
+        near = 2 * parallel.tensor * parallel.context <= device.node
+        return 2 * parallel.virtual_pipeline * size / ((device.link if near else device.network) * WIRE)
+
+    @property
+    def largest(self) -> float:
+        """Resident bytes of the rank that holds most: the first stage has most in flight, the last one the loss."""
+        return max(self.memory(rank).resident for rank in {0, self.run.parallel.pipeline - 1})
+
+    def mean(self, weighs: Callable[[Level], float]) -> float:
+        """Parameters of a rank, each counted by its level, the mean over stages."""
+        by_name = {level.name: weighs(level) for level in self.run.levels}
+        return sum(count * by_name[level] for (_, level), count in self.held.items()) / self.run.parallel.pipeline
+
+    def moved(self) -> float:
+        """Parameters of a rank that move a step, the mean over stages and periods: the sum of width / period."""
+        return self.mean(beat)
+
+    def mfu(self, device: Device) -> float:
+        """Useful operations over what the GPUs could do."""
+        run = self.run
+        peak = device.flops if self.width == 2 else device.flops_fp32
+        work = flops_a_token(run.model, run.data.sequence) * run.train.global_batch * run.data.sequence
+        return work / (self.times(device).step * peak * self.size)
+
+
+def beat(level: Level) -> float:
+    """Moves a step."""
+    return 0.0 if level.frozen else 1 / level.steps

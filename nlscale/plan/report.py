@@ -1,0 +1,186 @@
+"""What a plan says: values for a script, and the same as a table for a person."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from math import lcm
+from typing import Any
+
+from nlscale.config.ladder import rule
+from nlscale.config.run import Run
+from nlscale.model.count import FLOPS, flops_a_token, parameters
+from nlscale.plan.devices import MEMORIES, PRODUCTS, ROOM, SCORES, STREAM, WIRE, Device
+from nlscale.plan.estimate import Estimate
+from nlscale.plan.figures import Moves, Stage
+from nlscale.plan.search import Choice
+
+GIB, GB = 2**30, 1e9
+SCAN = 4096  # steps that are looked at one by one for the largest
+KINDS = ("weights", "windows", "masters", "moments", "other")
+Values = dict[str, Any]
+
+
+def figures(run: Run, gpus: int, device: Device, stages: Sequence[Stage], choices: Sequence[Choice]) -> Values:
+    """Everything, by name. Bytes, seconds, parameters."""
+    estimate, batch = Estimate(run, gpus), run.train.global_batch * run.data.sequence
+    times, busiest = estimate.times(device), max(stages, key=lambda stage: sum(traffic(stage)[0].values()))
+    work = flops_a_token(run.model, run.data.sequence)
+    mixing = 3.0 * run.model.layers * run.model.loops * FLOPS[run.model.mixer](run.model, run.data.sequence)
+    mean, peak = traffic(busiest)
+    control = replace(run.model, mixer="attention")  # whose parameters decide what all recipes of a size train with
+    largest = max(stage.resident for stage in stages)
+    return {
+        "run": run.run.name,
+        "gpus": gpus,
+        "gpu": device.name,
+        "layout": {**vars(run.parallel), "replicas": estimate.replicas, "micro_batches": estimate.micro_batches},
+        "parameters": parameters(run.model, run.levels),
+        "flops_a_token": {"all": work, "attention" if run.model.mixer == "attention" else "memory": mixing},
+        "traffic": {
+            "stage": busiest.index,
+            "levels": {name: {"mean": mean[name], "peak": peak[name]} for name in mean},
+            "collectives": collectives(busiest),
+            "mean": sum(mean.values()) + sum(busiest.schedule.values()),
+            "peak": sum(busiest.closing.values()) + sum(busiest.schedule.values()),
+        },
+        "memory": [{**asdict(stage.memory), "activations": stage.activations, "moving": stage.moving,
+                    "resident": stage.resident, "in_flight": stage.flying} for stage in stages],
+        "fits": largest <= ROOM * device.memory,
+        "over": largest - ROOM * device.memory,
+        "bubble": times.bubble / times.step,
+        "times": asdict(times),
+        "step_seconds": times.step,
+        "mfu": estimate.mfu(device),
+        "tokens_per_second": batch / times.step,
+        "days": times.step * run.train.steps / 86400,
+        "tokens": batch * run.train.steps,
+        "rule": asdict(rule(sum(parameters(control, run.levels).values()), control, run.data.sequence)),
+        "layouts": [{"set": each.differences(run), "resident": each.resident, "fits": each.fits(device),
+                     "step_seconds": each.times.step, "mfu": each.mfu, "why": each.why()} for each in choices],
+    }  # fmt: skip
+
+
+def traffic(stage: Stage) -> tuple[dict[str, float], dict[str, float]]:
+    """(mean, largest) bytes a step of each level on a rank."""
+    mean: dict[str, float] = {}
+    for each in stage.moves:
+        a_step = 0.0 if each.frozen else each.every_step + each.a_move / each.period
+        mean[each.level] = mean.get(each.level, 0.0) + a_step
+    return mean, {name: largest_step([each for each in stage.moves if each.level == name]) for name in mean}
+
+
+def largest_step(moves: Sequence[Moves]) -> float:
+    """Bytes of the step that sends most."""
+    moving = [each for each in moves if not each.frozen]
+    every = sum(each.every_step for each in moving)
+    steps = min(SCAN, lcm(*(each.period for each in moving))) if moving else 0
+    sums = (sum(each.a_move for each in moving if (step + each.phase) % each.period == 0) for step in range(steps))
+    return every + max(sums, default=0.0)
+
+
+def collectives(stage: Stage) -> list[Values]:
+    """Rows: what a step's schedule sends, and what its end does where every level moves."""
+    rows = []
+    for axis, kind in sorted({*stage.schedule, *stage.closing}):
+        sizes = {"schedule": stage.schedule.get((axis, kind), 0.0), "closing": stage.closing.get((axis, kind), 0.0)}
+        rows.append({"axis": axis, "kind": kind, **sizes})
+    return [row for row in rows if row["schedule"] or row["closing"]]
+
+
+def text(run: Run, plan: Values, device: Device) -> str:
+    """The table."""
+    parts = [
+        head(run, plan),
+        sizes(run, plan),
+        sent(plan),
+        memory(plan, device),
+        speed(plan, device),
+        layouts(plan, device),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def head(run: Run, plan: Values) -> list[str]:
+    """What is planned."""
+    layout, parallel = plan["layout"], run.parallel
+    degrees = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
+    degrees += f" ({parallel.virtual_pipeline} chunks a stage)" if parallel.virtual_pipeline > 1 else ""
+    degrees += f" x context {parallel.context}" if parallel.context > 1 else ""
+    ruled = plan["rule"]
+    return [
+        f"{plan['run']} on {plan['gpus']} {plan['gpu']}",
+        f"layout       {degrees} x {layout['replicas']} replicas; {layout['micro_batches']} micro-batches of "
+        f"{run.train.micro_batch} rows; recompute {run.train.recompute}",
+        f"tokens       {plan['tokens'] / 1e9:,.1f}B in {run.train.steps:,} steps of {run.train.global_batch} rows "
+        f"(the ladder's rule: {ruled['tokens'] / 1e9:,.1f}B, {ruled['rows']} rows, optim.lr {ruled['lr']:.1e})",
+    ]
+
+
+def sizes(run: Run, plan: Values) -> list[str]:
+    """Parameters and operations."""
+    total = sum(plan["parameters"].values())
+    lines = [f"{'level':12s} {'moves':>14s} {'parameters':>12s} {'share':>6s}"]
+    for level in run.levels:
+        beat = "never" if level.frozen else f"{level.period} {level.unit}s"
+        count = plan["parameters"][level.name]
+        lines.append(f"{level.name:12s} {beat:>14s} {count / 1e6:>11.1f}M {count / total:>6.1%}")
+    (mixing,) = (name for name in plan["flops_a_token"] if name != "all")
+    work, own = plan["flops_a_token"]["all"], plan["flops_a_token"][mixing]
+    said = "its reads and writes" if mixing == "memory" else "scores and values"
+    return [*lines, f"{'all':12s} {'':14s} {total / 1e6:>11.1f}M",
+            f"{work / 1e9:.3g} GFLOP a token, forward and backward; {mixing} {own / work:.1%} of it ({said})"]  # fmt: skip
+
+
+def sent(plan: Values) -> list[str]:
+    """Traffic."""
+    found = plan["traffic"]
+    lines = [f"GB that a rank of stage {found['stage']} sends a step", f"{'level':26s} {'mean':>10s} {'largest':>10s}"]
+    for name, each in found["levels"].items():
+        lines.append(f"{name:26s} {each['mean'] / GB:>10.3f} {each['peak'] / GB:>10.3f}")
+    lines.append(f"{'axis':12s} {'collective':14s} {'schedule':>9s} {'all levels move':>16s}")
+    for row in (each for each in found["collectives"] if each["axis"] != "others"):  # a few numbers for all ranks
+        lines.append(f"{row['axis']:12s} {row['kind']:14s} {row['schedule'] / GB:>9.3f} {row['closing'] / GB:>16.3f}")
+    mean, peak = found["mean"] / GB, found["peak"] / GB
+    return [*lines, f"in all {mean:.3f} a step, and {peak:.3f} where every level moves"]
+
+
+def memory(plan: Values, device: Device) -> list[str]:
+    """Memory of each stage."""
+    columns = (*KINDS, "activations", "moving", "host", "resident")
+    lines = [f"GiB a rank; {ROOM * device.memory / GIB:.1f} of {plan['gpu']} can be used"]
+    lines.append("stage" + "".join(f"{column:>12s}" for column in columns))
+    for place, stage in enumerate(plan["memory"]):
+        lines.append(f"{place:5d}" + "".join(f"{stage[column] / GIB:12.2f}" for column in columns))
+    if not plan["fits"]:
+        lines.append(f"does not fit: {plan['over'] / GIB:.1f} GiB too much")
+    return lines
+
+
+def speed(plan: Values, device: Device) -> list[str]:
+    """Time of a step and of the run."""
+    step = plan["step_seconds"]
+    parts = ", ".join(
+        f"{name} {seconds / step:.0%}" for name, seconds in plan["times"].items() if seconds / step >= 0.005
+    )
+    return [
+        f"step {step:.3g} s: {parts}",
+        f"{plan['tokens_per_second']:,.0f} tokens/s, MFU {plan['mfu']:.1%}, {plan['days']:.1f} days",
+        f"counted on: products {PRODUCTS:.0%}, attention {SCORES:.0%}, memories {MEMORIES:.0%} of {device.flops / 1e12:.0f} "
+        f"TFLOP/s; {STREAM:.0%} of {device.bandwidth / 1e12:.2f} TB/s; {WIRE:.0%} of {device.link / GB:.0f} GB/s in a node "
+        f"and {device.network / GB:.0f} GB/s between nodes; no overlap. Not measured on this GPU.",
+    ]  # fmt: skip
+
+
+def layouts(plan: Values, device: Device) -> list[str]:
+    """The best layouts, with what they spend time on."""
+    found = plan["layouts"]
+    if not found:
+        return [f"no layout: nothing divides {plan['gpus']} GPUs"]
+    fitting = any(each["fits"] for each in found)
+    none = f"no layout fits {plan['gpus']} {plan['gpu']}; the smallest, by formula"
+    lines = ["best layouts by formula" if fitting else none]
+    lines.append(f"{'step s':>8s} {'MFU':>6s} {'GiB':>7s}  set; beside products")
+    for each in found:
+        said = " ".join(f"{key}={value}" for key, value in each["set"].items())
+        values = f"{each['step_seconds']:>8.3g} {each['mfu']:>6.1%} {each['resident'] / GIB:>7.1f}"
+        lines.append(f"{values}  {said or 'as it is'}; {each['why']}")
+    return lines

@@ -1,0 +1,148 @@
+"""Layouts of a run on so many GPUs: every one that the arithmetic allows, ranked by what its step would take."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from nlscale.config.errors import UserError, divisors
+from nlscale.config.parallel import Parallel
+from nlscale.config.run import Run
+from nlscale.plan.devices import ROOM, Device
+from nlscale.plan.estimate import Estimate, Times
+
+MICRO = (1, 2, 4, 8, 16)
+Reduce = Literal["defer", "eager"]
+RECOMPUTE: tuple[Literal["none", "block"], ...] = ("none", "block")
+CONTEXT = (1, 2, 4, 8)
+TIES = 0.02  # steps that differ by less are equal: then the layout that cuts the model less comes first, ...
+EASY = 0.6  # ... then, within this share of the memory, the one with more rows in a product
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One layout, and what it would take."""
+
+    run: Run
+    gpus: int
+    resident: float  # bytes, of the stage that holds most
+    times: Times
+    mfu: float
+
+    @property
+    def cuts(self) -> int:
+        """Pieces of the model."""
+        return self.run.parallel.ranks * self.run.parallel.virtual_pipeline
+
+    def fits(self, device: Device) -> bool:
+        """Whether the memory of every GPU is enough."""
+        return self.resident <= ROOM * device.memory
+
+    def differences(self, beside: Run | None = None) -> dict[str, str]:
+        """What makes the layout: key -> value, where it is not what `beside` says (unset: the defaults)."""
+        mine, others = settings(self.run), settings(beside) if beside else DEFAULTS
+        found = {key: value for key, value in mine.items() if value != others.get(key)}
+        return {key: str(value).lower() for key, value in found.items()}
+
+    def why(self) -> str:
+        """Where the step's time goes beside products, the larger parts."""
+        parts = {name: seconds / self.times.step for name, seconds in vars(self.times).items() if name != "products"}
+        large = sorted(((share, name) for name, share in parts.items() if share >= 0.02), reverse=True)
+        return ", ".join(f"{name} {share:.0%}" for share, name in large) or "products alone"
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """What of a run is its layout."""
+    named: dict[str, Any] = {"train.micro_batch": run.train.micro_batch, "train.recompute": run.train.recompute}
+    named |= {"optim.reduce": run.optim.reduce, "optim.offload": run.optim.offload}
+    return {f"parallel.{name}": value for name, value in vars(run.parallel).items()} | named
+
+
+DEFAULTS = {f"parallel.{name}": value for name, value in vars(Parallel()).items()}
+DEFAULTS |= {"train.recompute": "none", "optim.reduce": "defer", "optim.offload": 0}
+
+
+def ranked(run: Run, gpus: int, device: Device, rows: Sequence[int] = MICRO) -> list[Choice]:
+    """Layouts that fit, the fastest first; where none fits, those that miss by least. Empty: the arithmetic allows none.
+
+    `rows`: micro-batches that are tried.
+    """
+    choices: list[Choice] = []
+    fitting: list[Choice] = []
+    for parallel, micro in candidates(run, gpus, device, rows):
+        each_way = variants(run, parallel, micro)
+        first = assessed(next(each_way), gpus, device)
+        if first is None:
+            continue
+        others = (
+            [] if first.fits(device) else [each for each in (assessed(way, gpus, device) for way in each_way) if each]
+        )
+        fit = [each for each in (first, *others) if each.fits(device)]
+        choices += [first, *others]
+        fitting += sorted(fit, key=lambda each: each.times.step)[:1]
+    if not fitting:
+        return sorted(choices, key=lambda each: each.resident)
+    least = min(each.times.step for each in fitting)
+
+    def order(each: Choice) -> tuple[int, int, bool, int]:
+        slower, tight = int((each.times.step / least - 1) / TIES), each.resident > EASY * device.memory
+        return slower, each.cuts, tight, -each.run.train.micro_batch
+
+    return sorted(fitting, key=order)
+
+
+def best(run: Run, gpus: int, device: Device, count: int, rows: Sequence[int] = MICRO) -> list[Choice]:
+    """The first of them, which the config has accepted as a whole."""
+    found: list[Choice] = []
+    for choice in ranked(run, gpus, device, rows):
+        try:
+            found.append(replace(choice, run=replace(choice.run)))
+        except UserError:
+            continue
+        if len(found) == count:
+            break
+    return found
+
+
+def assessed(run: Run, gpus: int, device: Device) -> Choice | None:
+    """A layout's figures; None where it does not fit the ranks."""
+    try:
+        estimate = Estimate(run, gpus)
+    except UserError:
+        return None
+    return Choice(run, gpus, estimate.largest, estimate.times(device), estimate.mfu(device))
+
+
+def candidates(run: Run, gpus: int, device: Device, tried: Sequence[int]) -> Iterator[tuple[Parallel, int]]:
+    """Every layout whose numbers divide, and rows of a micro-batch."""
+    model, train = run.model, run.train
+    heads = [model.heads] + ([model.key_value_heads] if model.mixer == "attention" else [])
+    for tensor, context, pipeline in itertools.product(divisors(device.node), CONTEXT, divisors(model.layers)):
+        inner = tensor * context
+        trading = tensor if model.mixer in ("linear", "delta") else inner
+        if gpus % (inner * pipeline) or any(count % trading for count in heads):
+            continue
+        rows = train.global_batch * inner * pipeline // gpus
+        for micro in (each for each in tried if rows and rows % each == 0):
+            for virtual in (1, 2, 4) if pipeline > 1 else (1,):
+                if model.layers % (pipeline * virtual) or (virtual > 1 and (rows // micro) % pipeline):
+                    continue
+                parallel = Parallel(
+                    tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, sequence=tensor > 1
+                )
+                yield parallel, micro
+
+
+def variants(run: Run, parallel: Parallel, micro: int) -> Iterator[Run]:
+    """A layout as runs that nobody has checked yet; each but the first saves memory at the price of time."""
+    slow = sorted({level.steps for level in run.levels if level.steps >= 16})
+    saving: list[tuple[Reduce, int]] = [("defer", 0), ("eager", 0)]
+    saving += [("eager", slow[0])] if slow else []
+    for recompute, (reduce, offload) in itertools.product(RECOMPUTE, saving):
+        made = copy(run)  # checked as a whole where it is reported: the check takes longer than the estimate
+        optim = replace(run.optim, reduce=reduce, offload=offload)
+        train = replace(run.train, micro_batch=micro, recompute=recompute)
+        for name, value in (("parallel", parallel), ("train", train), ("optim", optim)):
+            object.__setattr__(made, name, value)
+        yield made

@@ -1,0 +1,198 @@
+"""One pretended rank of each kind of pipeline stage: its true model, the real schedule, the real optimizer.
+
+A schedule's traffic is a sum over micro-batches and blocks, and so is what it keeps, over those in flight. So it is run
+with one and with two micro-batches, through one and through two blocks a chunk, and the rest follows exactly; where
+levels move inside rows, in the last blocks, through all of them. Optimizer, weights and windows are always whole.
+"""
+
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from math import lcm
+
+import torch
+from megatron.core import parallel_state
+from torch import nn
+
+from nlscale.config.levels import token_levels
+from nlscale.config.run import Run, replicas
+from nlscale.optim.build import Optimizer, build_optimizer
+from nlscale.optim.zero import ZeroShard
+from nlscale.parallel.apply import Parallelized, parallelize
+from nlscale.plan.estimate import Estimate
+from nlscale.plan.figures import Memory, Moves, Stage, Traffic
+from nlscale.plan.ledger import Ledger, storages
+from nlscale.plan.pretend import pretended
+from nlscale.runtime.wire import axes_of
+from nlscale.runtime.world import World
+
+
+def stages(run: Run, size: int, progress: Callable[[int, int], None] = lambda *_: None) -> list[Stage]:
+    """Every pipeline rank, the first replica's; raises UserError where the layout does not fit `size` ranks.
+
+    Ranks between the first and the last differ by what is in flight, so that one of them speaks for all. `progress` hears
+    of each rank that is simulated, and of how many there are.
+    """
+    replicas(run, size)
+    count = run.parallel.pipeline
+
+    def simulated(rank: int) -> Stage:
+        progress(rank, count)
+        return stage(run, size, rank)
+
+    if run.parallel.virtual_pipeline > 1 or count < 4:
+        return [simulated(rank) for rank in range(count)]
+    first, second, last = (simulated(rank) for rank in (0, 1, count - 1))
+    return [first, second, *(at(second, run, size, rank) for rank in range(2, count - 1)), last]
+
+
+def at(like: Stage, run: Run, size: int, rank: int) -> Stage:
+    """The same stage at another place of the pipeline."""
+    flying = round(Estimate(run, size).flying(rank))
+    kept = like.activations + (flying - like.flying) * like.kept
+    return replace(like, index=rank, flying=flying, activations=kept)
+
+
+def stage(run: Run, size: int, rank: int) -> Stage:
+    """One pipeline rank."""
+    run = replace(run, train=replace(run.train, compile="none"))  # what is compiled has no shapes to follow
+    node = run.optim.node if run.optim.reduce == "hierarchical" else 0
+    with pretended(run, size, rank, node) as world, Ledger(axes(world)) as ledger:
+        model = parallelize(run, world)
+        optimizer = build_optimizer(run, model.leaves, world)
+        optimizer.await_in(model.modules)
+        return measured(run, world, rank, model, optimizer, ledger)
+
+
+def axes(world: World) -> dict[str, str]:
+    """Names of the groups of a world -> what they share."""
+    buffers = parallel_state.get_data_parallel_group(with_context_parallel=True)  # megatron-core's own, the same ranks
+    held = [("tensor", world.tensor), ("context", world.context), ("pipeline", world.pipeline), ("data", world.data)]
+    held += [("data", buffers), ("inside nodes", world.near), ("across nodes", world.far), ("ends", world.ends)]  # type: ignore[list-item]
+    return axes_of(held)
+
+
+def measured(run: Run, world: World, rank: int, model: Parallelized, optimizer: Optimizer, ledger: Ledger) -> Stage:
+    """The figures of a rank that is built."""
+    estimate = Estimate(run, world.size)
+    count, unit = estimate.micro_batches, run.parallel.pipeline if run.parallel.virtual_pipeline > 1 else 1
+    turn(run, unit, lengths(run, model)[0], model)  # megatron-core makes buffers that stay
+    optimizer.windows.release()
+    memory, before = held(model, optimizer, ledger.live), ledger.live
+    optimizer.windows.fill()  # sums of one step, where they do not last: all but the first micro-batch find them there
+    sums = ledger.live - before
+    peak, traffic = scheduled(run, count, unit, model, ledger)
+    # Of interleaved stages, the longer of the two runs has as many in flight as any.
+    flying = min(count, 2 * unit) if unit > 1 else round(estimate.flying(rank))
+    ledger.restart()
+    beats = [group.level.steps for group in optimizer.groups if not group.level.frozen]
+    optimizer.step(lcm(*beats), torch.ones((), dtype=torch.float64))
+    moves = [
+        Moves(
+            group.level.name,
+            group.level.steps,
+            group.phase,
+            group.level.frozen,
+            mover.bytes_a_step,
+            mover.bytes_a_move,
+            sum(leaf.value.numel() for leaf in mover.leaves),
+        )
+        for group, mover in ((each.group, each) for each in optimizer.movers.values())
+    ]
+    return Stage(
+        index=rank,
+        memory=memory,
+        flying=flying,
+        kept=round(peak(2) - peak(1)),
+        activations=round(peak(flying)) + sums,
+        moving=ledger.peak - before,
+        schedule={key: value(count) for key, value in traffic.items()},
+        moves=moves,
+        closing=dict(ledger.wire.bytes),
+    )
+
+
+def held(model: Parallelized, optimizer: Optimizer, live: int) -> Memory:
+    """What the storages of a rank that has done nothing yet are for."""
+    movers, seen, sizes = list(optimizer.movers.values()), set[int](), dict[str, int]()
+    rules = [(mover.group.level, rule) for mover in movers for shard in mover.shards for rule in shard.rules]
+    away = [rule for level, rule in rules if optimizer.optim.offload and level.steps >= optimizer.optim.offload]
+    tensors = {
+        "weights": [
+            *(parameter.data for chunk in model.chunks for parameter in chunk.parameters()),
+            *(flat for mover in movers for shard in mover.shards for flat in shard.weights),  # type: ignore[attr-defined]
+        ],
+        "windows": [
+            *(window for window in optimizer.windows.sums.values() if window is not None),
+            *(each for mover in movers for policy in mover.policies for each in getattr(policy, "sums", [])),
+        ],
+        "host": [each for rule in away for each in (rule.master, *rule.state.values())],
+        "masters": [rule.master for _, rule in rules],
+        "moments": [each for _, rule in rules for each in rule.state.values()],
+    }
+    for kind, each in tensors.items():
+        found = {key: size for key, size in storages(each).items() if key not in seen}
+        seen |= found.keys()
+        sizes[kind] = sum(found.values())
+    engines = [shard.zero for mover in movers for shard in mover.shards if isinstance(shard, ZeroShard)]
+    shapes = [each for engine in engines for group in engine.round_robin_bit16_meta for each in group]
+    nothing = sum(storages(shapes).values())  # DeepSpeed keeps these on the meta device everywhere
+    return Memory(**sizes, other=live - sum(sizes.values()) - nothing)
+
+
+def scheduled(
+    run: Run, count: int, unit: int, model: Parallelized, ledger: Ledger
+) -> tuple[Callable[[int], float], dict[tuple[str, str], Callable[[int], float]]]:
+    """Peak of a schedule above what is held between steps, and its traffic, as functions of micro-batches.
+
+    `count`: of a step. The functions are exact at all multiples of `unit`, which a schedule asks for.
+    """
+    long, (short, longer) = len(model.chunks[0].blocks), lengths(run, model)
+    turns = (unit, 2 * unit if count >= 2 * unit else unit)
+    peaks, sent = {}, dict[tuple[int, int], Traffic]()
+    for place in dict.fromkeys(itertools.product(turns, (short, longer))):
+        ledger.restart()
+        before = ledger.live
+        turn(run, *place, model)
+        peaks[place], sent[place] = float(ledger.peak - before), dict(ledger.wire.bytes)
+
+    def along(values: dict[tuple[int, int], float]) -> Callable[[int], float]:
+        one, two = turns
+
+        def deep(n: int) -> float:
+            return values[n, short] + (values[n, longer] - values[n, short]) * (long - short)
+
+        return lambda n: deep(one) + ((n - one) / (two - one) * (deep(two) - deep(one)) if two > one else 0.0)
+
+    keys = dict.fromkeys(key for each in sent.values() for key in each)
+    return along(peaks), {key: along({at: each.get(key, 0.0) for at, each in sent.items()}) for key in keys}
+
+
+def lengths(run: Run, model: Parallelized) -> tuple[int, int]:
+    """Blocks of each chunk that a schedule is run through."""
+    long = len(model.chunks[0].blocks)
+    return (long, long) if token_levels(run.levels) or long < 3 else (1, 2)
+
+
+def turn(run: Run, count: int, blocks: int, model: Parallelized) -> None:
+    """One schedule of `count` micro-batches through the first blocks of each chunk."""
+    shape = run.train.micro_batch, run.data.sequence
+    tokens, targets = (torch.zeros(shape, dtype=torch.long) for _ in range(2))
+    with shortened(model, blocks):
+        model.forward_backward([(tokens, targets, torch.zeros(shape, dtype=torch.bool))] * count, True)
+    gc.collect()  # what is held in cycles alone
+
+
+@contextmanager
+def shortened(model: Parallelized, blocks: int) -> Iterator[None]:
+    """Lets a row pass the first blocks of each chunk alone."""
+    whole = [chunk.blocks for chunk in model.chunks]
+    for chunk in model.chunks:
+        chunk.blocks = nn.ModuleList(list(chunk.blocks)[:blocks])
+    try:
+        yield
+    finally:
+        for chunk, blocks_ in zip(model.chunks, whole, strict=True):
+            chunk.blocks = blocks_

@@ -1,0 +1,1 @@
+"""The verbs of `nlscale`: each reads what the user said and calls one function."""

@@ -1,0 +1,200 @@
+"""`nlscale check` and `nlscale plan`: what a run will need, before it takes a GPU."""
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from nlscale.config.cluster import Cluster
+from nlscale.config.errors import USER_ERROR, UserError, require
+from nlscale.config.nesting import learners, nesting
+from nlscale.config.optim import STATES
+from nlscale.config.run import Run, replicas
+from nlscale.model.count import parameters
+from nlscale.plan.devices import DEVICES, ROOM, Device, device
+from nlscale.plan.estimate import Estimate
+from nlscale.plan.report import figures, text
+from nlscale.plan.search import best
+from nlscale.runtime.quiet import quiet
+from nlscale.verbs.common import add, add_recipe, foreseen
+
+GIB, MIB = 2**30, 2**20
+CHOICES = 5  # layouts that a plan shows
+
+
+def verbs(parent: Any) -> None:
+    """Adds them."""
+    made = add(parent, "check", check, "check a recipe without torch: keys, types, ranges, layout, memory, disk, lead")
+    add_recipe(made)
+    made.add_argument("--gpus", type=int, help="ranks that the run will have")
+    made.add_argument("--gpu", default="", help=f"hold its memory against this GPU's: {', '.join(DEVICES)}")
+    made.add_argument("--json", help="also write what it says to this file")
+    made = add(parent, "plan", plan, "what a run of any size takes, from a simulated rank of each pipeline stage")
+    add_recipe(made)
+    made.add_argument("--gpus", type=int, required=True, help="ranks that the run will have")
+    made.add_argument("--gpu", default="h100", help=f"one of {', '.join(DEVICES)}")
+    made.add_argument("--json", help="also write everything to this file")
+
+
+def check(options: argparse.Namespace) -> int:
+    """`nlscale check`."""
+    run, missing = foreseen(options.recipe, options.overrides)
+    on = device(options.gpu) if options.gpu else None
+    require(options.gpus is None or options.gpus >= 1, f"--gpus {options.gpus} must be at least 1")
+    world = options.gpus or run.parallel.ranks
+    count = replicas(run, world)
+    writable(options.json)
+    wrong = list(problems(run, world, on))
+    if options.json:
+        Path(options.json).write_text(json.dumps(needs(run, world) | {"problems": wrong}, indent=1) + "\n")
+    print(f"{options.recipe}: {'ok' if not wrong else 'will not do'}")
+    around = f" x context {run.parallel.context}" if run.parallel.context > 1 else ""
+    degrees = f"tensor {run.parallel.tensor} x pipeline {run.parallel.pipeline}{around}"
+    print(f"layout       {degrees} x {count} replicas = {world} ranks")
+    print(
+        f"step         {run.train.global_batch} rows of {run.data.sequence} tokens, {run.train.micro_batch} a forward pass"
+    )
+    show_levels(run)
+    show_needs(run, world)
+    if missing:
+        print(f"data         {missing}")
+    for each in wrong:
+        print(fill(each, 110, initial_indent="!            ", subsequent_indent=" " * 13, break_on_hyphens=False))
+    return USER_ERROR if wrong else 0
+
+
+def show_levels(run: Run) -> None:
+    """Levels, their parameters, how they nest, what they send."""
+    held = parameters(run.model, run.levels)
+    total = sum(held.values())
+    for place, level in enumerate(run.levels):
+        beat = "frozen" if level.frozen else f"every {level.period}{' tokens' if level.unit == 'token' else ''}"
+        share = f"{held[level.name] / 1e6:8.2f}M parameters ({held[level.name] / total:.0%})"
+        start = "levels" if place == 0 else ""
+        print(f"{start:12s} {level.name:10s} {beat:16s} {level.optimizer or run.optim.name:14s} {share}")
+    order = " > ".join(", ".join(sorted(names)) for names in nesting(learners(run)))
+    print(fill(order, 110, initial_indent=f"{'nesting':12s} ", subsequent_indent=" " * 13, break_on_hyphens=False))
+    moved = sum(held[level.name] / level.steps for level in run.levels if not level.frozen)
+    print(f"traffic      {moved / total:.3f} of what levels of period 1 would send (sum of width / period)")
+
+
+def needs(run: Run, world: int) -> dict[str, Any]:
+    """Memory and checkpoints, by formula: bytes, seconds, parameters."""
+    estimate, size = Estimate(run, world), checkpoint_bytes(run, replicas(run, world))
+    stages = [estimate.memory(rank) for rank in range(run.parallel.pipeline)]
+    most = max(stages, key=lambda stage: stage.resident)
+    parts = {name: value for name, value in vars(most).items() if name != "moving" or value > most.activations}
+    save = save_seconds(run, world, size)
+    held = parameters(run.model, run.levels)
+    return {"parameters": held, "memory": parts, "resident": most.resident, "checkpoint": size, "save_seconds": save}
+
+
+def show_needs(run: Run, world: int) -> None:
+    """The same for a person."""
+    found = needs(run, world)
+    said = ", ".join(f"{name} {value / GIB:.2f}" for name, value in found["memory"].items() if value >= 0.005 * GIB)
+    print(f"memory       {found['resident'] / GIB:.2f} GiB a rank at most, by formula: {said}")
+    print(f"checkpoint   {found['checkpoint'] / GIB:.2f} GiB; a save takes about {found['save_seconds']:.0f} s")
+
+
+def problems(run: Run, world: int, on: Device | None) -> Iterator[str]:
+    """What will not do, and what would."""
+    estimate, size = Estimate(run, world), checkpoint_bytes(run, replicas(run, world))
+    room = ROOM * on.memory if on else run.cluster.least_gpu_memory * GIB
+    most = estimate.largest
+    if room and most > room:
+        over = f"{(most - room) / GIB:.1f} more than {room / GIB:.1f}"
+        yield f"a rank needs {most / GIB:.1f} GiB, {over}; {remedy(run, world, on, room)}"
+    kept = run.checkpoint.keep + 1 if run.checkpoint.keep else 1
+    place = next(path for path in (Path(run.folder).absolute(), *Path(run.folder).absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if kept * size > free:
+        fits = int(free // size) - 1
+        works = f"checkpoint.keep={fits} would fit" if fits > 0 else "run.folder must lie on a larger disk"
+        yield (
+            f"{kept} checkpoints of {size / GIB:.1f} GiB (checkpoint.keep and the one being written) do not fit the "
+            f"{free / GIB:.1f} GiB that are free in {place}; {works}"
+        )
+    save = save_seconds(run, world, size)
+    step = estimate.times(on).step if on else 0.0
+    need = Cluster.least_lead(save, step)
+    if need > run.cluster.lead:
+        steps = f"two steps of {step:.1f} s" if on else "two steps, whose time --gpu would tell,"
+        works = f"cluster.lead={int(need) + 1} would work" if on else "a larger cluster.lead would work"
+        yield (
+            f"cluster.lead={run.cluster.lead} s is too short: two saves of {save:.0f} s (at cluster.write="
+            f"{run.cluster.write:g} MiB/s a node) and {steps} take {'' if on else 'more than '}{need:.0f} s; {works}"
+        )
+
+
+def remedy(run: Run, world: int, on: Device | None, room: float) -> str:
+    """The layout that fits so many GPUs, or the number of GPUs on which one does."""
+    target = on or replace(DEVICES["h100"], name=f"GPUs with {room / GIB:.0f} GiB", memory=room / ROOM)
+    for gpus in (world, *(world * 2**n for n in range(1, 11))):
+        found = best(run, gpus, target, 1, (1,))  # one row a forward pass needs least
+        if found and found[0].fits(target):
+            said = " ".join(f"{key}={value}" for key, value in found[0].differences(run).items())
+            return (
+                f"{said} would fit" if gpus == world else f"{gpus} GPUs with {said} would fit"
+            ) + f" ({target.name})"
+    return "no layout of up to 1,024 times as many GPUs fits"
+
+
+def checkpoint_bytes(run: Run, count: int) -> float:
+    """Masters, what the rules remember, and open windows: all of them where each replica's are kept."""
+    total, by_level = 0.0, parameters(run.model, run.levels)
+    for level in run.levels:
+        held = by_level[level.name]
+        total += 4 * held * (1 + len(STATES[level.optimizer or run.optim.name]))
+        if level.steps > 1 and not level.frozen:
+            total += 4 * held * (count if run.checkpoint.windows == "each" else 1)
+    return total
+
+
+def save_seconds(run: Run, world: int, size: float) -> float:
+    """Seconds of a save: every node writes its part."""
+    nodes = max(1, -(-world // (run.cluster.gpus or 8)))
+    return size / nodes / (run.cluster.write * MIB)
+
+
+def plan(options: argparse.Namespace) -> int:
+    """`nlscale plan`."""
+    run, missing = foreseen(options.recipe, options.overrides)
+    require(options.gpus >= 1, f"--gpus {options.gpus} must be at least 1")
+    on = device(options.gpu)
+    replicas(run, options.gpus)
+    writable(options.json)
+    quiet()
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of pretended groups that have no backend
+    stages = importlib.import_module("nlscale.plan.simulate").stages(run, options.gpus, progress)
+    found = figures(run, options.gpus, on, stages, best(run, options.gpus, on, CHOICES))
+    print(text(run, found, on))
+    if missing:
+        print(f"\n{missing}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if found["fits"] else USER_ERROR
+
+
+def progress(rank: int, count: int) -> None:
+    """Which stage is being simulated, where a person looks on."""
+    if sys.stderr.isatty():
+        print(
+            f"\rsimulating stage {rank} of {count} ", end="" if rank + 1 < count else "\n", file=sys.stderr, flush=True
+        )
+
+
+def writable(target: str | None) -> None:
+    """Raises UserError where a file cannot be written, before anything takes time."""
+    if target:
+        try:
+            Path(target).open("a").close()
+        except OSError as error:
+            raise UserError(f"--json {target}: {error.strerror}") from None

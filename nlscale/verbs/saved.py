@@ -1,0 +1,107 @@
+"""What runs left: `nlscale checkpoint`, `nlscale plot`; and `nlscale bench`."""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from nlscale.config.errors import require
+from nlscale.runtime.folder import STATE, Folder
+from nlscale.runtime.quiet import quiet
+from nlscale.verbs.common import add, existing, foreseen
+
+MACHINE = ("step", "loader", "kernels", "checkpoint", "memory", "ladder")
+BENCHES = (*MACHINE, "levels", "memories", "parts", "states", "transfer")
+
+
+def verbs(parent: Any) -> None:
+    """Adds them."""
+    made = add(parent, "plot", draw, "loss, norms by level and throughput of runs, as PNG and SVG")
+    made.add_argument("runs", nargs="+", metavar="RUN")
+    made.add_argument("--out", help="PNG file; unset: plots/loss.png in the first run, or levels.png")
+    made.add_argument("--levels", action="store_true", help="of a recipe or config.yaml: when its levels move")
+    group = parent.add_parser("checkpoint", help="list, verify and convert checkpoints")
+    saved = group.add_subparsers(required=True, metavar="VERB")
+    for name, function, text in (
+        ("list", list_checkpoints, "checkpoints of a run"),
+        ("verify", verify_checkpoints, "check every file of every checkpoint against its digest"),
+    ):
+        add(saved, name, function, text).add_argument("run", metavar="RUN")
+    made = add(saved, "convert", convert, "a run's checkpoint -> one safetensors file, or such a file -> a run folder")
+    made.add_argument("source", metavar="RUN|FILE")
+    made.add_argument("--out", required=True, help="the file, or the run folder")
+    made.add_argument("--step", type=int, help="of the checkpoint; unset: the newest")
+    made.add_argument("--weights", action="store_true", help="nothing but the weights, by their own names")
+    made = add(parent, "bench", bench, "tables of ratios, measured in one run")
+    made.add_argument("name", choices=BENCHES)
+    made.add_argument("--json", help="also write the table to this file")
+    made.add_argument("--profile", action="store_true", help="of `step`: where its time goes, instead of ratios")
+    made.add_argument("--trace", default="", help="with --profile: also write a Chrome trace of one step to this file")
+
+
+def draw(options: argparse.Namespace) -> None:
+    """`nlscale plot`."""
+    if options.levels:
+        require(len(options.runs) == 1, "plot --levels draws one recipe")
+        run, _ = foreseen(options.runs[0], [])
+        print(importlib.import_module("nlscale.train.picture").picture(run, Path(options.out or "levels.png")))
+        return
+    folders = [existing(run) for run in options.runs]
+    target = Path(options.out) if options.out else folders[0].plot
+    print(importlib.import_module("nlscale.train.plot").plot(folders, target))
+
+
+def list_checkpoints(options: argparse.Namespace) -> None:
+    """`nlscale checkpoint list`."""
+    folder = existing(options.run)
+    for step in reversed(folder.steps()):
+        path = folder.checkpoint(step)
+        facts = json.loads((path / STATE).read_text())
+        size = sum(file.stat().st_size for file in path.iterdir())
+        open_levels = [name for name, steps in facts["windows"]["open"].items() if steps]
+        print(
+            f"step {step:8d}  {facts['tokens']:>14,} tokens  {size / 2**20:10.1f} MiB  "
+            f"open windows: {', '.join(open_levels) or 'none'}"
+        )
+
+
+def verify_checkpoints(options: argparse.Namespace) -> None:
+    """`nlscale checkpoint verify`."""
+    quiet()
+    verify = importlib.import_module("nlscale.train.manifest").verify
+    folder = existing(options.run)
+    require(bool(folder.steps()), f"{folder.path} has no checkpoint")
+    faults = [f"step {step}: {fault}" for step in folder.steps() for fault in verify(folder.checkpoint(step))]
+    require(not faults, "\n".join(faults))
+    print(f"{folder.path}: {len(folder.steps())} checkpoints, every file matches its digest")
+
+
+def convert(options: argparse.Namespace) -> None:
+    """`nlscale checkpoint convert`."""
+    quiet()
+    made = importlib.import_module("nlscale.train.convert")
+    if Path(options.source).is_file():
+        step = made.to_checkpoint(Path(options.source), Folder(Path(options.out)))
+        print(
+            f"{options.out}: checkpoint of step {step}; `nlscale train` with run.folder={options.out} goes on from there"
+        )
+        return
+    folder = existing(options.source)
+    steps = folder.steps()
+    require(bool(steps), f"{folder.path} has no checkpoint")
+    step = steps[0] if options.step is None else options.step
+    require(step in steps, f"{folder.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    size = made.to_file(folder.checkpoint(step), Path(options.out), options.weights)
+    print(f"{options.out}: step {step}, {size / 2**20:,.1f} MiB of tensors")
+
+
+def bench(options: argparse.Namespace) -> int:
+    """`nlscale bench`."""
+    quiet()
+    if options.profile or options.trace:
+        require(
+            options.profile and options.name == "step", "--profile is of `nlscale bench step`, and --trace of --profile"
+        )
+        return int(importlib.import_module("nlscale.bench.profile").main(options.json, options.trace))
+    return int(importlib.import_module(f"nlscale.bench.{options.name}").main(options.json))

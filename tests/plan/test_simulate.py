@@ -1,0 +1,134 @@
+"""A pretended rank sends what a real one sends, to the byte, and holds what a real one holds."""
+
+from collections import Counter
+
+import pytest
+
+from nlscale.bench import memory
+from nlscale.config.errors import UserError
+from nlscale.config.run import Run
+from nlscale.plan.simulate import Stage, axes, stages
+from nlscale.runtime.wire import Axes
+from nlscale.testing import ranks
+from tests.optim.driver import built, usual
+from tests.tiny import tiny
+
+LAYOUTS = {
+    "data": [],
+    "tensor": ["parallel.tensor=2"],
+    "sequence": ["parallel.tensor=2", "parallel.sequence=true"],
+    "tensor4": ["parallel.tensor=4", "model.kv_heads=4"],
+    "pipeline": ["parallel.pipeline=2"],
+    "pipeline4": ["parallel.pipeline=4"],
+    "interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "tensor-pipeline": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"],
+    "context": ["parallel.context=2"],
+    "context-tensor": ["parallel.context=2", "parallel.tensor=2", "model.kv_heads=4"],
+    "tied": ["parallel.pipeline=2", "model.tied=true"],
+    "recompute": ["parallel.tensor=2", "train.recompute=block", "parallel.sequence=true"],
+    "eager": ["optim.reduce=eager"],
+    "hierarchical": ["optim.reduce=hierarchical", "optim.node=2"],
+    "overlap": ["optim.overlap=true", "model.hidden=512"],
+    "muon": ["optim.name=muon", "parallel.tensor=2"],
+    "staggered": ["optim.phase=staggered", "parallel.pipeline=2"],
+    "hope": ["model.mixer=self_modifying", "model.self_modifying.chunk=8", "parallel.tensor=2"],
+    "hope-context": ["model.mixer=self_modifying", "model.self_modifying.chunk=8", "parallel.context=2"],
+    "delta-context": ["model.mixer=delta", "model.linear.chunk=4", "parallel.context=2"],
+    "bf16": ["train.precision=bf16", "parallel.tensor=2"],
+    "transferred": ["model.base_width=16", "parallel.pipeline=2"],
+    "long": ["model.layers=8", "parallel.pipeline=2", "parallel.tensor=2"],
+    "in-sequence": ["use.levels=inside", "parallel.tensor=2"],
+}
+
+
+def configured(overrides: list[str]) -> Run:
+    inside = ["levels=[{name: quick, period: 8, unit: token, width: 0.5}, {name: fast, period: 1, width: 0.5}]"]
+    if "use.levels=inside" in overrides:
+        overrides = inside + [each for each in overrides if "level" not in each]
+    return tiny(*overrides)
+
+
+def counted(overrides: list[str]) -> tuple[int, dict, dict]:
+    """Pipeline rank; bytes of a schedule, and of the end of a step in which every level moves."""
+    run = configured(overrides)
+    world, model, optimizer = built(run)
+    optimizer.await_in(model.modules)
+    with Axes(axes(world)) as wire:
+        tokens = model.forward_backward(usual(run, 1, world), True)[2].long()
+        schedule = dict(wire.bytes)
+        wire.bytes.clear()
+        optimizer.step(4, tokens)
+    return world.pipeline_rank, schedule, dict(wire.bytes)
+
+
+def planned(overrides: list[str]) -> list[Stage]:
+    return stages(configured(overrides), 4)
+
+
+def halves(stage: Stage) -> tuple[dict, dict]:
+    return stage.schedule, stage.closing
+
+
+def significant(traffic: dict) -> dict:
+    """Without the few numbers on which all ranks agree at a step's end, whose size a run's metrics decide."""
+    return {key: value for key, value in traffic.items() if key[0] != "others" and value}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_predicted_bytes_are_the_counted_ones(layout: str) -> None:
+    (plan,) = ranks(1, planned, LAYOUTS[layout])
+    seen = ranks(4, counted, LAYOUTS[layout], timeout=240)
+    run = configured(LAYOUTS[layout])
+    inner = run.parallel.tensor * run.parallel.context
+    for rank in range(0, run.parallel.ranks, inner):  # the first replica's first rank of each stage
+        place, schedule, closing = seen[rank]
+        said, heard = ([significant(part) for part in parts] for parts in (halves(plan[place]), (schedule, closing)))
+        if run.optim.overlap:  # what hides behind the last micro-batch, a plan counts where it is waited for
+            said, heard = ([Counter(each[0]) + Counter(each[1])] for each in (said, heard))
+        assert said == heard, place
+    assert any(significant(stage.closing) or significant(stage.schedule) for stage in plan)
+
+
+def test_levels_pay_for_their_own_moves() -> None:
+    """By level, what a plan says adds up to what it counted where everything moves."""
+    (plan,) = ranks(1, planned, ["parallel.pipeline=2"])
+    for stage in plan:
+        total = sum(each.a_move + each.every_step for each in stage.moves)
+        counted = sum(size for (axis, _), size in stage.closing.items() if axis == "data")
+        assert total == counted > 0
+        assert {each.level for each in stage.moves} == {"fast", "slow", "long"}
+
+
+@pytest.mark.parametrize(
+    ("count", "overrides"),
+    [
+        (1, []),
+        (2, []),
+        (2, ["parallel.tensor=2"]),
+        (2, ["parallel.pipeline=2"]),
+        (1, ["train.recompute=block"]),
+        (2, ["optim.reduce=eager"]),
+    ],
+)
+def test_predicted_memory_is_the_measured_one(count: int, overrides: list[str]) -> None:
+    run = memory.configure("10M", "four", max(1, count), *overrides)
+    for row in memory.compared("10M", run, count):
+        assert row.ok, row
+
+
+def test_a_layout_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match="6 ranks cannot hold whole replicas"):
+        stages(tiny("parallel.tensor=4", "model.kv_heads=4"), 6)
+
+
+def test_a_world_that_is_joined_cannot_be_pretended() -> None:
+    def both() -> str:
+        run = tiny()
+        built(run)
+        try:
+            stages(run, 1)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    assert "another process" in ranks(1, both)[0]

@@ -1,0 +1,163 @@
+"""Both ends of an attempt where Slurm says or does what a test cluster seldom does; Slurm's words are put in its mouth."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nlscale_launch import attempt, slurm
+from nlscale_launch.attempt import Submission, begin, end
+
+from nlscale.runtime.folder import Folder, read_lines
+from nlscale.runtime.log import Journal
+from tests.slurm.test_policy import submission
+
+
+@dataclass
+class Said:
+    """What Slurm says, and what it was asked for."""
+
+    standing: tuple[str, int] = ("goes on", 0)
+    requeues: bool = True
+    gone: list[str] = field(default_factory=list)
+    asked: list[tuple[str, Any]] = field(default_factory=list)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Said]:
+    given = Said()
+
+    def requeue(number: str, without: list[str]) -> bool:
+        given.asked.append((number, list(without)))
+        return given.requeues
+
+    monkeypatch.setattr(slurm, "standing", lambda number: given.standing)
+    monkeypatch.setattr(slurm, "requeue", requeue)
+    monkeypatch.setattr(slurm, "gone", lambda nodes, since: given.gone)
+    monkeypatch.setattr(slurm, "exclude", lambda number, without: given.asked.append((f"exclude {number}", without)))
+    monkeypatch.setattr(attempt, "survive", lambda: None)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("NLSCALE_NODES", "node1,node2")
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "slurm").mkdir()
+    yield given
+
+
+def saved(folder: Path, step: int) -> None:
+    target = Folder(folder).checkpoint(step)
+    target.mkdir(parents=True)
+    (target / "manifest.json").write_text("{}")
+
+
+def opened(asked: Submission, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    """Begins an attempt; its logs."""
+    assert begin(asked) == 0
+    logs, port, token = capsys.readouterr().out.split()
+    assert 20000 <= int(port) < 32000 and len(token) == 32
+    monkeypatch.setenv("NLSCALE_LOGS", logs)
+    return Path(logs)
+
+
+def kinds(folder: Path) -> list[str]:
+    return [event["event"] for event in read_lines(Folder(folder).events)]
+
+
+def test_a_finished_run_and_a_cancelled_job_start_nothing(
+    said: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = submission(tmp_path, steps=30)
+    (tmp_path / "slurm" / "cancel-12").touch()
+    assert begin(asked) == 0 and capsys.readouterr().out == ""
+    (tmp_path / "slurm" / "cancel-12").unlink()
+    saved(tmp_path, 30)
+    assert begin(asked) == 0 and capsys.readouterr().out == "" and not kinds(tmp_path)
+
+
+def test_the_attempt_that_ended_is_judged_and_not_another_that_was_refused_meanwhile(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody starts the same run by hand, and is refused with 78, while the job trains."""
+    asked = submission(tmp_path, steps=30)
+    opened(asked, monkeypatch, capsys)
+    journal = Journal(Folder(tmp_path), True)
+    journal.event("attempt", 0, attempt=2, job="", nodes=["login"])
+    journal.event("attempt ended", 0, attempt=2, job="", code=78, reason="is held", blamed=[])
+    assert end(asked, 75) == 75 and said.asked == [("12", [])]
+
+
+@pytest.mark.parametrize(
+    ("standing", "words"),
+    [
+        (("goes on", 1), "Slurm has requeued the job"),
+        (("over", 0), "the job was cancelled"),
+        (("", 0), "Slurm did not requeue it"),
+        (("time limit", 0), "requeued"),
+    ],
+)
+def test_what_slurm_says_of_the_job_decides(
+    standing: tuple[str, int],
+    words: str,
+    said: Said,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked, said.standing = submission(tmp_path, steps=30), standing
+    opened(asked, monkeypatch, capsys)
+    assert end(asked, 75) == 75
+    assert words in capsys.readouterr().err and bool(said.asked) == (words == "requeued")
+
+
+def test_an_attempt_that_was_followed_leaves_its_successor_alone(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A split brain's old half, which gets to its end after all."""
+    asked = submission(tmp_path, steps=30)
+    first = opened(asked, monkeypatch, capsys)
+    opened(asked, monkeypatch, capsys)
+    monkeypatch.setenv("NLSCALE_LOGS", str(first))
+    assert end(asked, 75) == 75 and not said.asked
+    assert "another attempt has followed" in capsys.readouterr().err
+
+
+def test_nodes_that_failed_are_sent_back_for_a_few_turns_and_then_tried_all_the_same(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = submission(tmp_path, steps=30, attempts=9)
+    said.gone = ["node2"]
+    for _ in range(2):  # lost twice: node2 was gone each time
+        assert begin(asked) == 0
+    capsys.readouterr()
+    for turn in range(3):
+        assert begin(asked) == 0 and capsys.readouterr().out == ""
+        assert said.asked[turn] == ("12", ["node2"])
+    opened(asked, monkeypatch, capsys)
+    assert len(said.asked) == 3 and kinds(tmp_path).count("left out") == 3
+    assert begin(submission(tmp_path, steps=30, attempts=9, chain=4)) == 0 and len(said.asked) == 3  # a chain goes on
+
+
+def test_a_run_that_loses_a_node_each_time_is_given_up_at_the_next_start(
+    said: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = submission(tmp_path, steps=30, failures=9)
+    said.gone = ["node1"]
+    assert [begin(asked) for _ in range(4)] == [0, 0, 0, 93]
+    assert "3 crashes in a row that did not get beyond the first checkpoint" in capsys.readouterr().err
+    assert kinds(tmp_path)[-1] == "give up"
+    Journal(Folder(tmp_path), True).event("submit", 0, job="13", submission="0002")
+    assert begin(asked) == 0 and kinds(tmp_path)[-1] == "attempt"  # who submits again has mended it
+
+
+def test_bad_nodes_one_after_another_are_no_matter_of_nodes(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = submission(tmp_path, steps=30)
+    codes = []
+    for node in ("node1", "node2", "node3"):
+        monkeypatch.setenv("NLSCALE_NODES", node)
+        logs = opened(asked, monkeypatch, capsys)
+        (logs / "preflight.json").write_text(f'{{"nodes": {{}}, "bad": {{"{node}": ["0 of 8 GPUs answer"]}}}}')
+        codes.append(end(asked, 69))
+    assert codes == [69, 69, 93] and said.asked == [("12", ["node1"]), ("12", ["node1", "node2"])]

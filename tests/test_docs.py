@@ -1,0 +1,150 @@
+"""Every link and every command of the documentation: links lead somewhere; commands run, or at least parse to the end."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nlscale.cli import build_parser, main
+from nlscale.data.write import Preparation, prepare
+from nlscale.verbs.saved import BENCHES
+from tests.corpus import write_corpus
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("launch/*.md")),
+    *sorted(ROOT.glob("kernels/**/*.md")),
+]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`\n]+)`")
+PLACEHOLDER = re.compile(r"[\[\]|]|\.\.\.| / |\b[A-Z]{2,}\b")
+WORDS = ("nlscale", "make", "pytest", "python", "torchrun", "srun")
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Commands of a page's blocks and lines, without comments and variables before them."""
+    text = page.read_text()
+    blocks = [line for block in FENCE.findall(text) for line in block.splitlines()]
+    for line in [*blocks, *INLINE.findall(FENCE.sub("", text))]:
+        said = re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line.split("  #")[0].strip().removeprefix(".venv/bin/"))
+        if said.split(" ")[0] in WORDS and " " in said:
+            yield said
+
+
+ALL = sorted({(str(page.relative_to(ROOT)), said) for page in PAGES for said in commands(page)})
+CONCRETE = sorted(
+    {
+        said
+        for _, said in ALL
+        if said.startswith("nlscale ") and not PLACEHOLDER.search(said) and (len(said.split()) > 2 or "status" in said)
+    }
+)
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page, as the hosts of Markdown make them."""
+    lines = [
+        line.lstrip("#").strip().lower()
+        for line in FENCE.sub("", page.read_text()).splitlines()
+        if line.startswith("#")
+    ]
+    return {re.sub(r"[^\w\- ]", "", line).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        if link.startswith("http"):
+            assert re.fullmatch(r"https://[\w.\-]+(/[\w.\-/#%]*)?", link), link
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in headings(target), f"{page.name}: {link}"
+
+
+def test_there_is_something_to_hold_the_documentation_to() -> None:
+    assert len(ALL) > 40 and len(CONCRETE) > 12 and len(PAGES) >= 8
+
+
+def options(verbs: list[str]) -> set[str]:
+    """Every option of a verb, and of those below it."""
+    parser = build_parser()
+    for verb in verbs:
+        below = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+        if not below or verb not in below[0]:
+            break
+        parser = below[0][verb]
+    found = {word for action in parser._actions for word in action.option_strings}
+    for action in parser._actions:
+        for other in action.choices.values() if isinstance(action.choices, dict) else ():
+            found |= {word for each in other._actions for word in each.option_strings}
+    return found
+
+
+@pytest.mark.parametrize(("page", "said"), ALL)
+def test_commands_name_what_there_is(page: str, said: str) -> None:
+    """Verbs and options of the program, targets of make, modules, paths."""
+    words = said.split()
+    if words[0] == "nlscale":
+        verbs = [word for word in words[1:3] if re.fullmatch("[a-z]+", word)]
+        known = options(verbs)
+        assert known != options([]), f"{page}: {said}: no such verb"
+        for flag in re.findall(r"(?<![\w-])(--?[a-z][a-z-]*)", said):
+            assert flag in known, f"{page}: {said}: {flag} is no option"
+        if verbs[0] == "bench":
+            assert {word for word in words[2:] if re.fullmatch("[a-z]+", word)} <= set(BENCHES), said
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), said
+    elif words[0] == "pytest":
+        assert all((ROOT / word).exists() for word in words[1:] if word.startswith("tests/")), said
+    elif "-m" in words:
+        assert importlib.util.find_spec(words[words.index("-m") + 1]) is not None, said
+
+
+@pytest.fixture(scope="module")
+def somewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the corpus that the demo's recipe names, and a run in it."""
+    root = tmp_path_factory.mktemp("docs")
+    source = write_corpus(root / "in")
+    out = str(root / "corpora" / "stdlib")
+    prepare(Preparation(sources=(str(source),), out=out, sequence=256, tokeniser="bytes", held_out=0.1))
+    web = str(root / "corpora" / "web")
+    prepare(Preparation(sources=(str(source),), out=web, sequence=4096, tokeniser="bytes", held_out=0.3))
+    return root
+
+
+@pytest.mark.parametrize("said", CONCRETE)
+def test_commands_run(said: str, somewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by itself, from a folder with the demo's corpus: training for one step, submissions without sending them."""
+    monkeypatch.chdir(somewhere)
+    words = shlex.split(said)[1:]
+    quick = ["train.steps=1", "train.evaluate_rows=2", "log.wandb=disabled"]
+    if words[0] == "train":
+        words += quick
+    if words[0] == "submit" and "--dry-run" not in words:
+        words += ["--dry-run"]
+    if words[0] == "bench":
+        build_parser().parse_known_args(words)
+        pytest.skip("a bench of minutes; its name and options are checked above")
+    if words[0] == "plan":  # pretends a world, which this process is not to join
+        done = subprocess.run(
+            [sys.executable, "-m", "nlscale.cli", *words], capture_output=True, text=True, timeout=250
+        )
+        assert done.returncode == 0, done.stderr
+        return
+    if words[0] in ("status", "plot") and "--levels" not in words:
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(["train", "demo", "run.name=told", "parallel.tensor=1", "--nproc", "1", *quick])
+    allowed = (0, 78) if words[0] == "check" else (0,)  # a check may say that this machine's disk is too small
+    assert main(words) in allowed, said

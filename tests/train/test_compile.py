@@ -1,0 +1,80 @@
+"""Blocks through torch.compile compute what they compute without; the bench of the ladder measures what it says."""
+
+from typing import Any
+
+import pytest
+
+from nlscale.bench import ladder
+from nlscale.bench.ladder import Figures, measured, rows_of
+from nlscale.config.errors import UserError
+from nlscale.parallel import apply
+from nlscale.testing import ranks
+from tests.optim.driver import built, usual
+from tests.tiny import tiny
+
+CASES: dict[str, tuple[int, list[str]]] = {
+    "attention": (1, []),
+    "tensor": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "recompute": (1, ["train.recompute=block"]),
+    "delta": (1, ["model.mixer=delta", "model.linear.chunk=4"]),
+}
+
+
+def losses(backend: str, overrides: list[str]) -> tuple[list[float], int]:
+    """Of four steps; and graphs that were compiled."""
+    import torch._dynamo as dynamo
+
+    apply.BACKEND = backend
+    dynamo.utils.counters.clear()  # a forked rank has its parent's, who may have compiled for other tests
+    run = tiny(*overrides)
+    world, model, optimizer = built(run)
+    found = []
+    for step in range(1, 5):
+        total = model.forward_backward(usual(run, step, world), True)
+        optimizer.step(step, total[2].long())
+        found.append(float(total[0]))
+    return found, dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_blocks_compute_the_same(case: str) -> None:
+    count, overrides = CASES[case]
+    for (plain, none), (compiled, graphs) in zip(
+        ranks(count, losses, "aot_eager", overrides),
+        ranks(count, losses, "aot_eager", [*overrides, "train.compile=block"], timeout=250),
+        strict=True,
+    ):
+        assert compiled == pytest.approx(plain, rel=1e-6) and none == 0 and graphs > 0
+
+
+def test_machine_code_computes_the_same() -> None:
+    ((plain, _),) = ranks(1, losses, "inductor", ["model.layers=1"])
+    ((compiled, graphs),) = ranks(1, losses, "inductor", ["model.layers=1", "train.compile=block"], timeout=250)
+    assert compiled == pytest.approx(plain, rel=1e-6) and graphs > 0
+
+
+def test_the_ladder_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model of this machine's size: MFU is tokens a second x FLOPs a token / peak, as told."""
+    run = tiny("log.peak_flops=1e9", "train.micro_batch=4")
+    (found,) = ranks(1, measured, run)
+    from nlscale.model.count import flops_a_token
+
+    assert found.mfu == pytest.approx(found.tokens_per_second * flops_a_token(run.model, 16) / 1e9)
+    assert found.tokens_per_second > 0 and found.peak_bytes > 2**20
+    if not ladder.torch.cuda.is_available():
+        with pytest.raises(UserError, match="bench ladder measures a GPU"):
+            ladder.main(None)
+
+
+def test_targets_are_held() -> None:
+    plain, slow = Figures(1000.0, 0.5, 2**30), Figures(600.0, 0.3, 2**31)
+
+    def verdicts(*given: Any) -> list[bool]:
+        return [row.ok for row in rows_of("x", *given)]
+
+    assert verdicts(plain, 0.45, None, None) == [True, True, True] and verdicts(plain, 0.55, None, None)[0] is False
+    assert verdicts(slow, None, plain, 1.5) == [True, False, True]
+    assert verdicts(slow, None, plain, 1.7) == [True, True, True]
+    assert rows_of("x", slow, None, plain, 1.7)[1].ratio == pytest.approx(1000 / 600)
+    assert {name for name, _ in ladder.TARGETS} <= set(ladder.SIZES)
+    assert ladder.configure("350m", "hope", True).train.compile == "block"

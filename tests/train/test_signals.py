@@ -1,0 +1,122 @@
+"""Signals at any moment, to all ranks or one: saved at a step's end by all; a resume has the bits of an unbroken run."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nlscale.config.errors import SavedOnSignal
+from nlscale.config.run import Run
+from nlscale.runtime.watch import Watch, sparing_children
+from nlscale.testing import ranks
+from nlscale.train import checkpoint, loop
+from nlscale.train.loop import train
+from tests.corpus import small_run
+from tests.records import events, hashes, losses, shards
+
+STEPS = ["train.steps=12", "checkpoint.interval=4", "train.evaluate_rows=4", "train.evaluate_interval=3"]
+USR2, TERM = signal.SIGUSR2, signal.SIGTERM
+MOMENTS: dict[str, tuple[str, list[int], int]] = {  # place, signals, the rank that hears them (-1: all)
+    "while it is built": ("built", [USR2], -1),
+    "while it restores": ("restore", [TERM], -1),
+    "in a step": ("forward", [USR2], -1),
+    "in a step, TERM": ("forward", [TERM], -1),
+    "in an evaluation": ("evaluation", [USR2], -1),
+    "in a save": ("save", [USR2], -1),
+    "as shards are written": ("write", [TERM], 0),
+    "to one rank": ("forward", [USR2], 1),
+    "twice": ("forward", [USR2, TERM, USR2], -1),
+}
+
+
+def signalled(run: Run, place: str, numbers: list[int], to: int) -> str:
+    """Trains; at the place, this process hears the signals once."""
+    heard: list[int] = []
+
+    def shouting(function: Callable[..., Any], after: int = 0) -> Callable[..., Any]:
+        calls = [0]
+
+        def wrapped(*arguments: Any, **more: Any) -> Any:
+            calls[0] += 1
+            if calls[0] > after and not heard and to in (-1, int(os.environ["RANK"])):
+                heard.extend(numbers)
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return function(*arguments, **more)
+
+        return wrapped
+
+    if place == "built":
+        loop.built = shouting(loop.built)
+    elif place == "evaluation":
+        loop.held_out_loss = shouting(loop.held_out_loss)
+    elif place == "forward":
+        plain = loop.built
+
+        def built(*arguments: Any) -> Any:
+            state, model = plain(*arguments)
+            return state, replace(model, forward_backward=shouting(model.forward_backward, 5))
+
+        loop.built = built
+    else:
+        name = {"restore": "restore", "save": "save", "write": "write"}[place]
+        setattr(checkpoint.Checkpoints, name, shouting(getattr(checkpoint.Checkpoints, name)))
+    try:
+        with Watch() as watch:
+            train(run, watch)
+    except SavedOnSignal as error:
+        return str(error)
+    return "finished"
+
+
+@pytest.fixture(scope="module")
+def unbroken(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = small_run(prepared, tmp_path_factory.mktemp("unbroken"), *STEPS)
+    ranks(2, train, run)
+    return run
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_at_any_moment(moment: str, unbroken: Run, prepared: str, tmp_path: Path) -> None:
+    place, numbers, to = MOMENTS[moment]
+    run = small_run(prepared, tmp_path, *STEPS)
+    said = ranks(2, signalled, run, place, numbers, to)
+    assert said[0] == said[1] and said[0].startswith("saved at step"), said
+    (stop,) = events(run, "stop")
+    at = {"built": 1, "restore": 1, "evaluation": 4, "save": 5, "forward": 5}.get(place)
+    assert stop["step"] == at or (at is None and 5 <= stop["step"] <= 7), stop
+    ranks(2, train, run)
+    assert losses(run) == losses(unbroken) and hashes(run) == hashes(unbroken)
+    assert shards(run, 12) == shards(unbroken, 12)
+
+
+@pytest.mark.parametrize(("lead", "said"), [(0, True), (3600, False)])
+def test_a_lead_that_leaves_too_little_for_a_save_is_said(
+    lead: int, said: bool, prepared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    run = small_run(prepared, tmp_path, "train.steps=4", "checkpoint.interval=2", f"cluster.lead={lead}")
+    ranks(1, train, run)
+    found = [(event["step"], event["lead"]) for event in events(run, "lead too short")]
+    assert found == ([(2, lead)] if said else [])
+
+
+def test_children_do_not_hear_what_ranks_hear() -> None:
+    """Slurm sends a job's signals to its every process: those that ranks start must live on."""
+    for spared in (True, False):
+        with Watch():
+            if spared:
+                with sparing_children():
+                    pid = os.posix_spawn("/bin/sleep", ["sleep", "30"], os.environ)
+            else:
+                pid = os.posix_spawn("/bin/sleep", ["sleep", "30"], os.environ)
+        os.kill(pid, signal.SIGUSR2)
+        os.kill(pid, signal.SIGTERM)
+        done, _ = os.waitpid(pid, os.WNOHANG if spared else 0)
+        assert (done == 0) == spared
+        os.kill(pid, signal.SIGKILL) if spared else None
+        os.waitpid(pid, 0) if spared else None
