@@ -5,7 +5,6 @@ width 96, memories that move every 16 tokens. A part is worth what the held-out 
 models at a time as there are cores; about an hour on two.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from statistics import mean
 
 from nlscale.bench.table import Row, show
 from nlscale.data.write import Preparation, prepare
+from nlscale.runtime.folder import Folder, read_lines
 
 SEEDS = (1, 2)
 MODEL = [
@@ -48,7 +48,7 @@ def trained(overrides: list[str], folder: str) -> float:
     )
     if done.returncode:
         raise RuntimeError(f"{folder} ended with {done.returncode}\n{done.stderr[-2000:]}{done.stdout[-2000:]}")
-    return float(json.loads((Path(folder) / "metrics.jsonl").read_text().splitlines()[-1])["eval/loss"])
+    return float([line["eval/loss"] for line in read_lines(Folder(Path(folder)).metrics) if "eval/loss" in line][-1])
 
 
 def main(target: str | None) -> int:

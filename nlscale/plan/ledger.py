@@ -4,44 +4,46 @@ import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, UntypedStorage
 
 from nlscale.runtime.wire import Axes
 
 
-class Ledger(TorchDispatchMode):
+class Ledger:
     """Bytes of live storages and their peak; the bytes of collectives by axis and kind."""
 
-    def __init__(self, axes: Mapping[str, str]) -> None:
-        super().__init__()
-        self.wire = Axes(axes)
-        self.sizes: dict[int, int] = {}  # by a storage's address
+    def __init__(self) -> None:
+        self.wire = Axes({})
+        self.held: dict[int, tuple[int, weakref.ref[UntypedStorage]]] = {}  # by a storage's address: its bytes
         self.live = self.peak = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.wire.note(function, args)
-        result = function(*args, **(kwargs or {}))
-        if function.namespace != "c10d":
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    self.hold(tensor)
-        return result
+    def follow(self, axes: Mapping[str, str]) -> None:
+        """From now on, what is sent counts for the axes of these groups."""
+        self.wire = Axes(axes)
+
+    def note(self, function: Any, args: Any, result: Any) -> None:
+        """Counts what an operation sent, and what it gave."""
+        if function.namespace == "c10d":
+            self.wire.note(function, args)
+        elif isinstance(result, Tensor):
+            self.hold(result)
+        elif isinstance(result, tuple | list):
+            for each in result:
+                self.note(function, args, each)
 
     def hold(self, tensor: Tensor) -> None:
         """Counts a tensor's storage, if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self.sizes:
-            self.sizes[key] = size = storage.nbytes()
+        if key not in self.held:
+            size = storage.nbytes()
+            self.held[key] = size, weakref.ref(storage, lambda _: self.free(key))
             self.live += size
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.free, key)
 
     def free(self, key: int) -> None:
         """A storage's last tensor is gone."""
-        self.live -= self.sizes.pop(key)
+        self.live -= self.held.pop(key)[0]
 
     def restart(self) -> None:
         """Forgets peaks and traffic so far; what is live stays."""

@@ -17,13 +17,16 @@ from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlscale.config.run import Run
+from nlscale.plan.ledger import Ledger
 from nlscale.runtime import cpu
 from nlscale.runtime.world import Place, World, arranged, leave
 
 META = torch.device("meta")
+CONSTRUCTORS = _device_constructors()
 MAKERS = {"empty", "zeros", "ones", "full", "arange", "scalar_tensor", "randint", "randn", "rand"}
 UNKNOWN = (  # collectives whose outputs are arguments, and which torch has no form of for meta tensors
     torch.ops.c10d.reduce_scatter_tensor_coalesced_.default,
@@ -33,10 +36,12 @@ ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_A
 
 
 class Reads(TorchFunctionMode):
-    """What torch's Python answers without dispatching, or decides by a tensor's device."""
+    """What torch's Python answers without dispatching, or decides by a tensor's device or by the default one."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function in CONSTRUCTORS and kwargs.get("device") is None:
+            kwargs["device"] = META
         if function is Tensor.tolist and args[0].is_meta:
             return filled(args[0].shape)
         if function is F.scaled_dot_product_attention and args[0].is_meta:
@@ -45,9 +50,52 @@ class Reads(TorchFunctionMode):
 
 
 class Nowhere(TorchDispatchMode):
-    """Makes tensors on the meta device wherever they are asked for; numbers that the host reads are 1."""
+    """Makes tensors on the meta device wherever they are asked for; numbers that the host reads are 1.
+
+    What an operation gives depends on the shapes and dtypes that it is given, and most of its time goes into finding that
+    out: each is asked once (most of all the chunks of a memory's walk, thousands of equal operations a block).
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        """`ledger`: is told of every operation and of what it gave."""
+        super().__init__()
+        self.ledger = ledger
+        self.seen: dict[Any, Any] = {}
+        self.pure: dict[Any, bool] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = self.answer(function, args, kwargs)
+        self.ledger.note(function, args, result)
+        return result
+
+    def answer(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation gives."""
+        key = None if kwargs or not self.is_pure(function) else given(args)
+        if key is None:
+            return self.asked(function, args, kwargs)
+        like = self.seen.get((function, key))
+        if like is None:
+            result = self.asked(function, args, kwargs)
+            self.seen[function, key] = form(result)
+            return result
+        return remade(like)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: torch need not wrap each dispatch against it."""
+        return False
+
+    def is_pure(self, function: Any) -> bool:
+        """Whether an operation gives new tensors and changes nothing."""
+        if function not in self.pure:
+            schema = function._schema
+            values = (*schema.arguments, *schema.returns)
+            new = bool(schema.returns) and all(str(each.type) in ("Tensor", "Tensor[]") for each in schema.returns)
+            self.pure[function] = new and not any(each.alias_info for each in values)
+        return self.pure[function]
+
+    def asked(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """What the operation itself says."""
         kwargs = dict(kwargs or {})
         if function is torch.ops.aten._local_scalar_dense.default:
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
@@ -57,6 +105,41 @@ class Nowhere(TorchDispatchMode):
         if function in UNKNOWN:
             return FakeWork().boxed()
         return function(*args, **kwargs)
+
+
+def given(args: Any) -> Any:
+    """All that the form of a pure operation's results can depend on; None where some of it is not known here."""
+    key: list[Any] = []
+    for each in args:
+        kind = type(each)
+        if isinstance(each, Tensor):
+            if not each.is_meta:
+                return None
+            key.append((each.shape, each.stride(), each.dtype))
+        elif kind in (list, tuple):
+            inner = given(each)
+            if inner is None:
+                return None
+            key.append((kind, inner))
+        elif each is None or kind in (int, float, bool, str, torch.dtype, torch.layout, torch.device):
+            key.append((kind, each))  # 1, 1.0 and True are equal, and not the same
+        else:
+            return None
+    return tuple(key)
+
+
+def form(result: Any) -> Any:
+    """Shape, strides and dtype of the tensor that an operation gave, or a list of those of each."""
+    if isinstance(result, Tensor):
+        return result.shape, result.stride(), result.dtype
+    return [form(each) for each in result]
+
+
+def remade(like: Any) -> Any:
+    """New tensors of a form."""
+    if isinstance(like, list):
+        return tuple(remade(each) for each in like)
+    return torch.empty_strided(like[0], like[1], dtype=like[2], device=META)
 
 
 def filled(shape: Sequence[int]) -> Any:
@@ -74,10 +157,11 @@ def flash(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **gi
 
 
 @contextmanager
-def pretended(run: Run, size: int, pipeline_rank: int, node: int | None) -> Iterator[World]:
+def pretended(run: Run, size: int, pipeline_rank: int, node: int | None, ledger: Ledger) -> Iterator[World]:
     """The world of `size` ranks as the first replica's first rank of a pipeline stage sees it.
 
-    `node`: replicas of a node, as `join` takes it. Raises RuntimeError in a process that has joined a world already.
+    `node`: replicas of a node, as `join` takes it; `ledger` hears of all that is done there. Raises RuntimeError in a
+    process that has joined a world already.
     """
     if dist.is_initialized():
         raise RuntimeError("this process has joined a world: a pretended one needs another process")
@@ -88,7 +172,7 @@ def pretended(run: Run, size: int, pipeline_rank: int, node: int | None) -> Iter
     cpu.install()
     dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=size)
     try:
-        with Nowhere(), META, Reads():
+        with Nowhere(ledger), Reads():
             place = Place(rank, size, 0, run.cluster.ranks, META)
             yield arranged(run.parallel, place, run.train.seed, run.cluster.timeout, node)
     finally:

@@ -59,11 +59,17 @@ def stage(run: Run, size: int, rank: int) -> Stage:
     """One pipeline rank."""
     run = replace(run, train=replace(run.train, compile="none"))  # what is compiled has no shapes to follow
     node = run.optim.node if run.optim.reduce == "hierarchical" else 0
-    with pretended(run, size, rank, node) as world, Ledger(axes(world)) as ledger:
+    ledger = Ledger()
+    with pretended(run, size, rank, node, ledger) as world:
+        ledger.follow(axes(world))
         model = parallelize(run, world)
         optimizer = build_optimizer(run, model.leaves, world)
         optimizer.await_in(model.modules)
-        return measured(run, world, rank, model, optimizer, ledger)
+        gc.freeze()  # what stays need not be looked through whenever a schedule's leavings are collected
+        try:
+            return measured(run, world, rank, model, optimizer, ledger)
+        finally:
+            gc.unfreeze()
 
 
 def axes(world: World) -> dict[str, str]:
