@@ -3,7 +3,7 @@
 from nlscale.bench.states import ARMS, WANTED, Arm, learnt, row
 from nlscale.testing import ranks
 
-STEPS = 150  # rows have grown to 12 tokens then
+STEPS = 150  # no row is longer than 20 tokens until then
 
 
 def test_row_21_parity_is_right_on_rows_four_times_as_long() -> None:
