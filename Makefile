@@ -39,12 +39,13 @@ bench: $(VENV)/installed
 faults: $(VENV)/tested
 	$(BIN)/python -m pytest -m slow -s
 
-gpu: $(VENV)/tested
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m nlscale_kernels.tune
-	$(BIN)/nlscale bench step
-	$(BIN)/nlscale bench kernels
-	$(BIN)/nlscale bench step --profile
+# Every GPU test, then every table that needs a GPU, into the folder OUT, in one go; what fails is said, and the rest goes on.
+#
+#   make gpu                in .venv
+#   make gpu BARE=python3   nothing is installed: that Python has torch and Triton, megatron-core, omegaconf, pytest and xxhash too
+OUT ?= gpu
+gpu: $(if $(BARE),,$(VENV)/tested)
+	tests/gpu/all.sh "$(or $(BARE),$(BIN)/python)" "$(OUT)"
 
 # Speed, MFU and memory of the ladder's small sizes on one GPU, compiled and not: 24 runs, a quarter of an hour or so.
 ladder: $(VENV)/tested

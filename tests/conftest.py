@@ -14,8 +14,8 @@ quiet()
 
 import pytest  # noqa: E402
 
-from nlscale.data.write import Preparation, prepare  # noqa: E402
-from tests.corpus import write_corpus  # noqa: E402
+if "gpu" not in sys.argv:  # what one GPU needs is torch, Triton, megatron-core and a few small packages (`make gpu`)
+    import nlscale.optim.zero  # noqa: E402, F401
 
 torch.set_num_threads(1)  # a pool of OpenMP threads in this process would hang in the ranks forked from it
 
@@ -37,6 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A dataset of rows of 32 bytes."""
+    from nlscale.data.write import Preparation, prepare
+    from tests.corpus import write_corpus
+
     root = tmp_path_factory.mktemp("rows")
     source = write_corpus(root / "in")
     plan = Preparation(sources=(str(source),), out=str(root / "out"), sequence=32, tokeniser="bytes", held_out=0.1)

@@ -21,8 +21,7 @@ from nlscale.optim.build import build_optimizer
 from nlscale.parallel.apply import PRECISIONS, parallelize
 from nlscale.runtime.world import join
 from nlscale.testing import ranks
-from nlscale.train.metrics import peak_bytes
-from nlscale.train.peak import peak_flops
+from nlscale.train.peak import peak_bytes, peak_flops
 
 SIZES = ("125m", "350m", "760m", "1.3b")
 VARIANTS = ("plain", "hope-attention", "hope")
@@ -109,6 +108,7 @@ def main(target: str | None) -> int:
                     within(f"{name}: memory / plan", found.peak_bytes / 2**30, "GiB", expected[0] / 2**30, 0.05)
                 )
                 table += rows_of(name, found, TARGETS.get((size, variant)), plain, OVER_PLAIN.get(variant))
+                print(f"{name}: {found}", flush=True)  # what stands where the time runs out
                 plain = plain or (found if variant == "plain" else None)
     return show(
         f"one {torch.cuda.get_device_name()}, torch {torch.__version__}, median of {STEPS} steps", table, target

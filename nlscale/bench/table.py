@@ -96,7 +96,8 @@ def show(title: str, rows: Sequence[Row], target: str | None) -> int:
             "cores": os.cpu_count(),
             "python": platform.python_version(),
         }
-        versions = {name: metadata.version(name) for name in PACKAGES}
+        installed = {each.metadata["Name"]: each.version for each in metadata.distributions()}
+        versions = {name: installed.get(name, "not installed") for name in PACKAGES}
         record = {"rows": [asdict(row) for row in rows], "machine": machine, "versions": versions}
         Path(target).write_text(json.dumps(record, indent=1) + "\n")
     return 0 if all(row.ok for row in rows) else 1

@@ -5,7 +5,8 @@ and tokens in one reduction, every due group moves or, where a gradient is not f
 travels behind the next forward pass.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import importlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +29,6 @@ from nlscale.optim.schedule import level_rate
 from nlscale.optim.shard import Fragment, Sharder, fragments, square
 from nlscale.optim.tasks import Tasks
 from nlscale.optim.window import Windows
-from nlscale.optim.zero import ZeroShard, forbid_compilation, silence
 from nlscale.runtime.clock import Clock
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
@@ -240,8 +240,6 @@ def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int |
 
     `steps`: of the schedule, if not those of the run.
     """
-    forbid_compilation()
-    silence()
     optim, staggered = run.optim, run.optim.phase == "staggered"
     every = groups(run.levels, run.model.layers, staggered)
     moving = dict.fromkeys(leaf.parameter for leaf in leaves if not level_of(leaf.name, run.levels).frozen)
@@ -250,11 +248,12 @@ def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int |
     windows = Windows(moving, [g.name for g in every], lasting=optim.reduce == "defer")
     members = by_group(leaves, run.levels, run.model.layers, staggered)
     movers = {}
+    usual: Callable[..., Sharder] = zero_shard() if world.copies > 1 else AloneShard
     for group in every:
         shards: list[Sharder] = []
         for bucket in buckets(members[group.name], optim.bucket, group.level.optimizer or optim.name):
             behind = optim.overlap and group is every[0]
-            sharder = BufferShard if behind else ZeroShard if world.copies > 1 else AloneShard
+            sharder = BufferShard if behind else usual
             shards.append(sharder(group.level, bucket, run, windows, world))
         if shards:
             policies: list[Policy] = [POLICIES[optim.reduce](shard, windows, world) for shard in shards]
@@ -266,3 +265,9 @@ def build_optimizer(run: Run, leaves: Sequence[Leaf], world: World, steps: int |
     return Optimizer(
         optim, steps or run.train.steps, world, windows, every, movers, anchors, tasks, Clock(world.device)
     )
+
+
+def zero_shard() -> Callable[..., Sharder]:
+    """DeepSpeed's, imported where copies share a shard: one rank alone needs none of it, and not to have it installed."""
+    found: Callable[..., Sharder] = importlib.import_module("nlscale.optim.zero").ZeroShard
+    return found

@@ -23,6 +23,11 @@ from nlscale.optim.window import Windows, window_dtype
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 
+# Else DeepSpeed compiles operators at start-up. The one that it would build on a CPU serves inference only, takes minutes,
+# and a build that is killed leaves a lock on which every later run waits.
+deepspeed.ops.__compatible_ops__ = {}
+deepspeed.utils.logger.setLevel(logging.ERROR)  # what an engine says of itself is of no use to a run's reader
+
 BUCKET = 2**26  # elements that an engine stages at once; a longer flat is reduced from where it lies
 
 
@@ -146,17 +151,3 @@ def engine_config(dtype: torch.dtype, bucket: int) -> dict[str, Any]:
         config["data_types"] = {"grad_accum_dtype": "bf16"}
         config["communication_data_type"] = "bf16"
     return config
-
-
-def forbid_compilation() -> None:
-    """Keeps DeepSpeed from compiling operators at start-up.
-
-    The one that it would build on a CPU serves inference only, takes minutes, and a build that is killed leaves a lock
-    on which every later run waits.
-    """
-    deepspeed.ops.__compatible_ops__ = {}
-
-
-def silence() -> None:
-    """What an engine says of itself at start-up is of no use to a run's reader."""
-    deepspeed.utils.logger.setLevel(logging.ERROR)

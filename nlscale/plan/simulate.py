@@ -19,7 +19,6 @@ from torch import nn
 from nlscale.config.levels import token_levels
 from nlscale.config.run import Run, replicas
 from nlscale.optim.build import Optimizer, build_optimizer
-from nlscale.optim.zero import ZeroShard
 from nlscale.parallel.apply import Parallelized, parallelize
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.figures import Memory, Moves, Stage, Traffic
@@ -142,7 +141,7 @@ def held(model: Parallelized, optimizer: Optimizer, live: int) -> Memory:
         found = {key: size for key, size in storages(each).items() if key not in seen}
         seen |= found.keys()
         sizes[kind] = sum(found.values())
-    engines = [shard.zero for mover in movers for shard in mover.shards if isinstance(shard, ZeroShard)]
+    engines = [shard.zero for mover in movers for shard in mover.shards if hasattr(shard, "zero")]
     shapes = [each for engine in engines for group in engine.round_robin_bit16_meta for each in group]
     nothing = sum(storages(shapes).values())  # DeepSpeed keeps these on the meta device everywhere
     return Memory(**sizes, other=live - sum(sizes.values()) - nothing)

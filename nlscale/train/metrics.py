@@ -1,14 +1,12 @@
 """What a run reports: metrics.jsonl, a progress bar or plain lines, wandb. Only rank 0 writes."""
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from nlscale.config.read import plain
@@ -19,6 +17,7 @@ from nlscale.runtime.goodput import Steps, account, lost, of_lines
 from nlscale.runtime.holder import Hold
 from nlscale.runtime.log import Journal, Lines
 from nlscale.runtime.watch import sparing_children
+from nlscale.train.peak import peak_bytes
 from nlscale.train.state import TrainState
 from nlscale.train.step import Report
 
@@ -190,10 +189,3 @@ class Metrics:
             config=plain(run),
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=REACHED),
         )
-
-
-def peak_bytes() -> int:
-    """Peak memory of this rank: of the GPU, or resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,5 +1,6 @@
-"""The peak that model FLOPs utilisation is measured against."""
+"""Peaks: the FLOP/s that model FLOPs utilisation is measured against, and the most memory that a rank has held."""
 
+import resource
 import time
 
 import torch
@@ -39,3 +40,10 @@ def measured(dtype: torch.dtype, device: torch.device, size: int = 1024, seconds
             torch.cuda.synchronize()
         done += 1
     return 2 * size**3 * done / (time.perf_counter() - began)
+
+
+def peak_bytes() -> int:
+    """Peak memory of this rank: of the GPU, or resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
