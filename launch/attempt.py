@@ -20,13 +20,15 @@ from nlscale_launch.policy import BAD_NODE, Attempt, attempts_of, left_out, verd
 
 from nlscale.config.errors import FINISHED, ORDERLY, SAVED_ON_SIGNAL, STOPPED_ON_PURPOSE, USER_ERROR, UserError
 from nlscale.runtime.folder import Folder, read_json, read_lines
+from nlscale.runtime.holder import Hold, Holder
 from nlscale.runtime.log import Journal
 from nlscale.runtime.outcome import told
 
 PROOF = "preflight.json"
 TASK = re.compile(r"error: (?P<node>[^\s:]+): tasks? [\d,\- ]+: (?P<how>.+)")  # srun's words for a rank that ended ...
-NODE = re.compile(r"Node failure on (?P<node>[\w.\-]+)")  # ... and for a node
-ORDINARY = re.compile(r"Exited with exit code|Terminated|User defined signal 2")
+NODE = re.compile(r"(?:Node failure on|Task launch for .* failed on node) (?P<node>[\w.\-]+)")  # ... and for a node
+TOLD = "User defined signal 2"
+ORDINARY = re.compile(rf"Exited with exit code|Terminated|Aborted|Out [Oo]f [Mm]emory|{TOLD}")
 ENDING = re.compile(r"Terminating StepId|Job step aborted")  # srun ends those that still live
 TURNS = 3  # back to the queue for other nodes, in a row
 
@@ -64,10 +66,13 @@ def begin(submission: Submission) -> int:
     if cancelled(folder, number):
         say("the job was cancelled: nothing is started")
         return FINISHED
+    if holder := holder_elsewhere(folder):
+        say(f"the run folder is held by {holder}, which runs: this job leaves it alone")
+        return USER_ERROR
     journal, nodes = Journal(folder, True), nodes_of_job()
     conclude_lost(folder, journal)
     events = read_lines(folder.events)
-    attempts = attempts_of(events)
+    attempts = attempts_of(events, number)
     if attempts and (judged := verdict(attempts, submission.attempts)).what == "give up":
         return give_up(submission, folder, judged.why)
     if (bad := left_out(attempts, submission.failures)) and set(bad) & set(nodes):
@@ -79,6 +84,14 @@ def begin(submission: Submission) -> int:
     journal.event("attempt", folder.newest, **facts)
     print(logs, free_port(int(os.environ.get("SLURM_JOB_ID") or 0)), secrets.token_hex(16))
     return 0
+
+
+def holder_elsewhere(folder: Folder) -> Holder | None:
+    """Who has the run folder, where that is another job and Slurm says that it runs."""
+    holder = Hold(folder.path, 0.0).read()
+    if holder is None or holder.dead or holder.job in ("", os.environ.get("SLURM_JOB_ID", "")):
+        return None
+    return holder if slurm.facts_of(holder.job).get("JobState") in ("RUNNING", "SUSPENDED") else None
 
 
 def back_without(submission: Submission, folder: Folder, bad: list[str], events: list[dict[str, Any]]) -> bool:
@@ -111,7 +124,7 @@ def end(submission: Submission, code: int) -> int:
     if any(event["event"] == "attempt" and event["attempt"] > number for event in events if event.get("job")):
         say("another attempt has followed: this one leaves it alone")
         return code
-    earlier = [attempt for attempt in attempts_of(events) if attempt.number < number]
+    earlier = [attempt for attempt in attempts_of(events, slurm.this_job()) if attempt.number < number]
     attempts = [*earlier, Attempt(number, code, folder.newest, tuple(blamed))]
     judged = verdict(attempts, submission.attempts)
     if judged.what == "give up" or (set(blamed) >= set(nodes) and none_good(attempts, len(nodes), submission.attempts)):
@@ -139,7 +152,7 @@ def give_up(submission: Submission, folder: Folder, why: str) -> int:
 def again(submission: Submission, folder: Folder, code: int, without: list[str]) -> int:
     """Back to the queue, unless somebody has cancelled the job, Slurm has requeued it itself, or a chain goes on."""
     number = slurm.this_job()
-    what, life = slurm.standing(number)
+    what, life = slurm.standing(number, slurm.LONG)
     if what and life != slurm.life():
         say("Slurm has requeued the job")
     elif what == "over" or cancelled(folder, number):
@@ -195,8 +208,12 @@ def cause(logs: Path, code: int, finished: bool) -> tuple[int, str, list[str]]:
     if code in ORDERLY:
         return code, "", []
     first = ENDING.split(said)[0]  # what came before srun ended the others
-    broken = [(found["node"], "failed") for found in NODE.finditer(said)]
     ended = [(found["node"], found["how"].strip()) for found in TASK.finditer(first)]
+    if ended and TOLD in ended[0][1]:  # the others lost their peer
+        return SAVED_ON_SIGNAL, "a signal came before ranks listened", []
+    if spoken.get("hosts"):
+        return spoken["code"], f"rank {spoken['rank']} ({spoken['host']}): {spoken['message']}", spoken["hosts"]
+    broken = [(found["node"], "failed") for found in NODE.finditer(said)]
     broken += [(node, how) for node, how in ended if not ORDINARY.search(how)]
     if broken:
         return code, f"{broken[0][0]}: {broken[0][1]}", [broken[0][0]]

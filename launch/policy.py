@@ -65,10 +65,17 @@ def left_out(attempts: Sequence[Attempt], failures: int) -> list[str]:
     return sorted(unproved | {node for node, count in counts.items() if count >= failures})
 
 
-def attempts_of(events: Sequence[dict[str, Any]]) -> list[Attempt]:
-    """The attempts that a run's events tell of since it was last submitted; those that said no end are LOST."""
+def attempts_of(events: Sequence[dict[str, Any]], job: str = "") -> list[Attempt]:
+    """The attempts that a run's events tell of; those that said no end are LOST.
+
+    `job`: those of this job, of an array those of all its tasks, whatever else was submitted meanwhile; without it, all
+    since the run was last submitted.
+    """
     found: dict[int, Attempt] = {}
+    base = job.partition("_")[0]
     for event in events:
+        if base and str(event.get("job") or "").partition("_")[0] != base:
+            continue
         if event["event"] == "submit":
             found.clear()
         elif event["event"] == "attempt":

@@ -108,5 +108,6 @@ def step(run: Run) -> list[str]:
 
 
 def submitted_jobs(folder: Folder) -> list[str]:
-    """Numbers of all jobs that were submitted for a run."""
-    return [event["job"] for event in read_lines(folder.events) if event["event"] == "submit"]
+    """Numbers of all jobs of a run: submitted ones, and any that began without a note of its submission."""
+    said = [event for event in read_lines(folder.events) if event["event"] in ("submit", "attempt")]
+    return list(dict.fromkeys(event["job"] for event in said if event.get("job")))

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from nlscale.config.errors import UserError, require
 
-PATIENCE = 60.0  # seconds in which a controller that restarts is back
+PATIENCE = 60.0  # seconds in which a controller that restarts is back ...
+LONG = 900.0  # ... and for which a job that has ended its attempt waits to be requeued
+SUBMITTING = 300.0  # seconds for sbatch: a job that a slow controller takes later would be known to nobody
 ACTIVE = {"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT"}
 
 
@@ -42,9 +44,9 @@ def asked(*command: str, seconds: float = 30.0) -> subprocess.CompletedProcess:
         return subprocess.CompletedProcess(command, 124, "", f"{command[0]} did not answer within {seconds:g} s")
 
 
-def patient(*command: str) -> str:
-    """What a command says once it succeeds; empty where it does not while a controller restarts."""
-    until = time.monotonic() + PATIENCE
+def patient(*command: str, seconds: float | None = None) -> str:
+    """What a command says once it succeeds; empty where it does not in so many seconds (unset: PATIENCE)."""
+    until = time.monotonic() + (PATIENCE if seconds is None else seconds)
     while time.monotonic() < until:
         done = asked(*command)
         if done.returncode == 0:
@@ -96,19 +98,25 @@ def same_job(number: str, wanted: str) -> bool:
     return any(int(first) <= int(task) <= int(last or first) for first, _, last in spans)
 
 
-def facts_of(number: str) -> dict[str, str]:
+def is_of(number: str, wanted: str) -> bool:
+    """Whether the job that a process finds in its SLURM_JOB_ID is `wanted`, or a task of that array."""
+    base = wanted.partition("_")[0]
+    return bool(number and base) and base in (number, facts_of(number).get("ArrayJobId"))
+
+
+def facts_of(number: str, seconds: float | None = None) -> dict[str, str]:
     """What `scontrol show job` says; empty where Slurm does not answer."""
-    line = patient("scontrol", "show", "job", "-o", number)
+    line = patient("scontrol", "show", "job", "-o", number, seconds=seconds)
     return dict(word.split("=", 1) for word in line.split() if "=" in word)
 
 
-def standing(number: str) -> tuple[str, int]:
+def standing(number: str, seconds: float | None = None) -> tuple[str, int]:
     """What becomes of a job, and how often it was restarted.
 
     `goes on`, `time limit`, `over` (somebody ended it; Slurm shows nothing but COMPLETING while a step of it lives), or
     empty where Slurm does not say.
     """
-    facts = facts_of(number)
+    facts = facts_of(number, seconds)
     state, restarts = facts.get("JobState", ""), int(facts.get("Restarts", "0"))
     if state == "TIMEOUT" or facts.get("Reason") == "TimeLimit":
         return "time limit", restarts
@@ -139,20 +147,38 @@ def requeue(number: str, without: Sequence[str]) -> bool:
 
 
 def exclude(number: str, without: Sequence[str]) -> bool:
-    """Has a job that waits do without nodes, besides those that it does without already; whether Slurm agreed."""
-    excluded = facts_of(number).get("ExcNodeList", "(null)")
-    wanted = ",".join(([] if excluded == "(null)" else [excluded]) + list(without))
+    """Has a job that waits do without nodes, besides those that it does without already; whether Slurm agreed.
+
+    As many nodes as it needs are left to it: those that were left out first come back.
+    """
+    facts = facts_of(number)
+    excluded = facts.get("ExcNodeList", "(null)")
+    before = [] if excluded == "(null)" else patient("scontrol", "show", "hostnames", excluded).split()
+    wanted = list(dict.fromkeys([*before, *without]))
+    wanted = wanted[max(0, len(wanted) - spare(facts)) :]
     for _ in range(20):
-        if asked("scontrol", "update", f"jobid={number}", f"ExcNodeList={wanted}").returncode == 0:
+        if asked("scontrol", "update", f"jobid={number}", f"ExcNodeList={','.join(wanted)}").returncode == 0:
             return True
         time.sleep(0.2)
     return False
 
 
+def spare(facts: dict[str, str]) -> int:
+    """Nodes of a job's partitions that it can do without; many where Slurm does not say."""
+    try:
+        known, need = partitions(), int(facts["NumNodes"].partition("-")[0])
+        return max(0, max(known[name] for name in facts["Partition"].split(",")) - need)
+    except (UserError, KeyError, ValueError):
+        return 1_000_000
+
+
 def patient_requeue(number: str) -> bool:
     """`scontrol requeue`, over a restart of the controller; never of a life that has followed meanwhile."""
-    until, mine = time.monotonic() + PATIENCE, life()
-    while time.monotonic() < until and standing(number)[1] == mine:
+    until, mine = time.monotonic() + LONG, life()
+    while time.monotonic() < until:
+        what, restarts = standing(number)
+        if what and restarts != mine:
+            return False
         done = asked("scontrol", "requeue", number)
         if done.returncode == 0:
             return True
@@ -203,7 +229,9 @@ def first(said: str) -> str:
 
 def submitted(script: str) -> str:
     """The number of the job that a script became; raises UserError with Slurm's reason."""
-    done = asked("sbatch", "--parsable", script)
+    done = asked("sbatch", "--parsable", script, seconds=SUBMITTING)
+    if done.returncode == 124:
+        raise UserError(f"{first(done.stderr)}; Slurm may take the job yet: `squeue --me` tells, before another try")
     if done.returncode:
         raise UserError(f"Slurm refuses the job: {first(done.stderr)}")
     return str(done.stdout.splitlines()[-1].split(";")[0])

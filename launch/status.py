@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ ENDS = {
     STOPPED_ON_PURPOSE: "stopped",
     BAD_NODE: "bad node",
 }
+BEAT = 60.0  # seconds in which a holder that lives writes (cluster.lease, by default)
 HEAD = ("run", "state", "step", "loss", "tokens/s", "checkpoint", "attempts", "goodput", "what")
 
 
@@ -67,16 +69,16 @@ def rows(folders: Sequence[Folder]) -> list[Row]:
     return [row(folder, queue) for folder in folders]
 
 
-def known_jobs() -> list[slurm.Job]:
-    """What the queue says; nothing where there is none, or where it does not answer, which is said."""
+def known_jobs() -> list[slurm.Job] | None:
+    """What the queue says; nothing where there is none, None where it does not answer, which is said."""
     try:
         return slurm.jobs() if shutil.which("squeue") else []
     except UserError as error:
         print(f"nlscale: the queue does not answer, so that folders alone decide: {error}", file=sys.stderr)
-        return []
+        return None
 
 
-def row(folder: Folder, queue: Sequence[slurm.Job]) -> Row:
+def row(folder: Folder, queue: Sequence[slurm.Job] | None) -> Row:
     """What is known of one run."""
     written, events, steps = read_lines(folder.metrics), read_lines(folder.events), folder.steps()
     lines = [line for line in written if "train/loss" in line]
@@ -96,10 +98,10 @@ def row(folder: Folder, queue: Sequence[slurm.Job]) -> Row:
     )
 
 
-def standing(folder: Folder, events: Sequence[dict[str, Any]], queue: Sequence[slurm.Job]) -> tuple[str, str]:
+def standing(folder: Folder, events: Sequence[dict[str, Any]], queue: Sequence[slurm.Job] | None) -> tuple[str, str]:
     """State and what explains it: the queue's word first, then the holder's, then the record's."""
     numbers = submitted_jobs(folder)
-    mine = [job for job in queue if any(slurm.same_job(job.number, number) for number in numbers)]
+    mine = [job for job in queue or () if any(slurm.same_job(job.number, number) for number in numbers)]
     for job in sorted((job for job in mine if job.active), key=lambda job: job.state != "RUNNING"):
         return job.state.lower(), f"job {job.number} {f'on {job.nodes}' if job.nodes else f'({job.reason})'}"
     if holder := holder_here(folder):
@@ -113,8 +115,19 @@ def standing(folder: Folder, events: Sequence[dict[str, Any]], queue: Sequence[s
         return ENDS.get(last["code"], f"crashed ({last['code']})"), last["reason"] or job
     if last["event"] == "nothing":
         return "new", ""
+    if queue is None:
+        return ("running" if beating(folder) else "no answer"), f"{job}, by the run folder alone"
+    if not numbers and beating(folder):
+        return "running", "on another host"
     remembered = [each.state.lower() for each in mine if slurm.same_job(each.number, numbers[-1])]
     return (remembered or [accounted(numbers[-1]) if numbers else "ended"])[0], job
+
+
+def beating(folder: Folder) -> bool:
+    """Whether who has the run folder wrote so of late."""
+    with contextlib.suppress(OSError):
+        return time.time() - (folder.path / "holder.json").stat().st_mtime < BEAT
+    return False
 
 
 def accounted(number: str) -> str:

@@ -70,12 +70,20 @@ def check_lead(run: Run, folder: Folder) -> None:
         cluster.lead < cluster.limit,
         f"cluster.lead={cluster.lead} s is no shorter than cluster.time={cluster.time}: the job would do nothing but save",
     )
-    saves = [event["seconds"] for event in read_lines(folder.events) if event["event"] == "save"]
-    steps = [line["throughput/step_seconds"] for line in read_lines(folder.metrics)[-100:] if "train/loss" in line]
-    need = cluster.least_lead(max(saves, default=0.0), max(steps, default=0.0))
+    events, lines = read_lines(folder.events), read_lines(folder.metrics)
+    save = max((event["seconds"] for event in events if event["event"] == "save"), default=0.0)
+    sent = max((event.get("seconds", 0.0) for event in events if event["event"] == "upload"), default=0.0)
+    steps = [line["throughput/step_seconds"] for line in lines[-100:] if "train/loss" in line]
+    evaluation = max((line["eval/seconds"] for line in lines if "eval/seconds" in line), default=0.0)
+    need = cluster.least_lead(save + sent, max(steps, default=0.0)) + evaluation
+    beside = "".join(
+        f", {name} up to {seconds:.0f} s"
+        for name, seconds in (("uploads", sent), ("evaluations", evaluation))
+        if seconds
+    )
     require(
         need <= cluster.lead,
-        f"cluster.lead={cluster.lead} s is too short: saves of this run took up to {max(saves, default=0.0):.0f} s; "
+        f"cluster.lead={cluster.lead} s is too short: saves of this run took up to {save:.0f} s{beside}; "
         f"cluster.lead={need:.0f} would work",
     )
 
@@ -176,7 +184,8 @@ def refuse_held(run: Run, request: Request) -> None:
             f"{folder.path} belongs to job {job.number} ({job.state.lower()}); `nlscale cancel {run.run.name}` ends it, "
             f"--after {job.number} comes after it",
         )
-    if holder := alive(Hold(folder.path, run.cluster.lease)):
+    holder = alive(Hold(folder.path, run.cluster.lease))
+    if holder and not slurm.is_of(holder.job, request.after):
         raise UserError(f"{folder.path} is held by {holder}, which is alive; wait for it, or give another run.name")
 
 

@@ -8,6 +8,7 @@ from nlscale.config.errors import require
 WORD = re.compile(r"[\w.,:;@%/=+*&|()#\[\]-]*")  # what Slurm takes without quotes
 TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})")
 MEMORY = re.compile(r"(\d+[KMGT]?)?")
+SECRET = re.compile(r"(key|token|secret|password|passphrase|credentials?)$", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -55,6 +56,12 @@ class Cluster:
     failures: int = 2  # of a node, after which the run's next attempts leave it out
 
     def __post_init__(self) -> None:
+        for name in self.environment:
+            require(
+                not SECRET.search(name),
+                f"cluster.environment.{name} would be written to the job script, config.yaml and checkpoints; ranks have "
+                "the environment that the job was submitted from",
+            )
         least = ("least_free", "least_write", "least_gpu_memory")
         for name in ("watchdog", "lease", "gather", "gpus", "lead", *least):
             require(getattr(self, name) >= 0, f"cluster.{name}={getattr(self, name)} must not be negative")

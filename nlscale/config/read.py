@@ -92,6 +92,8 @@ def laid_out(layout: str | None, model: str, mixer: str) -> DictConfig:
     """
     if layout is None:
         return OmegaConf.create({})
+    sizes = shipped("model")
+    require(not model or model in sizes or Path(model).is_file(), f"use.model={model}: choose from {', '.join(sizes)}")
     by_path = layout.endswith((".yaml", ".yml")) and Path(layout).is_file()
     require(
         by_path or layout in shipped("layout"),

@@ -52,7 +52,7 @@ class Checkpoint:
 
     interval: int = 500  # steps; the last step is always saved
     keep: int = 3  # newest checkpoints kept; 0 keeps all
-    beside: bool = True  # a save is copied to the host, and written while the run goes on; false: the run waits
+    asynchronous: bool = True  # a save is copied to the host, and written while the run goes on; false: the run waits
     upload: str = (
         ""  # where saves are sent, too, by any name that fsspec knows, such as s3://bucket/runs; under the run's name
     )

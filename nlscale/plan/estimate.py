@@ -42,6 +42,7 @@ FUSED = {
 HIDDEN = {"swiglu": 8.0, "gelu": 6.0}  # ... and of the feed-forward, a hidden unit
 LOGITS = 4  # float32 copies of a chunk of logits
 CHUNK, WIDE = 512, 2**24  # tokens, and logits, of a chunk of the loss, at most (kernels/summed_loss)
+NODE = 8  # GPUs of a node, where no cluster is named
 AT_ONCE = 5.0  # bytes an element of the largest bucket, while a level moves
 
 
@@ -94,6 +95,12 @@ class Estimate:
         self.tokens = run.train.micro_batch * run.data.sequence // run.parallel.context  # of a micro-batch, here
 
     @cached_property
+    def near(self) -> int:
+        """Replicas of one node, where gradients are reduced inside nodes first."""
+        node = self.run.cluster.ranks if self.run.cluster.ranks > 1 else NODE
+        return min(self.copies, self.run.optim.node or max(1, node // self.run.parallel.ranks))
+
+    @cached_property
     def held(self) -> dict[tuple[str, str], int]:
         """(embed, head or block; level) -> parameters of one rank: of all blocks, or of the embedding or head."""
         found: dict[tuple[str, str], int] = {}
@@ -134,7 +141,7 @@ class Estimate:
         optim, levels = self.run.optim, self.run.levels
         held = self.parameters(rank)
         total = sum(held.values())
-        share = {"defer": 1.0, "eager": 1 / self.copies, "hierarchical": 1 / (optim.node or 8)}[optim.reduce]
+        share = {"defer": 1.0, "eager": 1 / self.copies, "hierarchical": 1 / self.near}[optim.reduce]
         masters, moments, host = 0.0, 0.0, 0.0
         for level in levels:
             own = 4 * held[level.name] / self.copies
@@ -240,8 +247,7 @@ class Estimate:
         share = (self.copies - 1) / self.copies
         every = self.mean(lambda level: 1.0)
         if optim.reduce == "hierarchical":
-            near = optim.node or device.node
-            nodes = max(1, self.copies // near)
+            near, nodes = self.near, max(1, self.copies // self.near)
             inside, across = every * (near - 1) / near / device.link, moved / near * (nodes - 1) / nodes / link
         else:
             inside, across = 0.0, (every if optim.reduce == "eager" else moved) * share / link

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nlscale.config.run import Run
 from nlscale.plan.ledger import Ledger
@@ -76,7 +77,10 @@ class Nowhere(TorchDispatchMode):
         like = self.seen.get((function, key))
         if like is None:
             result = self.asked(function, args, kwargs)
-            self.seen[function, key] = form(result)
+            if lies_apart(result, args):
+                self.seen[function, key] = form(result)
+            else:
+                self.pure[function] = False
             return result
         return remade(like)
 
@@ -126,6 +130,16 @@ def given(args: Any) -> Any:
         else:
             return None
     return tuple(key)
+
+
+def lies_apart(result: Any, args: Any) -> bool:
+    """Whether all that an operation gave are tensors with memory of their own: some views are not marked as such."""
+    found = result if isinstance(result, tuple | list) else [result]
+    if not all(isinstance(each, Tensor) for each in found):
+        return False
+    places = [each.untyped_storage()._cdata for each in found]
+    taken = {each.untyped_storage()._cdata for each in tree_leaves(args) if isinstance(each, Tensor)}
+    return len({*places}) == len(places) and not taken & {*places}
 
 
 def form(result: Any) -> Any:

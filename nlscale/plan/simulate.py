@@ -57,7 +57,7 @@ def at(like: Stage, run: Run, size: int, rank: int) -> Stage:
 def stage(run: Run, size: int, rank: int) -> Stage:
     """One pipeline rank."""
     run = replace(run, train=replace(run.train, compile="none"))  # what is compiled has no shapes to follow
-    node = run.optim.node if run.optim.reduce == "hierarchical" else 0
+    node = Estimate(run, size).near if run.optim.reduce == "hierarchical" else 0
     ledger = Ledger()
     with pretended(run, size, rank, node, ledger) as world:
         ledger.follow(axes(world))
@@ -178,7 +178,8 @@ def scheduled(
 def lengths(run: Run, model: Parallelized) -> tuple[int, int]:
     """Blocks of each chunk that a schedule is run through."""
     long = len(model.chunks[0].blocks)
-    return (long, long) if token_levels(run.levels) or long < 3 else (1, 2)
+    whole = bool(token_levels(run.levels)) or run.model.reset == "never"  # whose memories are held from turn to turn
+    return (long, long) if whole or long < 3 else (1, 2)
 
 
 def turn(run: Run, count: int, blocks: int, model: Parallelized) -> None:

@@ -89,7 +89,7 @@ class Hold:
             self.outwait(old)
         with self.guarded():
             now = self.read()
-            if now is not None and old is not None and now.token != old.token:
+            if now is not None and (old is None or now.token != old.token):
                 raise UserError(f"{self.file.parent} was just taken by {now}; wait for it, or give another run.name")
             self.mine = this_process(now.token + 1 if now else 1)
             self.write(self.mine)

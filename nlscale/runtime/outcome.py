@@ -14,6 +14,16 @@ from nlscale.config.errors import BadHosts
 from nlscale.runtime.folder import read_json
 
 EXIT = "exit.json"
+HARDWARE = (
+    "uncorrectable",
+    "hardware",
+    "fell off the bus",
+    "is lost",
+    "Xid",
+    "devices unavailable",
+    "device(s) is/are busy or unavailable",
+    "unknown error",
+)
 LOGS = "NLSCALE_LOGS"  # variable of every rank whose launcher has opened an attempt's log folder
 
 
@@ -23,13 +33,13 @@ def here() -> str:
 
 
 def blamed(error: Exception) -> list[str]:
-    """Hosts that an error is about: those that it names, or this one where its device failed; of most errors none."""
+    """Hosts that an error is about: those that it names, or this one where its device failed; of most errors none.
+
+    CUDA's errors are a program's, too (an assertion, memory that ran out): only those count that name the hardware.
+    """
     if isinstance(error, BadHosts):
         return list(error.hosts)
-    device = any(
-        word in f"{type(error).__name__}: {error}" for word in ("CUDA error", "AcceleratorError", "uncorrectable")
-    )
-    return [here()] if device else []
+    return [here()] if any(word in str(error) for word in HARDWARE) else []
 
 
 def tell(code: int, rank: int, message: str, hosts: Sequence[str] = ()) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -19,7 +18,10 @@ from types import TracebackType
 
 import torch
 
+from nlscale.runtime.outcome import here
+
 HUNG = 70  # exit code: a crash, which may be requeued
+EARLIER = 300.0  # seconds by which other ranks may begin before this one, and clocks differ
 SIGNS = 4  # signs of life of one rank within which every other gives one
 
 
@@ -35,14 +37,14 @@ class Watchdog:
         """
         self.alive, self.rank, self.ranks, self.seconds, self.ended = alive, rank, ranks, seconds, ended
         self.pause = min(seconds / 8, 5.0)
-        self.last, self.what = time.monotonic(), "start"
+        self.last, self.what, self.begun = time.monotonic(), "start", 0.0
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.watch, daemon=True, name="watchdog")
 
     def __enter__(self) -> "Watchdog":
         if self.seconds:
             self.alive.mkdir(parents=True, exist_ok=True)
-            self.last = time.monotonic()
+            self.last, self.begun = time.monotonic(), time.time()
             self.thread.start()
         return self
 
@@ -68,7 +70,7 @@ class Watchdog:
         """A sign of life: a file that others see change."""
         partial = self.place(self.rank).with_suffix(".partial")
         with contextlib.suppress(OSError):  # a full disk
-            partial.write_text(json.dumps({"host": socket.gethostname(), "beats": beats, "after": self.what}))
+            partial.write_text(json.dumps({"host": here(), "beats": beats, "after": self.what}))
             partial.replace(self.place(self.rank))
 
     def place(self, rank: int) -> Path:
@@ -99,9 +101,12 @@ class Watchdog:
                 self.place(self.rank).with_name(f"nccl-{self.rank:05d}").write_bytes(dump())
 
     def signs(self) -> dict[int, str | None]:
-        """What every rank last wrote; None where it wrote nothing."""
-        places = {rank: self.place(rank) for rank in range(self.ranks)}
-        return {rank: path.read_text() if path.is_file() else None for rank, path in places.items()}
+        """What every rank last wrote; None where it has written nothing since this attempt began."""
+        since, found = self.begun - EARLIER, dict[int, str | None]()
+        for rank in range(self.ranks):
+            path = self.place(rank)
+            found[rank] = path.read_text() if path.is_file() and path.stat().st_mtime >= since else None
+        return found
 
     def hosts(self, missing: list[int]) -> list[str]:
         """Where those ranks were last heard of."""

@@ -86,7 +86,7 @@ class Checkpoints:
             return True
         pieces = {**state.shards(), **windows_to_save(state), **memories(state)}
         draft = Draft(state.step, pieces, json.dumps(state.facts()), began)
-        wait = wait or not self.settings.beside
+        wait = wait or not self.settings.asynchronous
         if not wait:
             draft.pieces = self.staging.copies(pieces)
             draft.stall = time.monotonic() - began

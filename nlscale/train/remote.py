@@ -4,6 +4,7 @@ A checkpoint exists there once its manifest does, which is sent last. The same a
 """
 
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -38,7 +39,7 @@ class Remote:
         """Sends a committed checkpoint, each rank what it wrote; False where the place refused, which is said."""
         local = self.folder.checkpoint(step)
         target = f"{self.path}/{local.name}"
-        self.sending = True
+        self.sending, began = True, time.monotonic()
         try:
             everywhere(lambda: self.begin(target) if world.leads else None, self.group)
             everywhere(lambda: self.send(local, target, share(local, world)), self.group)
@@ -49,7 +50,7 @@ class Remote:
             return False
         finally:
             self.sending = False
-        self.journal.event("upload", step, to=self.url)
+        self.journal.event("upload", step, to=self.url, seconds=round(time.monotonic() - began, 3))
         return True
 
     def begin(self, target: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nlscale_launch import logs, status
+from nlscale_launch import logs, slurm, status
 from nlscale_launch.script import Request
 from nlscale_launch.submit import Plan, named, plan, spread, submit, test_only
 
@@ -65,7 +65,8 @@ def submit_run(options: argparse.Namespace) -> None:
     print(f"job          {number}  ({len(wanted.runs)} runs)" if wanted.sweep else f"job          {number}")
     print(f"run folder   {folder}")
     print(f"job script   {folder}/slurm/{wanted.number}.sbatch")
-    print(f"look         nlscale status {wanted.runs[0].run.name}; nlscale logs -f {wanted.runs[0].run.name}")
+    name = wanted.runs[0].run.name if folder.parent == Path("runs").absolute() else str(folder)
+    print(f"look         nlscale status {name}; nlscale logs -f {name}")
 
 
 def planned(options: argparse.Namespace) -> Plan:
@@ -96,7 +97,8 @@ def tell(options: argparse.Namespace) -> None:
     if options.rank != "all" and not options.rank.isdigit():
         raise UserError(f"--rank {options.rank}: a number, or all")
     follower = logs.Follower(folder, options.rank, options.attempt)
-    going_on = {"pending", "running", "configuring", "completing", "suspended"} if options.follow else set[str]()
+    states = {state.lower() for state in slurm.ACTIVE} | {"no answer"}
+    going_on = states if options.follow else set[str]()
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         for line in logs.follow(follower, lambda: options.follow and status.rows([folder])[0].state in going_on):
             print(line, flush=True)

@@ -87,7 +87,7 @@ def show_levels(run: Run) -> None:
 
 def needs(run: Run, world: int) -> dict[str, Any]:
     """Memory and checkpoints, by formula: bytes, seconds, parameters."""
-    estimate, size = Estimate(run, world), checkpoint_bytes(run, replicas(run, world))
+    estimate, size = Estimate(run, world), checkpoint_bytes(run, world)
     stages = [estimate.memory(rank) for rank in range(run.parallel.pipeline)]
     most = max(stages, key=lambda stage: stage.resident)
     parts = {name: value for name, value in vars(most).items() if name != "moving" or value > most.activations}
@@ -106,21 +106,23 @@ def show_needs(run: Run, world: int) -> None:
 
 def problems(run: Run, world: int, on: Device | None) -> Iterator[str]:
     """What will not do, and what would."""
-    estimate, size = Estimate(run, world), checkpoint_bytes(run, replicas(run, world))
-    room = ROOM * on.memory if on else run.cluster.least_gpu_memory * GIB
+    estimate, size = Estimate(run, world), checkpoint_bytes(run, world)
+    room = ROOM * (on.memory if on else run.cluster.least_gpu_memory * GIB)
     most = estimate.largest
     if room and most > room:
         over = f"{(most - room) / GIB:.1f} more than {room / GIB:.1f}"
         yield f"a rank needs {most / GIB:.1f} GiB, {over}; {remedy(run, world, on, room)}"
-    kept = run.checkpoint.keep + 1 if run.checkpoint.keep else 1
+    kept = checkpoints_kept(run)
     place = next(path for path in (Path(run.folder).absolute(), *Path(run.folder).absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
-    if kept * size > free:
-        fits = int(free // size) - 1
-        works = f"checkpoint.keep={fits} would fit" if fits > 0 else "run.folder must lie on a larger disk"
+    there = sum(path.stat().st_size for path in Path(run.folder).glob("checkpoints/step-*/*") if path.is_file())
+    if kept * size > free + there:
+        fits = int((free + there) // size) - 1
+        only = f"checkpoint.keep={fits}{' checkpoint.keep_every=0' if run.checkpoint.keep_every else ''} would fit"
         yield (
-            f"{kept} checkpoints of {size / GIB:.1f} GiB (checkpoint.keep and the one being written) do not fit the "
-            f"{free / GIB:.1f} GiB that are free in {place}; {works}"
+            f"{kept} checkpoints of {size / GIB:.1f} GiB (what checkpoint.keep and keep_every leave, and the one being "
+            f"written) do not fit the {(free + there) / GIB:.1f} GiB that are free in {place}; "
+            f"{only if fits > 0 else 'run.folder must lie on a larger disk'}"
         )
     save = save_seconds(run, world, size)
     step = estimate.times(on).step if on else 0.0
@@ -147,9 +149,22 @@ def remedy(run: Run, world: int, on: Device | None, room: float) -> str:
     return "no layout of up to 1,024 times as many GPUs fits"
 
 
-def checkpoint_bytes(run: Run, count: int) -> float:
-    """Masters, what the rules remember, and open windows: all of them where each replica's are kept."""
+def checkpoints_kept(run: Run) -> int:
+    """How many there are at most, the one that is being written included."""
+    settings, steps = run.checkpoint, run.train.steps
+    every = -(-steps // settings.interval)
+    if not settings.keep:
+        return every
+    lasting = steps // settings.keep_every if settings.keep_every else 0
+    return min(every, settings.keep + lasting + 1)
+
+
+def checkpoint_bytes(run: Run, world: int) -> float:
+    """Masters, what the rules remember, and open windows: one of each rank that gathers gradients of its own."""
     total, by_level = 0.0, parameters(run.model, run.levels)
+    copies = replicas(run, world) * run.parallel.context
+    nodes = max(1, copies // Estimate(run, world).near)
+    count = {"defer": copies, "hierarchical": nodes, "eager": 1}[run.optim.reduce]
     for level in run.levels:
         held = by_level[level.name]
         total += 4 * held * (1 + len(STATES[level.optimizer or run.optim.name]))

@@ -3,10 +3,13 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from nlscale.bench import memory
 from nlscale.config.errors import UserError
 from nlscale.config.run import Run
+from nlscale.plan.ledger import Ledger
+from nlscale.plan.pretend import pretended
 from nlscale.plan.simulate import Stage, axes, stages
 from nlscale.runtime.wire import Axes
 from nlscale.testing import ranks
@@ -132,3 +135,33 @@ def test_a_world_that_is_joined_cannot_be_pretended() -> None:
         return ""
 
     assert "another process" in ranks(1, both)[0]
+
+
+def test_what_is_remembered_of_an_operation_is_what_it_would_say_again() -> None:
+    """Views that are not marked as such share memory at every call, not at the first alone."""
+
+    def peaks() -> list[int]:
+        ledger, found = Ledger(), []
+        with pretended(tiny(), 1, 0, None, ledger):
+            for _ in range(3):
+                ledger.restart()
+                before = ledger.live
+                x = torch.ones(4, 8, 16)
+                y = torch.ops.aten._unsafe_view(x, [32, 16]) + 1.0
+                found.append(ledger.peak - before)
+                del x, y
+        return found
+
+    ((first, *others),) = ranks(1, peaks)
+    assert first == 2 * 4 * 8 * 16 * 4 and others == [first, first]
+
+
+def test_memories_that_go_on_are_planned_too() -> None:
+    kept = ["model.reset=never", "data.shuffle=false", "model.layers=4", "model.mixer=delta", "model.linear.chunk=4"]
+    ((carried,),) = ranks(1, planned_alone, kept)
+    ((fresh,),) = ranks(1, planned_alone, kept[2:])
+    assert carried.resident > fresh.resident
+
+
+def planned_alone(overrides: list[str]) -> list[Stage]:
+    return stages(tiny(*overrides), 1)

@@ -29,6 +29,7 @@ def test_the_first_reason_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         (BadHosts("rank 5 (host node2): its matrix product is wrong", ["node2"]), ["node2"]),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), ["node1"]),
+        (RuntimeError("CUDA error: device-side assert triggered"), []),
         (RuntimeError("shapes do not fit"), []),
         (UserError("no"), []),
         (ConnectionError("Connection closed by peer [10.0.0.2]"), []),

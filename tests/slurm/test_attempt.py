@@ -1,7 +1,8 @@
 """Both ends of an attempt where Slurm says or does what a test cluster seldom does; Slurm's words are put in its mouth."""
 
+import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from nlscale_launch import attempt, slurm
 from nlscale_launch.attempt import Submission, begin, end
 
 from nlscale.runtime.folder import Folder, read_lines
+from nlscale.runtime.holder import Hold, this_process
 from nlscale.runtime.log import Journal
 from tests.slurm.test_policy import submission
 
@@ -32,7 +34,7 @@ def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Said]:
         given.asked.append((number, list(without)))
         return given.requeues
 
-    monkeypatch.setattr(slurm, "standing", lambda number: given.standing)
+    monkeypatch.setattr(slurm, "standing", lambda number, seconds=None: given.standing)
     monkeypatch.setattr(slurm, "requeue", requeue)
     monkeypatch.setattr(slurm, "gone", lambda nodes, since: given.gone)
     monkeypatch.setattr(slurm, "exclude", lambda number, without: given.asked.append((f"exclude {number}", without)))
@@ -139,7 +141,7 @@ def test_nodes_that_failed_are_sent_back_for_a_few_turns_and_then_tried_all_the_
 
 
 def test_a_run_that_loses_a_node_each_time_is_given_up_at_the_next_start(
-    said: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = submission(tmp_path, steps=30, failures=9)
     said.gone = ["node1"]
@@ -147,6 +149,8 @@ def test_a_run_that_loses_a_node_each_time_is_given_up_at_the_next_start(
     assert "3 crashes in a row that did not get beyond the first checkpoint" in capsys.readouterr().err
     assert kinds(tmp_path)[-1] == "give up"
     Journal(Folder(tmp_path), True).event("submit", 0, job="13", submission="0002")
+    assert begin(asked) == 93  # a job that comes after does not make this one's crashes undone
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
     assert begin(asked) == 0 and kinds(tmp_path)[-1] == "attempt"  # who submits again has mended it
 
 
@@ -161,3 +165,41 @@ def test_bad_nodes_one_after_another_are_no_matter_of_nodes(
         (logs / "preflight.json").write_text(f'{{"nodes": {{}}, "bad": {{"{node}": ["0 of 8 GPUs answer"]}}}}')
         codes.append(end(asked, 69))
     assert codes == [69, 69, 93] and said.asked == [("12", ["node1"]), ("12", ["node1", "node2"])]
+
+
+def test_a_second_job_leaves_the_folder_of_one_that_runs_alone(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own attempt is neither opened nor told to be lost, so that the first one is judged and requeued as ever."""
+    asked = submission(tmp_path, steps=30)
+    logs = opened(asked, monkeypatch, capsys)
+    holder = replace(this_process(1), job="12", host="elsewhere")
+    Hold(tmp_path, 60.0).write(holder)
+    states = {"12": "RUNNING"}
+    monkeypatch.setattr(slurm, "facts_of", lambda number, seconds=None: {"JobState": states.get(number, "")})
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    assert begin(asked) == 78 and "job 12" in capsys.readouterr().err and kinds(tmp_path) == ["attempt"]
+    states["12"] = "COMPLETED"
+    assert begin(asked) == 0
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    Journal(Folder(tmp_path), True).event("attempt ended", 0, attempt=2, job="13", code=78, reason="", blamed=[])
+    monkeypatch.setenv("NLSCALE_LOGS", str(logs))
+    assert end(asked, 75) == 75
+
+
+def test_as_many_nodes_as_a_job_needs_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"ExcNodeList": "node[1-2]", "NumNodes": "4-4", "Partition": "main"}
+    asked: list[str] = []
+
+    def answer(*command: str, seconds: float = 0.0) -> subprocess.CompletedProcess:
+        asked.append(command[-1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(slurm, "facts_of", lambda number, seconds=None: facts)
+    monkeypatch.setattr(slurm, "patient", lambda *command, seconds=None: "node1\nnode2\n")
+    monkeypatch.setattr(slurm, "asked", answer)
+    monkeypatch.setattr(slurm, "partitions", lambda: {"main": 7})
+    assert slurm.exclude("12", ["node2", "node5"]) and slurm.exclude("12", ["node5", "node6"])
+    assert asked == ["ExcNodeList=node1,node2,node5", "ExcNodeList=node2,node5,node6"]
+    monkeypatch.setattr(slurm, "partitions", lambda: {"main": 4})
+    assert slurm.exclude("12", ["node5"]) and asked[-1] == "ExcNodeList="

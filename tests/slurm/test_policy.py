@@ -71,6 +71,10 @@ def test_attempts_are_counted_since_the_last_submission_and_one_without_an_end_i
         event("attempt ended", attempt=3, code=None, blamed=["node2"]),
     ]
     assert attempts_of(events) == [Attempt(2, LOST, 4), Attempt(3, LOST, 4, ("node2",))]
+    jobs = ["12_1", "12_1", "12_1", "13", "12_2", "13", "13"]
+    told = [each | {"job": job} for each, job in zip(events, jobs, strict=True)]
+    assert [each.number for each in attempts_of(told, "12_2")] == [1, 2]
+    assert [each.number for each in attempts_of(told, "13")] == [3]
 
 
 SAID = {
@@ -99,6 +103,17 @@ SAID = {
         143,
         (143, []),
     ),
+    "one that a signal reached early, and its peers": (
+        "srun: error: node2: task 3: User defined signal 2\nsrun: error: node1: task 0: Exited with exit code 1\n",
+        140,
+        (75, []),
+    ),
+    "ranks that end themselves": ("srun: error: node1: tasks 0-1: Aborted (core dumped)\n", 134, (134, [])),
+    "a task that could not be launched": (
+        "srun: error: Task launch for StepId=5.1 failed on node node3: Invalid job credential\n",
+        1,
+        (1, ["node3"]),
+    ),
     "nothing said": ("", 1, (1, [])),
 }
 
@@ -115,10 +130,15 @@ def test_the_rank_that_ended_first_is_believed_about_its_reason_but_not_over_a_k
     said = {"code": 75, "rank": 0, "host": "node1", "message": "saved at step 7 on a signal", "hosts": ["node1"]}
     (tmp_path / "exit.json").write_text(json.dumps(said))
     assert cause(tmp_path, 143, False) == (75, "saved at step 7 on a signal", [])
-    (tmp_path / "exit.json").write_text(json.dumps(said | {"code": 1, "message": "RuntimeError: peer gone"}))
-    assert cause(tmp_path, 1, False) == (1, "rank 0 (node1): RuntimeError: peer gone", ["node1"])
+    gone = said | {"code": 1, "message": "RuntimeError: peer gone", "hosts": []}
+    (tmp_path / "exit.json").write_text(json.dumps(gone))
+    assert cause(tmp_path, 1, False) == (1, "rank 0 (node1): RuntimeError: peer gone", [])
     (tmp_path / "srun.log").write_text("srun: error: node2: task 1: Bus error\n")
     assert cause(tmp_path, 135, False) == (135, "node2: Bus error", ["node2"])
+    (tmp_path / "exit.json").write_text(
+        json.dumps(gone | {"code": 70, "message": "no sign of rank 5", "hosts": ["node3"]})
+    )
+    assert cause(tmp_path, 135, False) == (70, "rank 0 (node1): no sign of rank 5", ["node3"])
     (tmp_path / "preflight.json").write_text(json.dumps({"nodes": {}, "bad": {"node9": ["7 of 8 GPUs answer"]}}))
     assert cause(tmp_path, BAD_NODE, False) == (BAD_NODE, "node9: 7 of 8 GPUs answer", ["node9"])
 

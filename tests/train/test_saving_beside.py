@@ -58,7 +58,7 @@ def slow_writer() -> None:
 def test_what_is_written_beside_is_the_state_of_its_step(prepared: str, tmp_path: Path) -> None:
     """The writer starts long after the next steps have changed every tensor; open windows and moments are in it."""
     beside, waited = (small_run(prepared, tmp_path / name, *SMALL) for name in ("beside", "waited"))
-    waited = small_run(prepared, tmp_path / "waited", *SMALL, "checkpoint.beside=false")
+    waited = small_run(prepared, tmp_path / "waited", *SMALL, "checkpoint.asynchronous=false")
     assert ranks(2, disturbed, beside, slow_writer) == ["finished"] * 2
     assert ranks(2, disturbed, waited, slow_writer) == ["finished"] * 2
     for step in (4, 8, 12):
