@@ -21,10 +21,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from nlscale_launch.attempt import PROOF, Submission, nodes_of_job
+from nlscale_launch import slurm
+from nlscale_launch.attempt import PROOF, Submission, cancelled, nodes_of_job
 from nlscale_launch.policy import BAD_NODE
 
-from nlscale.runtime.folder import write_durably
+from nlscale.config.errors import SAVED_ON_SIGNAL
+from nlscale.runtime.folder import Folder, write_durably
 
 PACKAGES = ("nlscale", "torch", "megatron-core", "deepspeed", "triton", "mosaicml-streaming")
 PINGS = 5  # of which the quickest compares clocks
@@ -226,6 +228,8 @@ def main(path: str) -> int:
     write_durably(Path(environment["NLSCALE_LOGS"]) / PROOF, json.dumps({"nodes": gathered, "bad": bad}, indent=1))
     for node, said in sorted(bad.items()):
         print(f"{node}: {', '.join(said)}", file=sys.stderr)
+    if not bad and cancelled(Folder(Path(submission.folder)), slurm.this_job()):
+        return SAVED_ON_SIGNAL  # said while no rank was there to hear it
     return BAD_NODE if bad else 0
 
 

@@ -166,7 +166,8 @@ def speed(plan: Values, device: Device) -> list[str]:
         f"{plan['tokens_per_second']:,.0f} tokens/s, MFU {plan['mfu']:.1%}, {plan['days']:.1f} days",
         f"counted on: products {PRODUCTS:.0%}, attention {SCORES:.0%}, memories {MEMORIES:.0%} of {device.flops / 1e12:.0f} "
         f"TFLOP/s; {STREAM:.0%} of {device.bandwidth / 1e12:.2f} TB/s; {WIRE:.0%} of {device.link / GB:.0f} GB/s in a node "
-        f"and {device.network / GB:.0f} GB/s between nodes; no overlap. Not measured on this GPU.",
+        f"and {device.network / GB:.0f} GB/s between nodes; no overlap, and the head as if "
+        "all stages shared it. Not measured on this GPU.",
     ]  # fmt: skip
 
 

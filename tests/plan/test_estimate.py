@@ -16,7 +16,12 @@ from nlscale.plan.devices import DEVICES, device
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.search import assessed, best, ranked
 from nlscale.plan.simulate import stages
+from nlscale.runtime.folder import Folder
 from nlscale.testing import ranks
+from nlscale.train.loop import train
+from nlscale.verbs.planning import checkpoint_bytes, checkpoints_kept
+from tests.corpus import small_run
+from tests.tiny import LEVELS
 
 TENSOR = ["parallel.tensor=4", "parallel.sequence=true"]
 CASES = {
@@ -26,6 +31,7 @@ CASES = {
     "pipeline": ("30b-plain", 64, ["use.layout=null", *TENSOR, "parallel.pipeline=8"]),
     "interleaved": ("7b-plain", 32, ["use.layout=null", "parallel.pipeline=4", "parallel.virtual_pipeline=4"]),
     "eager": ("1.3b-hope-attention", 8, ["use.layout=null", "optim.reduce=eager"]),
+    "hierarchical": ("1.3b-hope-attention", 32, ["use.layout=null", "optim.reduce=hierarchical", *TENSOR]),
     "offload": ("1.3b-hope-attention", 8, ["use.layout=null", "optim.offload=16"]),
     "fp32": ("760m-plain", 1, ["use.layout=null", "train.precision=fp32"]),
     "context": ("1.3b-plain", 8, ["use.layout=null", "parallel.context=4"]),
@@ -55,6 +61,37 @@ def test_the_formula_is_near_the_simulation(case: str) -> None:
         for name in ("weights", "windows", "masters", "moments", "host"):
             assert getattr(formula, name) == pytest.approx(getattr(stage.memory, name), rel=0.01, abs=2**22), name
         assert formula.resident == pytest.approx(stage.resident, rel=0.1), (stage, formula)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.context=2", "model.kv_heads=4"],
+        ["parallel.tensor=1"],
+        ["optim.reduce=eager"],
+        ["optim.reduce=hierarchical", "optim.node=1"],
+    ],
+)
+def test_a_checkpoint_is_as_large_as_said(layout: list[str], prepared: str, tmp_path: Path) -> None:
+    """Of a step inside every slow level's window, on two ranks."""
+    large = [
+        "model.width=128",
+        "model.hidden=1024",
+        "train.steps=4",
+        "checkpoint.interval=3",
+    ]  # beside what a tensor's name takes
+    run = small_run(prepared, tmp_path, LEVELS, *large, *layout)
+    ranks(2, train, run)
+    saved = sum(path.stat().st_size for path in Folder(tmp_path).checkpoint(3).glob("*.distcp"))
+    assert saved == pytest.approx(checkpoint_bytes(run, 2), rel=0.1)
+
+
+def test_checkpoints_that_stay_are_counted() -> None:
+    def count(*overrides: str) -> int:
+        return checkpoints_kept(read("demo", ["train.steps=100", "checkpoint.interval=10", *overrides]))
+
+    assert count("checkpoint.keep=3") == 4 and count("checkpoint.keep=0") == 10
+    assert count("checkpoint.keep=2", "checkpoint.keep_every=50") == 5 and count("checkpoint.keep=30") == 10
 
 
 def test_layouts_are_ranked_by_what_their_step_takes() -> None:
