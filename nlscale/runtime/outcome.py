@@ -16,9 +16,9 @@ from nlscale.runtime.folder import read_json
 EXIT = "exit.json"
 HARDWARE = (
     "uncorrectable",
-    "hardware",
+    "hardware error",
     "fell off the bus",
-    "is lost",
+    "GPU is lost",
     "Xid",
     "devices unavailable",
     "device(s) is/are busy or unavailable",
