@@ -138,7 +138,7 @@ def problems(run: Run, world: int, on: Device | None) -> Iterator[str]:
 
 def remedy(run: Run, world: int, on: Device | None, room: float) -> str:
     """The layout that fits so many GPUs, or the number of GPUs on which one does."""
-    target = on or replace(DEVICES["h100"], name=f"GPUs with {room / GIB:.0f} GiB", memory=room / ROOM)
+    target = on or replace(DEVICES["h100"], name=f"GPUs with {room / ROOM / GIB:.0f} GiB", memory=room / ROOM)
     for gpus in (world, *(world * 2**n for n in range(1, 11))):
         found = best(run, gpus, target, 1, (1,))  # one row a forward pass needs least
         if found and found[0].fits(target):

@@ -150,10 +150,10 @@ def test_what_check_suggests_works(capsys: pytest.CaptureFixture) -> None:
     small = ["125m-plain", "--gpus", "1", "use.layout=null", "cluster.least_gpu_memory=16", "train.micro_batch=16"]
     main(["check", *small])
     said = " ".join(capsys.readouterr().out.split())
-    words = said.split("more than 16.0; ")[1].split(" would fit")[0].split()
+    words = said.split("more than 14.7; ")[1].split(" would fit")[0].split()
     main(["check", *small, *words])
     said = capsys.readouterr().out
-    assert "memory  " in said and "more than 16.0" not in said
+    assert "memory  " in said and "more than 14.7" not in said
 
 
 def test_check_refuses_what_makes_no_sense(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
