@@ -14,7 +14,7 @@ train: $(VENV)/installed
 	$(BIN)/nlscale train demo
 
 test: lint slurm
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=15
 
 # Packages of a real Slurm, which its tests bring up for themselves. Where they cannot be installed, those tests say so.
 SLURM := slurmctld slurmd slurm-client munge iproute2 slurmdbd mariadb-server-core mariadb-client-core
