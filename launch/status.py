@@ -124,9 +124,12 @@ def standing(folder: Folder, events: Sequence[dict[str, Any]], queue: Sequence[s
 
 
 def beating(folder: Folder) -> bool:
-    """Whether who has the run folder wrote so of late."""
+    """Whether another host has the run folder, and wrote so of late; of this one, `holder_here` knows better."""
     with contextlib.suppress(OSError):
-        return time.time() - (folder.path / "holder.json").stat().st_mtime < BEAT
+        hold = Hold(folder.path, 0.0)
+        holder = hold.read()
+        if holder is not None and not holder.released and holder.host != socket.gethostname():
+            return time.time() - hold.file.stat().st_mtime < BEAT
     return False
 
 
