@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 
 if "gpu" not in sys.argv:  # what one GPU needs is torch, Triton, megatron-core and a few small packages (`make gpu`)
     import nlscale.optim.zero  # noqa: E402, F401
+    import nlscale.train.plot  # noqa: E402, F401
 
 torch.set_num_threads(1)  # a pool of OpenMP threads in this process would hang in the ranks forked from it
 

@@ -27,7 +27,8 @@ TRAIN = [
     "train.precision=fp32",
     "train.evaluate_rows=0",
 ]
-REST = ["data.sequence=32", "parallel.tensor=1", "checkpoint.interval=15", "log.wandb=disabled", "optim.lr=0.002"]
+REST = ["data.sequence=32", "parallel.tensor=1", "checkpoint.interval=15", "optim.lr=0.002"]
+REST += ["log.wandb=disabled", "log.peak_flops=1e10"]  # a figure that is given need not be measured
 WORDS = ["memory", "learns", "at", "its", "own", "pace", "slow", "fast", "level", "window"]
 
 

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from nlscale.runtime.vision import declare_operators
+from nlscale.runtime.absent import absent
 
-VISION = declare_operators()  # before streaming is imported, and for as long as it lives
-
-from streaming import MDSWriter, Stream, StreamingDataset  # noqa: E402, F401
-from streaming.base.dataset import _ShardState  # noqa: E402
+with absent("transformers", "torchvision"):
+    from streaming import MDSWriter, Stream, StreamingDataset  # noqa: F401
+    from streaming.base.dataset import _ShardState
 
 LOCAL = _ShardState.LOCAL
 COLUMN = "tokens"

@@ -9,11 +9,15 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from nlscale.config.cluster import Cluster
 from nlscale.config.errors import UserError, divisors
 from nlscale.config.parallel import Parallel
+from nlscale.runtime.absent import absent
+
+with absent("wandb"):  # the first that a rank imports of megatron-core
+    from megatron.core import parallel_state
+
 from nlscale.runtime import cpu
 from nlscale.runtime.muster import meet, prove
 

@@ -26,6 +26,7 @@ from nlscale.runtime.watchdog import HUNG, Watchdog
 from nlscale.runtime.world import World, join, leave
 from nlscale.train.agree import led
 from nlscale.train.checkpoint import Checkpoints
+from nlscale.train.curve import Curve
 from nlscale.train.metrics import Metrics
 from nlscale.train.peak import peak_flops
 from nlscale.train.replicas import differing
@@ -139,7 +140,7 @@ def going_on(
     watchdog = Watchdog(
         folder.path / "alive", world.rank, world.size, run.cluster.watchdog, partial(hung, state, folder)
     )
-    checkpoints.waiting, tracer = watchdog.note, Tracer(run, world, folder, journal)
+    checkpoints.waiting, tracer, curve = watchdog.note, Tracer(run, world, folder, journal), Curve(folder, journal)
     checkpoints.hold.await_silence()
     with Metrics(state, folder, journal, peak, checkpoints.hold) as metrics, watchdog:
         skips, stragglers, spikes = 0, Stragglers(world, journal), Spikes(state, checkpoints, journal)
@@ -169,7 +170,7 @@ def going_on(
                 require(saved or state.step != last, "the last save failed; mend that and go on")
                 metrics.ledger()
                 if world.leads:
-                    redraw(folder, journal, state.step)
+                    curve.renew(state.step, ends=report.stop or state.step == last)
             if report.stop and state.step < last:
                 evaluate()
                 journal.event("stop", state.step, signal=watch.asked)
@@ -215,16 +216,6 @@ def compared(state: TrainState, leaves: Sequence[Leaf], journal: Journal, saving
     if odd := differing(leaves, state.world):
         journal.event("weights differ", state.step, ranks=odd)
         raise RuntimeError(f"step {state.step}: the weights of {', '.join(odd)} are not those of the other replicas")
-
-
-def redraw(folder: Folder, journal: Journal, step: int) -> None:
-    """The loss curve anew; a disk that refuses it is no reason to end."""
-    from nlscale.train.plot import plot  # matplotlib, which no other rank needs
-
-    try:
-        plot([folder], folder.plot)
-    except OSError as error:
-        journal.event("plot failed", step, reason=str(error))
 
 
 def hung(state: TrainState, folder: Folder, cause: str, hosts: Sequence[str]) -> None:

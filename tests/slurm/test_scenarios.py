@@ -57,7 +57,7 @@ def goes_on_as_unbroken(scene: Scene, run: Submitted) -> None:
 @story
 def network_cut(scene: Scene) -> None:
     """The cut node trains on and writes the shared folder, until another node has taken it over."""
-    run = scene.submit("parallel.tensor=2", LONG, *scene.fault("sleep 0.1"), nodes=1)
+    run = scene.submit("parallel.tensor=2", LONG, *scene.fault("sleep 0.3"), nodes=1)
     run.at_step(5)
     (node,) = run.events("attempt")[0]["nodes"]
     moment = time.time()

@@ -1,0 +1,31 @@
+"""What our libraries import for nobody here is stood in for while they are imported, and no longer."""
+
+import subprocess
+import sys
+
+import pytest
+
+from nlscale.runtime.absent import absent
+
+
+def test_meanwhile_every_name_below_a_package_is_an_empty_class(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "heavy_package.py").write_text("weight = 7\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with absent("heavy_package", "json"):
+        import json  # loaded before, so itself
+
+        from heavy_package.deep.inside import Thing  # type: ignore[import-not-found]
+
+        assert isinstance(Thing(), Thing) and json.dumps([1]) == "[1]"
+        assert not hasattr(sys.modules["heavy_package"], "__version__")
+    assert not any(name.startswith("heavy_package") for name in sys.modules)
+    import heavy_package  # type: ignore[import-not-found]
+
+    assert heavy_package.weight == 7
+    del sys.modules["heavy_package"]
+
+
+def test_a_rank_loads_neither_transformers_nor_torchvision_nor_wandb() -> None:
+    code = "import sys, nlscale.train.loop as _; print(sorted({'transformers', 'torchvision', 'wandb'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
