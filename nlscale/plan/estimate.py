@@ -83,11 +83,29 @@ class Times:
         return sum(vars(self).values())
 
 
+Counted = dict[tuple[str, str], tuple[int, int]]
+
+
+def count(run: Run) -> Counted:
+    """(embed, head or block; level) -> parameters that tensor-parallel ranks share, and those that each has whole."""
+    found: Counted = {}
+    for name in parameter_names(replace(run.model, layers=1), run.levels):  # blocks are alike
+        each = elements(name, run.model, run.levels)
+        place = "head" if name == "norm.weight" else name.split(".")[0]
+        each *= run.model.layers if place == "blocks" else 1
+        key = place, level_of(name, run.levels).name
+        cut, whole = found.get(key, (0, 0))
+        found[key] = (cut, whole + each) if name.endswith(("norm.weight", "gains")) else (cut + each, whole)
+    return found
+
+
 class Estimate:
     """A run on so many ranks. Raises UserError where the layout does not fit them."""
 
-    def __init__(self, run: Run, size: int) -> None:
+    def __init__(self, run: Run, size: int, counted: Counted | None = None) -> None:
+        """`counted`: of the same model and levels, where it is known (`count`)."""
         self.run, self.size = run, size
+        self.counted = count(run) if counted is None else counted
         self.replicas = replicas(run, size)
         self.copies = self.replicas * run.parallel.context
         self.width = 2 if run.train.precision == "bf16" else 4
@@ -103,15 +121,7 @@ class Estimate:
     @cached_property
     def held(self) -> dict[tuple[str, str], int]:
         """(embed, head or block; level) -> parameters of one rank: of all blocks, or of the embedding or head."""
-        found: dict[tuple[str, str], int] = {}
-        model, ranks = self.run.model, self.run.parallel.tensor
-        for name in parameter_names(replace(model, layers=1), self.run.levels):  # blocks are alike
-            whole = name.endswith(("norm.weight", "gains"))
-            count = elements(name, model, self.run.levels) // (1 if whole else ranks)
-            place = "head" if name == "norm.weight" else name.split(".")[0]
-            key = place, level_of(name, self.run.levels).name
-            found[key] = found.get(key, 0) + count * (model.layers if place == "blocks" else 1)
-        return found
+        return {key: cut // self.run.parallel.tensor + whole for key, (cut, whole) in self.counted.items()}
 
     def parameters(self, rank: int) -> dict[str, float]:
         """By level, of a rank of a pipeline stage."""
@@ -225,10 +235,17 @@ class Estimate:
             **{
                 name: value * count for name, value in vars(each).items() if name not in ("bubble", "data", "optimizer")
             },
-            bubble=each.step * (stages - 1) / virtual,
+            bubble=each.step * (stages - 1) / virtual + count * self.behind(peak),
             data=self.over_data(device, moved),
             optimizer=30 * moved / self.copies / (device.bandwidth * STREAM) + self.over_host(device),
         )
+
+    def behind(self, peak: float) -> float:
+        """Seconds a micro-batch by which the last stage, which alone has the head, is slower than the mean one."""
+        model, parallel = self.run.model, self.run.parallel
+        assert model.vocabulary is not None
+        head = 6 * self.tokens * model.width * model.vocabulary / (parallel.tensor * peak * PRODUCTS)
+        return head * (1 - 1 / parallel.pipeline)
 
     def inside(self, device: Device) -> float:
         """Seconds of a micro-batch's collectives inside layers."""

@@ -1,8 +1,9 @@
 """What a simulated rank holds and sends, as values that need no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-Traffic = dict[tuple[str, str], float]  # (axis, kind of collective) -> bytes that a rank sends
+Traffic = Mapping[tuple[str, str], float]  # (axis, kind of collective) -> bytes that a rank sends
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,10 @@ class Moves:
     phase: int
     frozen: bool
     every_step: float
-    a_move: float
+    a_move: float  # beside those of every step
     parameters: int  # of this rank
+    add: Traffic  # the same, as counted: of every step ...
+    close: Traffic  # ... and of a move
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,13 @@ class Memory:
     masters: int
     moments: int  # and whatever else the rules remember
     host: int  # masters and moments in host memory
+    states: int  # of memories that never begin anew (model.reset=never)
     other: int  # engines, tables
 
     @property
     def total(self) -> int:
         """On the device."""
-        return self.weights + self.windows + self.masters + self.moments + self.other
+        return self.weights + self.windows + self.masters + self.moments + self.states + self.other
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,10 @@ class Stage:
     flying: int  # micro-batches whose activations it holds at once, at most
     kept: int  # by each of them
     activations: int  # at the peak of the schedule, above what is held between steps
-    moving: int  # at the peak of a step in which every level moves, above the same
+    moving: int  # at the peak of a step in which every level moves (staggered: its first layers), above the same
     schedule: Traffic  # of one step's forward and backward
     moves: list[Moves]
-    closing: Traffic  # of a step's end at which every level moves
+    closing: Traffic  # of that step's end
 
     @property
     def resident(self) -> int:

@@ -11,21 +11,22 @@ from nlscale.model.count import FLOPS, flops_a_token, parameters
 from nlscale.plan.devices import MEMORIES, PRODUCTS, ROOM, SCORES, STREAM, WIRE, Device
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.figures import Moves, Stage
-from nlscale.plan.search import Choice
+from nlscale.plan.search import RECOMPUTE, Choice
 
 GIB, GB = 2**30, 1e9
+SCHEDULE = "forward, backward"
 SCAN = 4096  # steps that are looked at one by one for the largest
-KINDS = ("weights", "windows", "masters", "moments", "other")
+KINDS = ("weights", "windows", "masters", "moments", "states", "other")
 Values = dict[str, Any]
 
 
 def figures(run: Run, gpus: int, device: Device, stages: Sequence[Stage], choices: Sequence[Choice]) -> Values:
     """Everything, by name. Bytes, seconds, parameters."""
     estimate, batch = Estimate(run, gpus), run.train.global_batch * run.data.sequence
-    times, busiest = estimate.times(device), max(stages, key=lambda stage: sum(traffic(stage)[0].values()))
+    times, busiest = estimate.times(device), max(stages, key=in_all)
     work = flops_a_token(run.model, run.data.sequence)
     mixing = 3.0 * run.model.layers * run.model.loops * FLOPS[run.model.mixer](run.model, run.data.sequence)
-    mean, peak = traffic(busiest)
+    mean, peak = in_all(busiest)
     control = replace(run.model, mixer="attention")  # whose parameters decide what all recipes of a size train with
     largest = max(stage.resident for stage in stages)
     return {
@@ -35,15 +36,10 @@ def figures(run: Run, gpus: int, device: Device, stages: Sequence[Stage], choice
         "layout": {**vars(run.parallel), "replicas": estimate.replicas, "micro_batches": estimate.micro_batches},
         "parameters": parameters(run.model, run.levels),
         "flops_a_token": {"all": work, "attention" if run.model.mixer == "attention" else "memory": mixing},
-        "traffic": {
-            "stage": busiest.index,
-            "levels": {name: {"mean": mean[name], "peak": peak[name]} for name in mean},
-            "collectives": collectives(busiest),
-            "mean": sum(mean.values()) + sum(busiest.schedule.values()),
-            "peak": sum(busiest.closing.values()) + sum(busiest.schedule.values()),
-        },
+        "traffic": {"stage": busiest.index, "rows": traffic(busiest), "mean": mean, "peak": peak},
         "memory": [{**asdict(stage.memory), "activations": stage.activations, "moving": stage.moving,
-                    "resident": stage.resident, "in_flight": stage.flying} for stage in stages],
+                    "resident": stage.resident, "in_flight": stage.flying,
+                    "activations_by_formula": by_policy(run, gpus, stage.index)} for stage in stages],
         "fits": largest <= ROOM * device.memory,
         "over": largest - ROOM * device.memory,
         "bubble": times.bubble / times.step,
@@ -59,31 +55,36 @@ def figures(run: Run, gpus: int, device: Device, stages: Sequence[Stage], choice
     }  # fmt: skip
 
 
-def traffic(stage: Stage) -> tuple[dict[str, float], dict[str, float]]:
-    """(mean, largest) bytes a step of each level on a rank."""
-    mean: dict[str, float] = {}
-    for each in stage.moves:
-        a_step = 0.0 if each.frozen else each.every_step + each.a_move / each.period
-        mean[each.level] = mean.get(each.level, 0.0) + a_step
-    return mean, {name: largest_step([each for each in stage.moves if each.level == name]) for name in mean}
+def traffic(stage: Stage) -> list[Values]:
+    """Rows: bytes a step that a rank sends for a level, or for its schedule, over an axis by a collective."""
+    rows: list[Values] = [
+        {"of": SCHEDULE, "axis": axis, "kind": kind, "mean": size, "peak": size}
+        for (axis, kind), size in sorted(stage.schedule.items())
+    ]
+    moving = [each for each in stage.moves if not each.frozen]
+    for level in dict.fromkeys(each.level for each in moving):
+        own = [each for each in moving if each.level == level]
+        for key in sorted({key for each in own for key in (*each.add, *each.close)}):
+            mean, peak = over_steps([(each, each.add.get(key, 0.0), each.close.get(key, 0.0)) for each in own])
+            rows.append({"of": level, "axis": key[0], "kind": key[1], "mean": mean, "peak": peak})
+    return [row for row in rows if row["peak"] and row["axis"] != "others"]  # a few numbers for all ranks
 
 
-def largest_step(moves: Sequence[Moves]) -> float:
-    """Bytes of the step that sends most."""
-    moving = [each for each in moves if not each.frozen]
-    every = sum(each.every_step for each in moving)
-    steps = min(SCAN, lcm(*(each.period for each in moving))) if moving else 0
-    sums = (sum(each.a_move for each in moving if (step + each.phase) % each.period == 0) for step in range(steps))
-    return every + max(sums, default=0.0)
+def over_steps(sizes: Sequence[tuple[Moves, float, float]]) -> tuple[float, float]:
+    """Mean and largest bytes of a step; `sizes`: what each sends at every step, and where it moves."""
+    every = sum(step for _, step, _ in sizes)
+    beats = [(each.period, each.phase, move) for each, _, move in sizes if move]
+    steps = min(SCAN, lcm(*(period for period, _, _ in beats)))
+    sums = (sum(move for period, phase, move in beats if (step + phase) % period == 0) for step in range(steps))
+    return every + sum(move / period for period, _, move in beats), every + max(sums, default=0.0)
 
 
-def collectives(stage: Stage) -> list[Values]:
-    """Rows: what a step's schedule sends, and what its end does where every level moves."""
-    rows = []
-    for axis, kind in sorted({*stage.schedule, *stage.closing}):
-        sizes = {"schedule": stage.schedule.get((axis, kind), 0.0), "closing": stage.closing.get((axis, kind), 0.0)}
-        rows.append({"axis": axis, "kind": kind, **sizes})
-    return [row for row in rows if row["schedule"] or row["closing"]]
+def in_all(stage: Stage) -> tuple[float, float]:
+    """Mean and largest bytes of a step that a rank sends."""
+    moving = [each for each in stage.moves if not each.frozen]
+    mean, peak = over_steps([(each, sum(each.add.values()), sum(each.close.values())) for each in moving])
+    schedule = sum(row["mean"] for row in traffic(stage) if row["of"] == SCHEDULE)
+    return mean + schedule, peak + schedule
 
 
 def text(run: Run, plan: Values, device: Device) -> str:
@@ -133,14 +134,21 @@ def sizes(run: Run, plan: Values) -> list[str]:
 def sent(plan: Values) -> list[str]:
     """Traffic."""
     found = plan["traffic"]
-    lines = [f"GB that a rank of stage {found['stage']} sends a step", f"{'level':26s} {'mean':>10s} {'largest':>10s}"]
-    for name, each in found["levels"].items():
-        lines.append(f"{name:26s} {each['mean'] / GB:>10.3f} {each['peak'] / GB:>10.3f}")
-    lines.append(f"{'axis':12s} {'collective':14s} {'schedule':>9s} {'all levels move':>16s}")
-    for row in (each for each in found["collectives"] if each["axis"] != "others"):  # a few numbers for all ranks
-        lines.append(f"{row['axis']:12s} {row['kind']:14s} {row['schedule'] / GB:>9.3f} {row['closing'] / GB:>16.3f}")
-    mean, peak = found["mean"] / GB, found["peak"] / GB
-    return [*lines, f"in all {mean:.3f} a step, and {peak:.3f} where every level moves"]
+    lines = [f"GB that a rank of stage {found['stage']} sends a step"]
+    lines.append(f"{'':20s} {'axis':12s} {'collective':14s} {'mean':>10s} {'largest':>10s}")
+    for row in found["rows"]:
+        sizes = f"{row['mean'] / GB:>10.3f} {row['peak'] / GB:>10.3f}"
+        lines.append(f"{row['of']:20s} {row['axis']:12s} {row['kind']:14s} {sizes}")
+    return [*lines, f"{'all':48s} {found['mean'] / GB:>10.3f} {found['peak'] / GB:>10.3f}"]
+
+
+def by_policy(run: Run, gpus: int, rank: int) -> dict[str, float]:
+    """Bytes of a stage's activations by each policy of recomputation, by formula."""
+    found: dict[str, float] = {}
+    for policy in RECOMPUTE:
+        made = replace(run, train=replace(run.train, recompute=policy))
+        found[policy] = Estimate(made, gpus).activations(rank)
+    return found
 
 
 def memory(plan: Values, device: Device) -> list[str]:
@@ -150,6 +158,9 @@ def memory(plan: Values, device: Device) -> list[str]:
     lines.append("stage" + "".join(f"{column:>12s}" for column in columns))
     for place, stage in enumerate(plan["memory"]):
         lines.append(f"{place:5d}" + "".join(f"{stage[column] / GIB:12.2f}" for column in columns))
+    first = plan["memory"][0]["activations_by_formula"]
+    said = ", ".join(f"recompute={policy} {size / GIB:.2f}" for policy, size in first.items())
+    lines.append(f"activations of stage 0 by formula: {said}")
     if not plan["fits"]:
         lines.append(f"does not fit: {plan['over'] / GIB:.1f} GiB too much")
     return lines
@@ -166,8 +177,7 @@ def speed(plan: Values, device: Device) -> list[str]:
         f"{plan['tokens_per_second']:,.0f} tokens/s, MFU {plan['mfu']:.1%}, {plan['days']:.1f} days",
         f"counted on: products {PRODUCTS:.0%}, attention {SCORES:.0%}, memories {MEMORIES:.0%} of {device.flops / 1e12:.0f} "
         f"TFLOP/s; {STREAM:.0%} of {device.bandwidth / 1e12:.2f} TB/s; {WIRE:.0%} of {device.link / GB:.0f} GB/s in a node "
-        f"and {device.network / GB:.0f} GB/s between nodes; no overlap, and the head as if "
-        "all stages shared it. Not measured on this GPU.",
+        f"and {device.network / GB:.0f} GB/s between nodes; no overlap. Not measured on this GPU.",
     ]  # fmt: skip
 
 

@@ -4,16 +4,16 @@ import itertools
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nlscale.config.errors import UserError, divisors
 from nlscale.config.parallel import Parallel
 from nlscale.config.run import Run
 from nlscale.plan.devices import ROOM, Device
-from nlscale.plan.estimate import Estimate, Times
+from nlscale.plan.estimate import Counted, Estimate, Times, count
 
 MICRO = (1, 2, 4, 8, 16)
-Reduce = Literal["defer", "eager"]
+Reduce = Literal["defer", "eager", "hierarchical"]  # as tried: the simpler of two that are equal comes first
 RECOMPUTE: tuple[Literal["none", "block"], ...] = ("none", "block")
 CONTEXT = (1, 2, 4, 8)
 TIES = 0.02  # steps that differ by less are equal: then the layout that cuts the model less comes first, ...
@@ -70,16 +70,17 @@ def ranked(run: Run, gpus: int, device: Device, rows: Sequence[int] = MICRO) -> 
     """
     choices: list[Choice] = []
     fitting: list[Choice] = []
+    counted = count(run)
     for parallel, micro in candidates(run, gpus, device, rows):
         each_way = variants(run, parallel, micro)
-        first = assessed(next(each_way), gpus, device)
+        first = assessed(next(each_way), gpus, device, counted)
         if first is None:
             continue
-        others = (
-            [] if first.fits(device) else [each for each in (assessed(way, gpus, device) for way in each_way) if each]
-        )
-        fit = [each for each in (first, *others) if each.fits(device)]
-        choices += [first, *others]
+        ways = [first]
+        if not first.fits(device):
+            ways += [each for each in (assessed(way, gpus, device, counted) for way in each_way) if each]
+        fit = [each for each in ways if each.fits(device)]
+        choices += ways
         fitting += sorted(fit, key=lambda each: each.times.step)[:1]
     if not fitting:
         return sorted(choices, key=lambda each: each.resident)
@@ -92,23 +93,20 @@ def ranked(run: Run, gpus: int, device: Device, rows: Sequence[int] = MICRO) -> 
     return sorted(fitting, key=order)
 
 
-def best(run: Run, gpus: int, device: Device, count: int, rows: Sequence[int] = MICRO) -> list[Choice]:
-    """The first of them, which the config has accepted as a whole."""
-    found: list[Choice] = []
+def accepted(run: Run, gpus: int, device: Device, rows: Sequence[int] = MICRO) -> Iterator[Choice]:
+    """Those of them which the config accepts as a whole, in order."""
     for choice in ranked(run, gpus, device, rows):
         try:
-            found.append(replace(choice, run=replace(choice.run)))
+            whole = replace(choice.run)
         except UserError:
             continue
-        if len(found) == count:
-            break
-    return found
+        yield replace(choice, run=whole)
 
 
-def assessed(run: Run, gpus: int, device: Device) -> Choice | None:
+def assessed(run: Run, gpus: int, device: Device, counted: Counted | None = None) -> Choice | None:
     """A layout's figures; None where it does not fit the ranks."""
     try:
-        estimate = Estimate(run, gpus)
+        estimate = Estimate(run, gpus, counted)
     except UserError:
         return None
     return Choice(run, gpus, estimate.largest, estimate.times(device), estimate.mfu(device))
@@ -137,9 +135,7 @@ def candidates(run: Run, gpus: int, device: Device, tried: Sequence[int]) -> Ite
 def variants(run: Run, parallel: Parallel, micro: int) -> Iterator[Run]:
     """A layout as runs that nobody has checked yet; each but the first saves memory at the price of time."""
     slow = sorted({level.steps for level in run.levels if level.steps >= 16})
-    saving: list[tuple[Reduce, int]] = [("defer", 0), ("eager", 0)]
-    saving += [("eager", slow[0])] if slow else []
-    for recompute, (reduce, offload) in itertools.product(RECOMPUTE, saving):
+    for recompute, offload, reduce in itertools.product(RECOMPUTE, (0, *slow[:1]), get_args(Reduce)):
         made = copy(run)  # checked as a whole where it is reported: the check takes longer than the estimate
         optim = replace(run.optim, reduce=reduce, offload=offload)
         train = replace(run.train, micro_batch=micro, recompute=recompute)

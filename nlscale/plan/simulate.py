@@ -7,10 +7,12 @@ levels move inside rows, in the last blocks, through all of them. Optimizer, wei
 
 import gc
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from math import lcm
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -18,7 +20,9 @@ from torch import nn
 
 from nlscale.config.levels import token_levels
 from nlscale.config.run import Run, replicas
+from nlscale.model.row_state import RowState, mapped
 from nlscale.optim.build import Optimizer, build_optimizer
+from nlscale.optim.mover import Mover
 from nlscale.parallel.apply import Parallelized, parallelize
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.figures import Memory, Moves, Stage, Traffic
@@ -84,8 +88,9 @@ def measured(run: Run, world: World, rank: int, model: Parallelized, optimizer: 
     estimate = Estimate(run, world.size)
     count, unit = estimate.micro_batches, run.parallel.pipeline if run.parallel.virtual_pipeline > 1 else 1
     turn(run, unit, lengths(run, model)[0], model)  # megatron-core makes buffers that stay
+    states = [state for carried in model.carried for state in carried.open()]
     optimizer.windows.release()
-    memory, before = held(model, optimizer, ledger.live), ledger.live
+    memory, before = held(model, optimizer, states, ledger.live), ledger.live
     optimizer.windows.fill()  # sums of one step, where they do not last: all but the first micro-batch find them there
     sums = ledger.live - before
     peak, traffic = scheduled(run, count, unit, model, ledger)
@@ -93,7 +98,10 @@ def measured(run: Run, world: World, rank: int, model: Parallelized, optimizer: 
     flying = min(count, 2 * unit) if unit > 1 else round(estimate.flying(rank))
     ledger.restart()
     beats = [group.level.steps for group in optimizer.groups if not group.level.frozen]
+    sent = {name: attributed(mover, ledger) for name, mover in optimizer.movers.items()}
     optimizer.step(lcm(*beats), torch.ones((), dtype=torch.float64))
+    moving, closing = ledger.peak - before, dict(ledger.wire.bytes)
+    optimizer.flush(lcm(*beats))  # layers that move at steps of their own
     moves = [
         Moves(
             group.level.name,
@@ -103,6 +111,7 @@ def measured(run: Run, world: World, rank: int, model: Parallelized, optimizer: 
             mover.bytes_a_step,
             mover.bytes_a_move,
             sum(leaf.value.numel() for leaf in mover.leaves),
+            *(dict(traffic) for traffic in sent[group.name]),
         )
         for group, mover in ((each.group, each) for each in optimizer.movers.values())
     ]
@@ -112,14 +121,35 @@ def measured(run: Run, world: World, rank: int, model: Parallelized, optimizer: 
         flying=flying,
         kept=round(peak(2) - peak(1)),
         activations=round(peak(flying)) + sums,
-        moving=ledger.peak - before,
+        moving=moving,
         schedule={key: value(count) for key, value in traffic.items()},
         moves=moves,
-        closing=dict(ledger.wire.bytes),
+        closing=closing,
     )
 
 
-def held(model: Parallelized, optimizer: Optimizer, live: int) -> Memory:
+def attributed(mover: Mover, ledger: Ledger) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
+    """What a group's parts send from now on: at every step, and where it moves."""
+    add, close = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+
+    def counted(function: Callable[..., Any], into: Counter[tuple[str, str]]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            before = Counter(ledger.wire.bytes)
+            result = function(*arguments)
+            into.update(ledger.wire.bytes - before)
+            return result
+
+        return call
+
+    places: list[tuple[Any, str, Counter[tuple[str, str]]]] = []
+    for policy, shard in zip(mover.policies, mover.shards, strict=True):
+        places += [(policy, "add", add), (policy, "close", close), (shard, "update", close), (shard, "gather", close)]
+    for owner, name, into in [*places, *((gram, "close", close) for gram in mover.grams)]:
+        setattr(owner, name, counted(getattr(owner, name), into))
+    return add, close
+
+
+def held(model: Parallelized, optimizer: Optimizer, states: list[RowState], live: int) -> Memory:
     """What the storages of a rank that has done nothing yet are for."""
     movers, seen, sizes = list(optimizer.movers.values()), set[int](), dict[str, int]()
     rules = [(mover.group.level, rule) for mover in movers for shard in mover.shards for rule in shard.rules]
@@ -136,6 +166,7 @@ def held(model: Parallelized, optimizer: Optimizer, live: int) -> Memory:
         "host": [each for rule in away for each in (rule.master, *rule.state.values())],
         "masters": [rule.master for _, rule in rules],
         "moments": [each for _, rule in rules for each in rule.state.values()],
+        "states": [part for state in states for part in tensors_of(state)],
     }
     for kind, each in tensors.items():
         found = {key: size for key, size in storages(each).items() if key not in seen}
@@ -145,6 +176,13 @@ def held(model: Parallelized, optimizer: Optimizer, live: int) -> Memory:
     shapes = [each for engine in engines for group in engine.round_robin_bit16_meta for each in group]
     nothing = sum(storages(shapes).values())  # DeepSpeed keeps these on the meta device everywhere
     return Memory(**sizes, other=live - sum(sizes.values()) - nothing)
+
+
+def tensors_of(state: RowState) -> list[torch.Tensor]:
+    """Every one."""
+    found: list[torch.Tensor] = []
+    mapped(lambda _, part: found.append(part), "", state)
+    return found
 
 
 def scheduled(

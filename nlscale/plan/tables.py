@@ -9,6 +9,7 @@ layout must fit MARGIN of what a plan counts on, since the formula is not the si
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from nlscale.config.errors import UserError
@@ -17,7 +18,7 @@ from nlscale.config.read import CONFIGS, read
 from nlscale.config.run import Run
 from nlscale.model.count import parameters
 from nlscale.plan.devices import DEVICES, Device
-from nlscale.plan.search import Choice, assessed, best
+from nlscale.plan.search import Choice, accepted, assessed
 
 SIZES = ("125m", "350m", "760m", "1.3b", "2.7b", "7b", "13b", "30b", "70b")
 COUNTS = (1, 8, 64, 512, 1024)
@@ -71,7 +72,7 @@ def fastest(recipe: str, rows: int, gpus: int, on: Device) -> Choice | None:
     """The best layout of a recipe with so many rows a step; None where none fits."""
     run = read(recipe, ["use.layout=null"])
     try:
-        choices = best(replace(run, train=replace(run.train, global_batch=rows)), gpus, on, TRIED)
+        choices = islice(accepted(replace(run, train=replace(run.train, global_batch=rows)), gpus, on), TRIED)
     except UserError:
         return None
     return next((each for each in choices if each.fits(on) and control_fits(recipe, each, on)), None)

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -21,7 +22,7 @@ from nlscale.model.count import parameters
 from nlscale.plan.devices import DEVICES, ROOM, Device, device
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.report import figures, text
-from nlscale.plan.search import best
+from nlscale.plan.search import accepted
 from nlscale.runtime.quiet import quiet
 from nlscale.verbs.common import add, add_recipe, foreseen
 
@@ -140,9 +141,9 @@ def remedy(run: Run, world: int, on: Device | None, room: float) -> str:
     """The layout that fits so many GPUs, or the number of GPUs on which one does."""
     target = on or replace(DEVICES["h100"], name=f"GPUs with {room / ROOM / GIB:.0f} GiB", memory=room / ROOM)
     for gpus in (world, *(world * 2**n for n in range(1, 11))):
-        found = best(run, gpus, target, 1, (1,))  # one row a forward pass needs least
-        if found and found[0].fits(target):
-            said = " ".join(f"{key}={value}" for key, value in found[0].differences(run).items())
+        found = next(accepted(run, gpus, target, (1,)), None)  # one row a forward pass needs least
+        if found and found.fits(target):
+            said = " ".join(f"{key}={value}" for key, value in found.differences(run).items())
             return (
                 f"{said} would fit" if gpus == world else f"{gpus} GPUs with {said} would fit"
             ) + f" ({target.name})"
@@ -189,7 +190,7 @@ def plan(options: argparse.Namespace) -> int:
     quiet()
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of pretended groups that have no backend
     stages = importlib.import_module("nlscale.plan.simulate").stages(run, options.gpus, progress)
-    found = figures(run, options.gpus, on, stages, best(run, options.gpus, on, CHOICES))
+    found = figures(run, options.gpus, on, stages, list(islice(accepted(run, options.gpus, on), CHOICES)))
     print(text(run, found, on))
     if missing:
         print(f"\n{missing}")

@@ -8,8 +8,10 @@ import torch
 from nlscale.bench import memory
 from nlscale.config.errors import UserError
 from nlscale.config.run import Run
+from nlscale.model.row_state import mapped
 from nlscale.plan.ledger import Ledger
 from nlscale.plan.pretend import pretended
+from nlscale.plan.report import in_all, traffic
 from nlscale.plan.simulate import Stage, axes, stages
 from nlscale.runtime.wire import Axes
 from nlscale.testing import ranks
@@ -92,14 +94,42 @@ def test_predicted_bytes_are_the_counted_ones(layout: str) -> None:
     assert any(significant(stage.closing) or significant(stage.schedule) for stage in plan)
 
 
-def test_levels_pay_for_their_own_moves() -> None:
-    """By level, what a plan says adds up to what it counted where everything moves."""
-    (plan,) = ranks(1, planned, ["parallel.pipeline=2"])
+@pytest.mark.parametrize("layout", ["pipeline", "eager", "hierarchical", "muon", "staggered", "tied", "in-sequence"])
+def test_levels_pay_for_their_own_moves(layout: str) -> None:
+    """By level, axis and collective: what was counted is what the levels' parts say of themselves, and nothing is left."""
+    run = configured(LAYOUTS[layout])
+    (plan,) = ranks(1, planned, LAYOUTS[layout])
     for stage in plan:
-        total = sum(each.a_move + each.every_step for each in stage.moves)
-        counted = sum(size for (axis, _), size in stage.closing.items() if axis == "data")
-        assert total == counted > 0
-        assert {each.level for each in stage.moves} == {"fast", "slow", "long"}
+        total = Counter[tuple[str, str]]()
+        for each in stage.moves:
+            over_data = [
+                sum(size for (axis, _), size in part.items() if axis in OVER) for part in (each.add, each.close)
+            ]
+            if layout != "muon":  # whose matrices are gathered by more than one group
+                assert over_data == [each.every_step, each.a_move], each
+            total.update(each.add)
+            total.update(each.close)
+        if layout != "staggered":  # whose layers never move all at once
+            assert significant(total) == significant(stage.closing)
+        assert {each.level for each in stage.moves} == {level.name for level in run.levels}
+
+
+OVER = ("data", "inside nodes", "across nodes")
+
+
+def test_a_plan_says_what_the_busiest_step_sends() -> None:
+    """Layers that move at steps of their own never send all at once; rows and sum agree on what that spares."""
+    aligned, staggered = (ranks(1, planned, ["parallel.pipeline=2", *more])[0][0] for more in ([], STAGGERED))
+    for stage in (aligned, staggered):
+        assert in_all(stage)[0] == pytest.approx(sum(row["mean"] for row in traffic(stage)))
+    assert in_all(aligned)[0] == pytest.approx(in_all(staggered)[0], rel=0.01)
+    assert in_all(aligned)[1] == pytest.approx(sum(row["peak"] for row in traffic(aligned)))
+    assert in_all(staggered)[1] < in_all(aligned)[1]
+    kinds = {(row["of"], row["axis"], row["kind"]) for row in traffic(aligned)}
+    assert {("slow", "data", "all-gather"), ("forward, backward", "pipeline", "send")} <= kinds
+
+
+STAGGERED = ["optim.phase=staggered"]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +191,16 @@ def test_memories_that_go_on_are_planned_too() -> None:
     ((carried,),) = ranks(1, planned_alone, kept)
     ((fresh,),) = ranks(1, planned_alone, kept[2:])
     assert carried.resident > fresh.resident
+    assert carried.memory.states == ranks(1, held_by_memories, kept)[0] > 0 and fresh.memory.states == 0
+
+
+def held_by_memories(overrides: list[str]) -> int:
+    """Bytes of a real rank's, over all rows of a step."""
+    sizes: list[int] = []
+    for carried in built(tiny(*overrides))[1].carried:
+        for state in carried.open():
+            mapped(lambda _, part: sizes.append(part.untyped_storage().nbytes()), "", state)
+    return sum(sizes)
 
 
 def planned_alone(overrides: list[str]) -> list[Stage]:
