@@ -87,15 +87,18 @@ def measured(run: Run, world: World, rank: int, model: Parallelized, optimizer: 
     """The figures of a rank that is built."""
     estimate = Estimate(run, world.size)
     count, unit = estimate.micro_batches, run.parallel.pipeline if run.parallel.virtual_pipeline > 1 else 1
-    turn(run, unit, lengths(run, model)[0], model)  # megatron-core makes buffers that stay
-    states = [state for carried in model.carried for state in carried.open()]
-    optimizer.windows.release()
-    memory, before = held(model, optimizer, states, ledger.live), ledger.live
+    for carried in model.carried:
+        carried.open()  # one state a micro-batch of the step, however many of them a schedule is run with
+    built = ledger.live
     optimizer.windows.fill()  # sums of one step, where they do not last: all but the first micro-batch find them there
-    sums = ledger.live - before
+    sums = ledger.live - built
     peak, traffic = scheduled(run, count, unit, model, ledger)
     # Of interleaved stages, the longer of the two runs has as many in flight as any.
     flying = min(count, 2 * unit) if unit > 1 else round(estimate.flying(rank))
+    optimizer.windows.release()
+    states = [state for carried in model.carried for state in carried.open()]
+    memory, before = held(model, optimizer, states, ledger.live), ledger.live
+    optimizer.windows.fill()
     ledger.restart()
     beats = [group.level.steps for group in optimizer.groups if not group.level.frozen]
     sent = {name: attributed(mover, ledger) for name, mover in optimizer.movers.items()}
@@ -197,9 +200,8 @@ def scheduled(
     peaks, sent = {}, dict[tuple[int, int], Traffic]()
     for place in dict.fromkeys(itertools.product(turns, (short, longer))):
         ledger.restart()
-        before = ledger.live
-        turn(run, *place, model)
-        peaks[place], sent[place] = float(ledger.peak - before), dict(ledger.wire.bytes)
+        turn(run, *place, model)  # the first one leaves buffers of megatron-core's, which stay
+        peaks[place], sent[place] = float(ledger.peak - ledger.live), dict(ledger.wire.bytes)
 
     def along(values: dict[tuple[int, int], float]) -> Callable[[int], float]:
         one, two = turns
