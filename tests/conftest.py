@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -16,7 +17,6 @@ import pytest  # noqa: E402
 
 if "gpu" not in sys.argv:  # what one GPU needs is torch, Triton, megatron-core and a few small packages (`make gpu`)
     import nlscale.optim.zero  # noqa: E402, F401
-    import nlscale.train.plot  # noqa: E402, F401
 
 torch.set_num_threads(1)  # a pool of OpenMP threads in this process would hang in the ranks forked from it
 
@@ -33,6 +33,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
         elif item.get_closest_marker("gpu") and os.environ.get("TRITON_INTERPRET") == "1":
             item.add_marker(pytest.mark.skip(reason="`pytest -m gpu` runs it: here triton interprets"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves() -> Iterator[None]:
+    """A loss curve takes a second, and hundreds of runs are trained here: tests/train/test_curve.py and test_cli.py draw."""
+    if "gpu" in sys.argv:
+        yield
+        return
+    from nlscale.train.curve import Curve
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Curve, "renew", lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,14 @@ from nlscale.train import curve
 from nlscale.train.curve import Curve
 
 
+RENEW = Curve.renew  # as it is: other tests draw nothing
+
+
+@pytest.fixture(autouse=True)
+def _draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Curve, "renew", RENEW)
+
+
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that the test sets."""
