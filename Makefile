@@ -7,14 +7,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: train test lint slurm bench faults gpu ladder kernels clean
+.PHONY: train test lint slurm bench faults matrices gpu ladder kernels clean
 
 train: $(VENV)/installed
 	$(BIN)/nlscale data prepare stdlib --out corpora/stdlib --sequence 256 --tokeniser bpe:4096 --held-out 0.05
 	$(BIN)/nlscale train demo
 
+# A file of tests a core, then the stories on Slurm, which have the machine to themselves.
+BESIDE := -n logical --maxprocesses 8 --dist loadfile
 test: lint slurm
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest --ignore=tests/slurm $(BESIDE) --durations=15
+	$(BIN)/python -m pytest tests/slurm --durations=5
 
 # Packages of a real Slurm, which its tests bring up for themselves. Where they cannot be installed, those tests say so.
 SLURM := slurmctld slurmd slurm-client munge iproute2 slurmdbd mariadb-server-core mariadb-client-core
@@ -38,6 +41,10 @@ bench: $(VENV)/installed
 # Faults injected for real, the long way: every boundary of a save, fifty kills at random moments, a hundred flipped bits.
 faults: $(VENV)/tested
 	$(BIN)/python -m pytest -m slow -s
+
+# The cases of every matrix of layouts, policies and rules that `make test` leaves out.
+matrices: $(VENV)/tested
+	$(BIN)/python -m pytest -m matrix $(BESIDE)
 
 # Every GPU test, then every table that needs a GPU, into the folder OUT, in one go; what fails is said, and the rest goes on.
 #

@@ -64,6 +64,7 @@ setup(
             "liger-kernel>=0.8.5,<0.9; sys_platform == 'linux'",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mypy>=1.13",
             "import-linter>=2.1",

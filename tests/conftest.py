@@ -27,8 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("slow") and "slow" not in item.config.getoption("-m"):
-            item.add_marker(pytest.mark.skip(reason="a campaign: `make faults` runs it"))
+        for mark, target in (("slow", "faults"), ("matrix", "matrices")):
+            if item.get_closest_marker(mark) and mark not in item.config.getoption("-m"):
+                item.add_marker(pytest.mark.skip(reason=f"`make {target}` runs it"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
         elif item.get_closest_marker("gpu") and os.environ.get("TRITON_INTERPRET") == "1":

@@ -13,6 +13,7 @@ from nlscale.runtime.world import join
 from nlscale.testing import ranks
 from tests.corpus import small_run
 from tests.optim.driver import LAYOUTS, built, digest, over_replicas, run_steps, state_tensors, usual
+from tests.sampled import sampled
 from tests.tiny import tiny
 
 SHARDINGS = {
@@ -54,7 +55,7 @@ def untouched(overrides: list[str]) -> list[str]:
     return [name for name in weights if torch.equal(before[name], after[name])]
 
 
-@pytest.mark.parametrize("layout", ["data", "tensor-data", "pipeline-data"])
+@pytest.mark.parametrize("layout", sampled(["data", "tensor-data", "pipeline-data"], ["data"]))
 @pytest.mark.parametrize("sharding", [name for name in SHARDINGS if name != "staggered"])
 def test_an_update_moves_every_tensor_of_its_level(sharding: str, layout: str) -> None:
     count, overrides = LAYOUTS[layout]

@@ -6,6 +6,7 @@ import torch
 from nlscale.config.levels import level_of
 from nlscale.testing import ranks
 from tests.optim.driver import CONSTANT, Pieces, built, usual, weights
+from tests.sampled import sampled
 from tests.tiny import tiny
 from tests.whole import assemble
 
@@ -37,7 +38,7 @@ def last_move(overrides: list[str]) -> tuple[dict[str, float], Pieces, Pieces, i
 
 
 @pytest.mark.parametrize("rule", ["adamw", "muon", "sgd"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", sampled(LAYOUTS, ("one", "data", "data4")))
 def test_what_rules_tell_is_how_far_weights_moved(layout: str, rule: str) -> None:
     count, overrides = LAYOUTS[layout]
     overrides = [*overrides, f"optim.name={rule}", *CONSTANT, "optim.lr=0.01"]

@@ -10,7 +10,6 @@ from nlscale.runtime.log import Journal
 from nlscale.train import curve
 from nlscale.train.curve import Curve
 
-
 RENEW = Curve.renew  # as it is: other tests draw nothing
 
 

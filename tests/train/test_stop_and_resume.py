@@ -7,7 +7,6 @@ beyond the first three stop at step 11 of 18, which lies so as well.
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,6 +19,7 @@ from nlscale.train.manifest import verify
 from nlscale.train.step import Report
 from tests.corpus import small_run
 from tests.records import hashes, losses, shards
+from tests.sampled import sampled
 
 LAYOUTS = {
     "one": (1, []),
@@ -63,15 +63,11 @@ LAYOUTS = {
 }
 
 
-CAMPAIGN = ("tensor", "pipeline", "bf16-data", "tensor-pipeline", "tensor-data", "tied-pipeline")  # parts of the others
+LEFT = ("tensor", "pipeline", "bf16-data", "tensor-pipeline", "tensor-data", "tied-pipeline")  # parts of the others
+LEFT += ("tensor-in-sequence", "gains-data-hierarchical", "muon-data-staggered")
 
 
-def marked(name: str, campaign: tuple[str, ...]) -> Any:
-    """A case of `make test`, or of `make faults`."""
-    return pytest.param(name, marks=pytest.mark.slow) if name in campaign else name
-
-
-@pytest.mark.parametrize("layout", [marked(name, CAMPAIGN) for name in LAYOUTS])
+@pytest.mark.parametrize("layout", sampled(LAYOUTS, LEFT))
 def test_stopped_and_resumed_equals_unbroken_bit_for_bit(layout: str, prepared: str, tmp_path: Path) -> None:
     count, overrides = LAYOUTS[layout]
     steps, stop = (30, 15) if layout in ("one", "tensor", "data") else (18, 11)
@@ -106,7 +102,8 @@ MOVES = {
     ),
     "total windows": ((4, ["parallel.tensor=2", "checkpoint.windows=total"]), (2, [])),
 }
-MOVES_OF_CAMPAIGN = ("eager2 to tensor2", "tensor2-data2 to hierarchical2", "data4 to tensor2")
+MOVES_LEFT = ("eager2 to tensor2", "tensor2-data2 to hierarchical2", "data4 to tensor2", "one to tensor2-data2")
+MOVES_LEFT += ("tensor2-sequence to pipeline2", "hierarchical over contexts to one")
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +116,8 @@ def unbroken(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
-@pytest.mark.parametrize("variant", ["independent", marked("sequential", ("sequential",))])
-@pytest.mark.parametrize("move", [marked(name, MOVES_OF_CAMPAIGN) for name in MOVES])
+@pytest.mark.parametrize("variant", sampled(["independent", "sequential"], ["sequential"]))
+@pytest.mark.parametrize("move", sampled(MOVES, MOVES_LEFT))
 def test_resumed_on_another_layout_equals_unbroken(
     move: str, variant: str, unbroken: dict, prepared: str, tmp_path: Path
 ) -> None:
@@ -143,7 +140,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("feature", WHOLE)
+@pytest.mark.parametrize("feature", sampled(WHOLE, ("gains", "staggered", "muon")))
 def test_resumed_on_another_layout_with(feature: str, prepared: str, tmp_path: Path) -> None:
     common, (before, first), (after, second) = WHOLE[feature]
     alone = small_run(prepared, tmp_path / "alone", common)
