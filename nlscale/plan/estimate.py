@@ -73,7 +73,7 @@ class Times:
     stream: float  # reading and writing activations
     tensor: float  # collectives inside a layer
     pipeline: float  # messages between stages
-    bubble: float
+    bubble: float  # waiting for the first and last micro-batch, and for the last stage, which has the head
     data: float  # reductions and gathers of levels, the mean over a period
     optimizer: float
 
@@ -113,10 +113,15 @@ class Estimate:
         self.tokens = run.train.micro_batch * run.data.sequence // run.parallel.context  # of a micro-batch, here
 
     @cached_property
-    def near(self) -> int:
+    def node(self) -> int:
         """Replicas of one node, where gradients are reduced inside nodes first."""
-        node = self.run.cluster.ranks if self.run.cluster.ranks > 1 else NODE
-        return min(self.copies, self.run.optim.node or max(1, node // self.run.parallel.ranks))
+        gpus = self.run.cluster.ranks if self.run.cluster.ranks > 1 else NODE
+        return min(self.replicas, self.run.optim.node or max(1, gpus // self.run.parallel.ranks))
+
+    @property
+    def near(self) -> int:
+        """Copies of a shard in one node, likewise."""
+        return self.node * self.run.parallel.context
 
     @cached_property
     def held(self) -> dict[tuple[str, str], int]:
@@ -260,15 +265,24 @@ class Estimate:
     def over_data(self, device: Device, moved: float) -> float:
         """Seconds a step of reducing and gathering levels, the mean over their periods."""
         optim, far = self.run.optim, self.size > device.node
-        link = device.network if far else device.link
+        link = min(device.link, device.network * self.together(device.node)) if far else device.link
         share = (self.copies - 1) / self.copies
         every = self.mean(lambda level: 1.0)
         if optim.reduce == "hierarchical":
             near, nodes = self.near, max(1, self.copies // self.near)
-            inside, across = every * (near - 1) / near / device.link, moved / near * (nodes - 1) / nodes / link
+            inside, across = every * (near - 1) / near / device.link, moved / near * (nodes - 1) / nodes
+            across /= device.network if far else device.link
         else:
             inside, across = 0.0, (every if optim.reduce == "eager" else moved) * share / link
         return self.width * (inside + across + moved * share / link) / WIRE
+
+    def together(self, node: int) -> int:
+        """Copies of a shard among the GPUs of a node, by which what they send leaves it at once."""
+        parallel = self.run.parallel
+        inner = parallel.tensor * parallel.context
+        if inner > node:
+            return max(1, node // parallel.tensor)
+        return min(self.copies, parallel.context * max(1, node // parallel.ranks))
 
     def over_host(self, device: Device) -> float:
         """Seconds a step in which what is kept in host memory comes and goes, and is moved there."""

@@ -48,7 +48,7 @@ class Stage:
     flying: int  # micro-batches whose activations it holds at once, at most
     kept: int  # by each of them
     activations: int  # at the peak of the schedule, above what is held between steps
-    moving: int  # at the peak of a step in which every level moves (staggered: its first layers), above the same
+    moving: int  # at the peak of a step in which every level moves (staggered: those of phase 0), above the same
     schedule: Traffic  # of one step's forward and backward
     moves: list[Moves]
     closing: Traffic  # of that step's end

@@ -49,7 +49,7 @@ def answered() -> Iterator[None]:
         return filled(tensor.shape) if tensor.is_meta else listed(tensor)
 
     def tensor(*args: Any, **kwargs: Any) -> Tensor:
-        return made(*args, **{"device": META, **kwargs})
+        return made(*args, **{**kwargs, "device": kwargs.get("device") or META})
 
     with (
         patch.object(F, "scaled_dot_product_attention", attention),

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from math import lcm
 from typing import Any
 
 from nlscale.config.ladder import rule
@@ -15,7 +14,6 @@ from nlscale.plan.search import RECOMPUTE, Choice
 
 GIB, GB = 2**30, 1e9
 SCHEDULE = "forward, backward"
-SCAN = 4096  # steps that are looked at one by one for the largest
 KINDS = ("weights", "windows", "masters", "moments", "states", "other")
 Values = dict[str, Any]
 
@@ -67,15 +65,15 @@ def traffic(stage: Stage) -> list[Values]:
         for key in sorted({key for each in own for key in (*each.add, *each.close)}):
             mean, peak = over_steps([(each, each.add.get(key, 0.0), each.close.get(key, 0.0)) for each in own])
             rows.append({"of": level, "axis": key[0], "kind": key[1], "mean": mean, "peak": peak})
-    return [row for row in rows if row["peak"] and row["axis"] != "others"]  # a few numbers for all ranks
+    return [row for row in rows if row["mean"] and row["axis"] != "others"]  # a few numbers for all ranks
 
 
 def over_steps(sizes: Sequence[tuple[Moves, float, float]]) -> tuple[float, float]:
     """Mean and largest bytes of a step; `sizes`: what each sends at every step, and where it moves."""
     every = sum(step for _, step, _ in sizes)
     beats = [(each.period, each.phase, move) for each, _, move in sizes if move]
-    steps = min(SCAN, lcm(*(period for period, _, _ in beats)))
-    sums = (sum(move for period, phase, move in beats if (step + phase) % period == 0) for step in range(steps))
+    steps = {-phase % period for period, phase, _ in beats}  # the largest is among them, as periods are a chain
+    sums = (sum(move for period, phase, move in beats if (step + phase) % period == 0) for step in steps)
     return every + sum(move / period for period, _, move in beats), every + max(sums, default=0.0)
 
 
@@ -147,7 +145,7 @@ def by_policy(run: Run, gpus: int, rank: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for policy in RECOMPUTE:
         made = replace(run, train=replace(run.train, recompute=policy))
-        found[policy] = Estimate(made, gpus).activations(rank)
+        found[policy] = Estimate(made, gpus).memory(rank).activations
     return found
 
 
@@ -177,7 +175,7 @@ def speed(plan: Values, device: Device) -> list[str]:
         f"{plan['tokens_per_second']:,.0f} tokens/s, MFU {plan['mfu']:.1%}, {plan['days']:.1f} days",
         f"counted on: products {PRODUCTS:.0%}, attention {SCORES:.0%}, memories {MEMORIES:.0%} of {device.flops / 1e12:.0f} "
         f"TFLOP/s; {STREAM:.0%} of {device.bandwidth / 1e12:.2f} TB/s; {WIRE:.0%} of {device.link / GB:.0f} GB/s in a node "
-        f"and {device.network / GB:.0f} GB/s between nodes; no overlap. Not measured on this GPU.",
+        f"and {device.network / GB:.0f} GB/s a GPU between nodes; no overlap. Not measured on this GPU.",
     ]  # fmt: skip
 
 

@@ -79,9 +79,8 @@ def ranked(run: Run, gpus: int, device: Device, rows: Sequence[int] = MICRO) -> 
         ways = [first]
         if not first.fits(device):
             ways += [each for each in (assessed(way, gpus, device, counted) for way in each_way) if each]
-        fit = [each for each in ways if each.fits(device)]
         choices += ways
-        fitting += sorted(fit, key=lambda each: each.times.step)[:1]
+        fitting += [each for each in ways if each.fits(device)]
     if not fitting:
         return sorted(choices, key=lambda each: each.resident)
     least = min(each.times.step for each in fitting)
@@ -94,12 +93,17 @@ def ranked(run: Run, gpus: int, device: Device, rows: Sequence[int] = MICRO) -> 
 
 
 def accepted(run: Run, gpus: int, device: Device, rows: Sequence[int] = MICRO) -> Iterator[Choice]:
-    """Those of them which the config accepts as a whole, in order."""
+    """Those of them which the config accepts as a whole, in order: of each layout, the first way to save memory."""
+    seen = set[tuple[Parallel, int]]()
     for choice in ranked(run, gpus, device, rows):
+        layout = choice.run.parallel, choice.run.train.micro_batch
+        if layout in seen:
+            continue
         try:
             whole = replace(choice.run)
         except UserError:
             continue
+        seen.add(layout)
         yield replace(choice, run=whole)
 
 
@@ -108,6 +112,8 @@ def assessed(run: Run, gpus: int, device: Device, counted: Counted | None = None
     try:
         estimate = Estimate(run, gpus, counted)
     except UserError:
+        return None
+    if run.optim.reduce == "hierarchical" and estimate.replicas % estimate.node:
         return None
     return Choice(run, gpus, estimate.largest, estimate.times(device), estimate.mfu(device))
 

@@ -21,6 +21,7 @@ from torch import nn
 from nlscale.config.levels import token_levels
 from nlscale.config.run import Run, replicas
 from nlscale.model.row_state import RowState, mapped
+from nlscale.optim.buffers import BufferShard
 from nlscale.optim.build import Optimizer, build_optimizer
 from nlscale.optim.mover import Mover
 from nlscale.parallel.apply import Parallelized, parallelize
@@ -61,7 +62,7 @@ def at(like: Stage, run: Run, size: int, rank: int) -> Stage:
 def stage(run: Run, size: int, rank: int) -> Stage:
     """One pipeline rank."""
     run = replace(run, train=replace(run.train, compile="none"))  # what is compiled has no shapes to follow
-    node = Estimate(run, size).near if run.optim.reduce == "hierarchical" else 0
+    node = Estimate(run, size).node if run.optim.reduce == "hierarchical" else 0
     ledger = Ledger()
     with pretended(run, size, rank, node, ledger) as world:
         ledger.follow(axes(world))
@@ -89,6 +90,9 @@ def measured(run: Run, world: World, rank: int, model: Parallelized, optimizer: 
     count, unit = estimate.micro_batches, run.parallel.pipeline if run.parallel.virtual_pipeline > 1 else 1
     for carried in model.carried:
         carried.open()  # one state a micro-batch of the step, however many of them a schedule is run with
+    for shard in optimizer.shards():
+        if isinstance(shard, BufferShard):
+            shard.micro_batches = 0  # nothing leaves before backward's end: all is counted where it is waited for
     built = ledger.live
     optimizer.windows.fill()  # sums of one step, where they do not last: all but the first micro-batch find them there
     sums = ledger.live - built
@@ -123,7 +127,7 @@ def measured(run: Run, world: World, rank: int, model: Parallelized, optimizer: 
         memory=memory,
         flying=flying,
         kept=round(peak(2) - peak(1)),
-        activations=round(peak(flying)) + sums,
+        activations=round(peak(flying)) + sums + memory.states * (count - flying) // count,  # what each row leaves
         moving=moving,
         schedule={key: value(count) for key, value in traffic.items()},
         moves=moves,

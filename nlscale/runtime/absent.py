@@ -1,7 +1,8 @@
 """Packages that our libraries import for parts of theirs that nobody here uses. Each costs a rank's start up to a second.
 
 mosaicml-streaming takes transformers and torchvision for its ready-made datasets (and torchvision's wheels, built for CUDA,
-die beside a CPU torch); megatron-core takes wandb for its own training loop.
+die beside a CPU torch: whoever wants transformers' models there must declare its operators); megatron-core takes wandb for
+its own training loop.
 """
 
 import sys

@@ -140,9 +140,10 @@ def going_on(
     watchdog = Watchdog(
         folder.path / "alive", world.rank, world.size, run.cluster.watchdog, partial(hung, state, folder)
     )
-    checkpoints.waiting, tracer, curve = watchdog.note, Tracer(run, world, folder, journal), Curve(folder, journal)
+    checkpoints.waiting, tracer = watchdog.note, Tracer(run, world, folder, journal)
+    curve = Curve(folder, journal, world.leads)
     checkpoints.hold.await_silence()
-    with Metrics(state, folder, journal, peak, checkpoints.hold) as metrics, watchdog:
+    with curve, Metrics(state, folder, journal, peak, checkpoints.hold) as metrics, watchdog:
         skips, stragglers, spikes = 0, Stragglers(world, journal), Spikes(state, checkpoints, journal)
         while state.step < last:
             with tracer.step(state.step + 1):
@@ -169,8 +170,7 @@ def going_on(
                     )
                 require(saved or state.step != last, "the last save failed; mend that and go on")
                 metrics.ledger()
-                if world.leads:
-                    curve.renew(state.step, ends=report.stop or state.step == last)
+                curve.renew(state.step)
             if report.stop and state.step < last:
                 evaluate()
                 journal.event("stop", state.step, signal=watch.asked)

@@ -114,6 +114,35 @@ def test_layouts_are_ranked_by_what_their_step_takes() -> None:
         assert assessed(read("7b-hope-attention", [*other, *beside]), 64, on) == choice
 
 
+def test_a_layout_whose_fastest_way_is_refused_has_another() -> None:
+    """Masters of matrices that follow Muon cannot lie in host memory: the same layout fits by computing again."""
+    run = read("2.7b-hope", ["optim.name=muon", "model.base_width=null", "use.layout=null"])
+    on = DEVICES["a100"]
+    first, refused = next(accepted(run, 1, on, (1,))), ranked(run, 1, on, (1,))[0]
+    assert first.fits(on) and first.run.train.recompute == "block" and not first.run.optim.offload
+    with pytest.raises(UserError, match="offload"):
+        replace(refused.run)
+
+
+@pytest.mark.parametrize(
+    ("layout", "count"),
+    [
+        ([], 8),
+        (["parallel.tensor=2"], 4),
+        (["parallel.tensor=2", "parallel.context=2"], 4),
+        (["parallel.tensor=2", "parallel.context=2", "parallel.pipeline=2"], 2),
+        (["parallel.tensor=2", "parallel.context=2", "parallel.pipeline=8"], 2),
+        (["parallel.tensor=8", "parallel.context=2"], 1),
+    ],
+)
+def test_copies_of_a_node_send_by_all_of_its_links(layout: list[str], count: int) -> None:
+    """Against the ranks themselves: neighbours are tensor, then context, then pipeline, then data parallel."""
+    run = read("7b-plain", ["use.layout=null", *layout])
+    estimate, sides = Estimate(run, 64), (run.parallel.tensor, run.parallel.context, run.parallel.pipeline)
+    node = [(rank % sides[0], rank // (sides[0] * sides[1]) % sides[2]) for rank in range(8)]
+    assert estimate.together(8) == count == max(node.count(each) for each in node)
+
+
 def test_slower_links_and_longer_periods_cost_what_they_should() -> None:
     """A network of half the speed doubles the time of levels' traffic; levels that move less send less."""
     plain, levels = (Estimate(read(f"1.3b-{name}", ["use.layout=null"]), 64) for name in ("plain", "hope-attention"))

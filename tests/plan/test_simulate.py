@@ -9,10 +9,12 @@ from nlscale.bench import memory
 from nlscale.config.errors import UserError
 from nlscale.config.run import Run
 from nlscale.model.row_state import mapped
+from nlscale.optim.build import build_optimizer
+from nlscale.parallel.apply import parallelize
 from nlscale.plan.ledger import Ledger
 from nlscale.plan.pretend import pretended
 from nlscale.plan.report import in_all, traffic
-from nlscale.plan.simulate import Stage, axes, stages
+from nlscale.plan.simulate import Stage, axes, stages, turn
 from nlscale.runtime.wire import Axes
 from nlscale.testing import ranks
 from tests.optim.driver import built, usual
@@ -35,6 +37,7 @@ LAYOUTS = {
     "eager": ["optim.reduce=eager"],
     "hierarchical": ["optim.reduce=hierarchical", "optim.node=2"],
     "overlap": ["optim.overlap=true", "model.hidden=512"],
+    "overlap-buckets": ["optim.overlap=true", "model.layers=8", "optim.bucket=1", "parallel.pipeline=2"],
     "muon": ["optim.name=muon", "parallel.tensor=2"],
     "staggered": ["optim.phase=staggered", "parallel.pipeline=2"],
     "hope": ["model.mixer=self_modifying", "model.self_modifying.chunk=8", "parallel.tensor=2"],
@@ -207,6 +210,32 @@ def test_memories_that_go_on_are_planned_too() -> None:
     ((fresh,),) = ranks(1, planned_alone, kept[2:])
     assert carried.resident > fresh.resident
     assert carried.memory.states == ranks(1, held_by_memories, kept)[0] > 0 and fresh.memory.states == 0
+
+
+def test_what_each_row_leaves_is_in_the_plans_peak() -> None:
+    """After-states of all micro-batches wait for the step's end, however few a plan runs."""
+    kept = [
+        "model.reset=never",
+        "data.shuffle=false",
+        "model.mixer=delta",
+        "model.linear.chunk=4",
+        "train.global_batch=24",
+    ]
+    ((plan,),) = ranks(1, planned_alone, kept)
+    assert plan.activations == pytest.approx(ranks(1, whole_turn, kept)[0], rel=0.005)
+
+
+def whole_turn(overrides: list[str]) -> int:
+    """Peak of a schedule of all micro-batches, above what is held between steps."""
+    run, ledger = tiny(*overrides), Ledger()
+    with pretended(run, 1, 0, None, ledger) as world:
+        model = parallelize(run, world)
+        optimizer = build_optimizer(run, model.leaves, world)
+        for _ in range(2):
+            ledger.restart()
+            turn(run, run.train.global_batch, run.model.layers, model)
+        optimizer.windows.release()
+        return ledger.peak - ledger.live
 
 
 def held_by_memories(overrides: list[str]) -> int:

@@ -10,12 +10,12 @@ from nlscale.runtime.log import Journal
 from nlscale.train import curve
 from nlscale.train.curve import Curve
 
-RENEW = Curve.renew  # as it is: other tests draw nothing
+DRAW = Curve.draw  # as it is: other tests draw nothing
 
 
 @pytest.fixture(autouse=True)
 def _draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Curve, "renew", RENEW)
+    monkeypatch.setattr(Curve, "draw", DRAW)
 
 
 @pytest.fixture
@@ -34,19 +34,30 @@ def test_drawing_takes_little_of_a_runs_time(tmp_path: Path, at: list[float], mo
         at[0] += 2.0
 
     monkeypatch.setattr("nlscale.train.plot.plot", plot)
-    made = Curve(folder, Journal(folder, True))
-    for moment in (50.0, 99.0, 101.0, 250.0, 304.0):
-        at[0] = moment
-        made.renew(1, ends=False)
-    assert drawn == [101.0, 304.0]
-    made.renew(2, ends=True)
-    assert drawn == [101.0, 304.0, 306.0]
+    with Curve(folder, Journal(folder, True), True) as made:
+        for moment in (50.0, 99.0, 251.0, 253.0, 300.0):
+            at[0] = moment
+            made.renew(1)
+        assert drawn == [50.0, 253.0]
+    assert drawn == [50.0, 253.0, 300.0]
+
+
+def test_a_run_that_dies_is_drawn_by_its_leading_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Path] = []
+    monkeypatch.setattr("nlscale.train.plot.plot", lambda folders, target: drawn.append(target))
+    for leads in (False, True):
+        with (
+            pytest.raises(ValueError, match="diverged"),
+            Curve(Folder(tmp_path), Journal(Folder(tmp_path), True), leads),
+        ):
+            raise ValueError("diverged")
+    assert drawn == [Folder(tmp_path).plot]
 
 
 def test_a_disk_that_refuses_a_drawing_is_noted(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     (tmp_path / "plots").write_text("a file where a folder should be")
     began = time.monotonic()
-    Curve(folder, Journal(folder, True)).renew(7, ends=True)
+    Curve(folder, Journal(folder, True), True).renew(7)
     (event,) = read_lines(folder.events)
     assert (event["event"], event["step"]) == ("plot failed", 7) and time.monotonic() - began < 60
