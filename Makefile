@@ -13,10 +13,12 @@ train: $(VENV)/installed
 	$(BIN)/nlscale data prepare stdlib --out corpora/stdlib --sequence 256 --tokeniser bpe:4096 --held-out 0.05
 	$(BIN)/nlscale train demo
 
-# A file of tests a core, then the stories on Slurm, which have the machine to themselves.
+# Tests of one process go a file a core; ranks wait for each other at every collective, so nothing runs beside those of several.
+ONE := $(addprefix tests/,config data kernels model plan runtime)
 BESIDE := -n logical --maxprocesses 8 --dist loadfile
 test: lint slurm
-	$(BIN)/python -m pytest --ignore=tests/slurm $(BESIDE) --durations=15
+	$(BIN)/python -m pytest $(ONE) $(BESIDE) --durations=5
+	$(BIN)/python -m pytest $(ONE:%=--ignore=%) --ignore=tests/slurm --durations=15
 	$(BIN)/python -m pytest tests/slurm --durations=5
 
 # Packages of a real Slurm, which its tests bring up for themselves. Where they cannot be installed, those tests say so.
@@ -44,7 +46,7 @@ faults: $(VENV)/tested
 
 # The cases of every matrix of layouts, policies and rules that `make test` leaves out.
 matrices: $(VENV)/tested
-	$(BIN)/python -m pytest -m matrix $(BESIDE)
+	$(BIN)/python -m pytest -m matrix
 
 # Every GPU test, then every table that needs a GPU, into the folder OUT, in one go; what fails is said, and the rest goes on.
 #

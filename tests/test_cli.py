@@ -240,6 +240,7 @@ def test_a_run_that_crashes_is_started_again_while_it_gets_further(
 
     monkeypatch.setattr(loop, "train_step", step)
     command = ["train", "demo", *SHAPE, f"data.path={prepared}", f"run.folder={tmp_path}", "train.steps=20"]
+    command += ["checkpoint.asynchronous=false"]  # else a crash may come before the last save is done
     code = main([*command, "checkpoint.interval=2", "--restart", "--nproc", "1", "parallel.tensor=1"])
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     ended = [(event["code"], event["step"]) for event in events if event["event"] == "attempt ended"]

@@ -1,67 +1,13 @@
 """Memory and time of a layout by formula, without torch: what `nlscale check` says, and what layouts are ranked by.
 
-What a block keeps for backward was counted in the simulation (plan/simulate.py), a token and unit of width, for each
-mixer; a test holds the formula against it. Times are work over the rates of plan/devices.py.
+Times are work over the rates of plan/devices.py.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
-from nlscale.config.levels import Level, level_of, parameter_names
-from nlscale.config.optim import STATES
-from nlscale.config.run import Run, replicas
-from nlscale.model.count import FLOPS, elements, flops_a_token
+from nlscale.model.count import FLOPS, flops_a_token
 from nlscale.plan.devices import MEMORIES, PRODUCTS, SCORES, STREAM, WIRE, Device
-
-# Bytes that a block keeps in bf16 a token and unit of width: beside the mixer, on all of a row's tokens ...
-BESIDE = 20.0
-# ... by the mixer, on this rank's heads. Attention: without and for its keys and values.
-KEPT = {
-    "attention": 7.4,
-    "linear": 68.5,
-    "delta": 71.5,
-    "titans": 82.7,
-    "titans_mac": 54.0,
-    "titans_mag": 118.0,
-    "titans_mal": 105.0,
-    "self_modifying": 77.4,
-}
-PAIRS = 4.6
-# Projections of all heads' width that one product computes together, beside keys and values of attention.
-FUSED = {
-    "attention": 1,
-    "linear": 4,
-    "delta": 4,
-    "titans": 4,
-    "titans_mac": 4,
-    "titans_mag": 6,
-    "titans_mal": 7,
-    "self_modifying": 2,
-}
-HIDDEN = {"swiglu": 8.0, "gelu": 6.0}  # ... and of the feed-forward, a hidden unit
-LOGITS = 4  # float32 copies of a chunk of logits
-CHUNK, WIDE = 512, 2**24  # tokens, and logits, of a chunk of the loss, at most (kernels/summed_loss)
-NODE = 8  # GPUs of a node, where no cluster is named
-AT_ONCE = 5.0  # bytes an element of the largest bucket, while a level moves
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank of a pipeline stage."""
-
-    weights: float
-    windows: float
-    masters: float
-    moments: float
-    host: float
-    activations: float
-    moving: float
-
-    @property
-    def resident(self) -> float:
-        """At the peak."""
-        return self.weights + self.windows + self.masters + self.moments + max(self.activations, self.moving)
+from nlscale.plan.holding import Holding, beat
 
 
 @dataclass(frozen=True)
@@ -83,136 +29,8 @@ class Times:
         return sum(vars(self).values())
 
 
-Counted = dict[tuple[str, str], tuple[int, int]]
-
-
-def count(run: Run) -> Counted:
-    """(embed, head or block; level) -> parameters that tensor-parallel ranks share, and those that each has whole."""
-    found: Counted = {}
-    for name in parameter_names(replace(run.model, layers=1), run.levels):  # blocks are alike
-        each = elements(name, run.model, run.levels)
-        place = "head" if name == "norm.weight" else name.split(".")[0]
-        each *= run.model.layers if place == "blocks" else 1
-        key = place, level_of(name, run.levels).name
-        cut, whole = found.get(key, (0, 0))
-        found[key] = (cut, whole + each) if name.endswith(("norm.weight", "gains")) else (cut + each, whole)
-    return found
-
-
-class Estimate:
-    """A run on so many ranks. Raises UserError where the layout does not fit them."""
-
-    def __init__(self, run: Run, size: int, counted: Counted | None = None) -> None:
-        """`counted`: of the same model and levels, where it is known (`count`)."""
-        self.run, self.size = run, size
-        self.counted = count(run) if counted is None else counted
-        self.replicas = replicas(run, size)
-        self.copies = self.replicas * run.parallel.context
-        self.width = 2 if run.train.precision == "bf16" else 4
-        self.micro_batches = run.train.global_batch // (self.replicas * run.train.micro_batch)
-        self.tokens = run.train.micro_batch * run.data.sequence // run.parallel.context  # of a micro-batch, here
-
-    @cached_property
-    def node(self) -> int:
-        """Replicas of one node, where gradients are reduced inside nodes first."""
-        gpus = self.run.cluster.ranks if self.run.cluster.ranks > 1 else NODE
-        return min(self.replicas, self.run.optim.node or max(1, gpus // self.run.parallel.ranks))
-
-    @property
-    def near(self) -> int:
-        """Copies of a shard in one node, likewise."""
-        return self.node * self.run.parallel.context
-
-    @cached_property
-    def held(self) -> dict[tuple[str, str], int]:
-        """(embed, head or block; level) -> parameters of one rank: of all blocks, or of the embedding or head."""
-        return {key: cut // self.run.parallel.tensor + whole for key, (cut, whole) in self.counted.items()}
-
-    def parameters(self, rank: int) -> dict[str, float]:
-        """By level, of a rank of a pipeline stage."""
-        stages = self.run.parallel.pipeline
-        found = dict.fromkeys((level.name for level in self.run.levels), 0.0)
-        ends = {"embed": [0, stages - 1] if self.run.model.tied else [0], "head": [stages - 1]}
-        for (place, level), count in self.held.items():
-            if place == "blocks":
-                found[level] += count / stages
-            elif rank in ends[place]:
-                found[level] += count
-        return found
-
-    def kept(self, recomputed: bool) -> float:
-        """Bytes that a block keeps of a micro-batch."""
-        run, model, ranks = self.run, self.run.model, self.run.parallel.tensor
-        split = ranks if run.parallel.sequence else 1
-        if recomputed:
-            return float(self.tokens * model.width * self.width / split)
-        pairs = PAIRS * model.key_value_heads / model.heads if model.mixer == "attention" else 0.0
-        mixing = (KEPT[model.mixer] + pairs) * model.width / ranks
-        behind = HIDDEN[model.activation] * model.feed_forward / ranks
-        return self.tokens * (BESIDE * model.width / split + mixing + behind) * self.width / 2
-
-    def memory(self, rank: int) -> Memory:
-        """Of a rank of a pipeline stage."""
-        optim, levels = self.run.optim, self.run.levels
-        held = self.parameters(rank)
-        total = sum(held.values())
-        share = {"defer": 1.0, "eager": 1 / self.copies, "hierarchical": 1 / self.near}[optim.reduce]
-        masters, moments, host = 0.0, 0.0, 0.0
-        for level in levels:
-            own = 4 * held[level.name] / self.copies
-            states = own * len(STATES[level.optimizer or optim.name])
-            if optim.offload and level.steps >= optim.offload:
-                host += own + states
-            else:
-                masters, moments = masters + own, moments + states
-        return Memory(
-            weights=self.width * (total + self.sliced()),
-            windows=4 * total * share,
-            masters=masters,
-            moments=moments,
-            host=host,
-            activations=self.activations(rank) + (4 * total if optim.reduce != "defer" else 0.0),
-            moving=4 * total / self.copies + (AT_ONCE * self.bucket(held) if self.copies > 1 else 0.0),
-        )
-
-    def sliced(self) -> float:
-        """Parameters that lie twice: in the memory that is gathered, and in a product's fused weight."""
-        model, ranks, stages = self.run.model, self.run.parallel.tensor, self.run.parallel.pipeline
-        layers, pairs = model.layers / stages, model.key_value_heads * model.head_width
-        fused = 2 if model.activation == "swiglu" else 1
-        several = sum(level.width > 0 for level in self.run.levels) > 1
-        cut = (fused if fused > 1 or several else 0) + (1 if several else 0)
-        inner = model.heads * model.head_width
-        mixing = model.width * (FUSED[model.mixer] * inner + (2 * pairs if model.mixer == "attention" else 0))
-        return layers * (mixing + cut * model.width * model.feed_forward) / ranks
-
-    def bucket(self, held: dict[str, float]) -> float:
-        """Elements of the largest bucket of a level."""
-        layers = self.run.model.layers / self.run.parallel.pipeline
-        largest = max(held.values())
-        return min(largest, max(float(self.run.optim.bucket), largest / layers))
-
-    def flying(self, rank: int) -> float:
-        """Micro-batches whose activations a pipeline rank holds at once, in whole stages."""
-        stages, virtual = self.run.parallel.pipeline, self.run.parallel.virtual_pipeline
-        if virtual == 1:
-            return min(self.micro_batches, stages - rank)
-        return min(self.micro_batches * virtual, 2 * (stages - rank - 1) + (virtual - 1) * stages + 1) / virtual
-
-    def activations(self, rank: int) -> float:
-        """At the peak of the schedule."""
-        run, model = self.run, self.run.model
-        layers = model.layers * model.loops / run.parallel.pipeline
-        recomputed = run.train.recompute == "block"
-        held = self.flying(rank) * layers * self.kept(recomputed)
-        inside = self.kept(False) * (1.4 if recomputed else 0.4)  # of the block that backward is in
-        if rank < run.parallel.pipeline - 1:
-            return held + inside
-        assert model.vocabulary is not None
-        rows = model.vocabulary / run.parallel.tensor
-        chunk = min(self.tokens, CHUNK, max(1, WIDE // rows))
-        loss = LOGITS * 4 * chunk * rows + 4 * rows * model.width + 2 * self.tokens * model.width * self.width
-        return held + max(inside, loss)
+class Estimate(Holding):
+    """What a run on so many ranks holds, and how long it takes. Raises UserError where the layout does not fit them."""
 
     def times(self, device: Device) -> Times:
         """Of a step on such GPUs."""
@@ -301,28 +119,9 @@ class Estimate:
         near = 2 * parallel.tensor * parallel.context <= device.node
         return 2 * parallel.virtual_pipeline * size / ((device.link if near else device.network) * WIRE)
 
-    @property
-    def largest(self) -> float:
-        """Resident bytes of the rank that holds most: the first stage has most in flight, the last one the loss."""
-        return max(self.memory(rank).resident for rank in {0, self.run.parallel.pipeline - 1})
-
-    def mean(self, weighs: Callable[[Level], float]) -> float:
-        """Parameters of a rank, each counted by its level, the mean over stages."""
-        by_name = {level.name: weighs(level) for level in self.run.levels}
-        return sum(count * by_name[level] for (_, level), count in self.held.items()) / self.run.parallel.pipeline
-
-    def moved(self) -> float:
-        """Parameters of a rank that move a step, the mean over stages and periods: the sum of width / period."""
-        return self.mean(beat)
-
     def mfu(self, device: Device) -> float:
         """Useful operations over what the GPUs could do."""
         run = self.run
         peak = device.flops if self.width == 2 else device.flops_fp32
         work = flops_a_token(run.model, run.data.sequence) * run.train.global_batch * run.data.sequence
         return work / (self.times(device).step * peak * self.size)
-
-
-def beat(level: Level) -> float:
-    """Moves a step."""
-    return 0.0 if level.frozen else 1 / level.steps

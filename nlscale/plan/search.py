@@ -10,7 +10,8 @@ from nlscale.config.errors import UserError, divisors
 from nlscale.config.parallel import Parallel
 from nlscale.config.run import Run
 from nlscale.plan.devices import ROOM, Device
-from nlscale.plan.estimate import Counted, Estimate, Times, count
+from nlscale.plan.estimate import Estimate, Times
+from nlscale.plan.holding import Counted, count
 
 MICRO = (1, 2, 4, 8, 16)
 Reduce = Literal["defer", "eager", "hierarchical"]  # as tried: the simpler of two that are equal comes first
