@@ -127,7 +127,8 @@ def test_a_requeued_jobs_earlier_life_is_over(tmp_path: Path, monkeypatch: pytes
 
 def test_a_run_is_held_while_it_trains_and_its_checkpoints_are_fenced(prepared: str, tmp_path: Path) -> None:
     """Two ranks; another attempt takes the folder between two saves: the second save stops both ranks, with 93."""
-    run = small_run(prepared, tmp_path / "run", "train.steps=12", "checkpoint.interval=4")
+    given = ["train.steps=12", "checkpoint.interval=4", "checkpoint.asynchronous=false"]
+    run = small_run(prepared, tmp_path / "run", *given)
     folder = Folder(Path(run.folder))
 
     def replaced() -> str:
