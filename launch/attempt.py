@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,15 @@ def back_without(submission: Submission, folder: Folder, bad: list[str], events:
     return slurm.requeue(slurm.this_job(), bad)
 
 
+def followed(events: Sequence[dict[str, Any]], number: int) -> bool:
+    """Whether a later attempt trains: not one of another job, which was refused what this one holds."""
+    own = slurm.this_job()
+    later = {event["attempt"] for event in events if event["event"] == "attempt" and event["attempt"] > number}
+    ended = [event for event in events if event["event"] == "attempt ended" and event["code"] == USER_ERROR]
+    later -= {event["attempt"] for event in ended if event.get("job") != own}
+    return any(event["attempt"] in later and event.get("job") for event in events if event["event"] == "attempt")
+
+
 def end(submission: Submission, code: int) -> int:
     """Concludes an attempt after srun ended with `code`; sends the job back to the queue, or gives its exit code."""
     survive()
@@ -121,7 +131,7 @@ def end(submission: Submission, code: int) -> int:
     facts: dict[str, Any] = {"attempt": number, "job": slurm.this_job(), "code": code, "reason": why, "blamed": blamed}
     journal.event("attempt ended", folder.newest, **facts)
     say(f"attempt {number} ended with {code}{f' ({why})' if why else ''}")
-    if any(event["event"] == "attempt" and event["attempt"] > number for event in events if event.get("job")):
+    if followed(events, number):
         say("another attempt has followed: this one leaves it alone")
         return code
     earlier = [attempt for attempt in attempts_of(events, slurm.this_job()) if attempt.number < number]

@@ -43,6 +43,9 @@ def verdict(attempts: Sequence[Attempt], allowed: int) -> Verdict:
     `allowed`: crashes in a row with the same newest checkpoint.
     """
     last = attempts[-1]
+    if unprovable(attempts, allowed):
+        why = f"{', '.join(last.blamed)} did not prove themselves {allowed} times in a row, and Slurm has no others"
+        return Verdict("give up", STOPPED_ON_PURPOSE, why)
     if last.code in (FINISHED, USER_ERROR, STOPPED_ON_PURPOSE):
         return Verdict("end", last.code)
     if not last.crashed:
@@ -56,6 +59,15 @@ def verdict(attempts: Sequence[Attempt], allowed: int) -> Verdict:
         where = f"the checkpoint of step {last.step}" if last.step else "the first checkpoint"
         return Verdict("give up", STOPPED_ON_PURPOSE, f"{stuck} crashes in a row that did not get beyond {where}")
     return Verdict("again", last.code)
+
+
+def unprovable(attempts: Sequence[Attempt], allowed: int) -> bool:
+    """Whether the last attempts ended before ranks started, each for nodes that were to be left out already."""
+    recent, before = attempts[-allowed:], attempts[:-allowed]
+    known = {node for attempt in before if attempt.code == BAD_NODE for node in attempt.blamed}
+    return len(recent) == allowed and all(
+        each.code == BAD_NODE and each.blamed and known >= {*each.blamed} for each in recent
+    )
 
 
 def left_out(attempts: Sequence[Attempt], failures: int) -> list[str]:

@@ -14,6 +14,15 @@ from nlscale.config.errors import UserError, require
 PATIENCE = 60.0  # seconds in which a controller that restarts is back ...
 LONG = 900.0  # ... and for which a job that has ended its attempt waits to be requeued
 SUBMITTING = 300.0  # seconds for sbatch: a job that a slow controller takes later would be known to nobody
+REFUSED = ("Invalid job id", "ermission denied", "not permitted", "disabled", "already completing", "already finished")
+PLACES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+)  # what torchrun tells a rank
 ACTIVE = {"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT"}
 
 
@@ -32,14 +41,18 @@ class Job:
         return self.state in ACTIVE
 
 
-def asked(*command: str, seconds: float = 30.0) -> subprocess.CompletedProcess:
+def asked(
+    *command: str, seconds: float = 30.0, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """Runs a command of Slurm; raises UserError where there is none."""
     require(
         shutil.which(command[0]) is not None,
         f"no {command[0]} on the path: this is not a node from which jobs are submitted; `nlscale train` trains here",
     )
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL, env=environment
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, 124, "", f"{command[0]} did not answer within {seconds:g} s")
 
@@ -182,7 +195,7 @@ def patient_requeue(number: str) -> bool:
         done = asked("scontrol", "requeue", number)
         if done.returncode == 0:
             return True
-        if "Unable to contact" not in done.stderr and done.returncode != 124:
+        if any(word in done.stderr for word in REFUSED):
             return False
         time.sleep(1.0)
     return False
@@ -227,9 +240,22 @@ def first(said: str) -> str:
     return "; ".join(dict.fromkeys(lines)) or "no reason given"
 
 
+def of_nobody() -> dict[str, str]:
+    """This environment without what a job or a launcher told its processes: sbatch hands on all that it finds.
+
+    Who submits from inside a job would otherwise pass its number, its restarts and its rank to the new one.
+    """
+    kept = ("SLURM_CONF", "SLURM_TIME_FORMAT")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in kept or not (name.startswith(("SLURM_", "TORCHELASTIC_")) or name in PLACES)
+    }
+
+
 def submitted(script: str) -> str:
     """The number of the job that a script became; raises UserError with Slurm's reason."""
-    done = asked("sbatch", "--parsable", script, seconds=SUBMITTING)
+    done = asked("sbatch", "--parsable", script, seconds=SUBMITTING, environment=of_nobody())
     if done.returncode == 124:
         raise UserError(f"{first(done.stderr)}; Slurm may take the job yet: `squeue --me` tells, before another try")
     if done.returncode:

@@ -11,6 +11,7 @@ from nlscale.config.data import Data
 from nlscale.config.errors import require
 from nlscale.data.mds import StreamingDataset, tokens
 from nlscale.data.rows import Found, open_rows
+from nlscale.runtime.watch import sparing_children
 from nlscale.runtime.world import World
 
 
@@ -67,16 +68,21 @@ class Loader:
 
     def _run(self) -> Iterator[np.ndarray]:
         while True:
-            for batch in self.batches:
+            for batch in self._begun():
                 self.step += 1
                 yield batch
                 if self.step % self.steps_an_epoch == 0:
                     break
 
     def _follow(self) -> Iterator[np.ndarray]:
-        for batch in self.batches:
+        for batch in self._begun():
             self.step += 1
             yield batch
+
+    def _begun(self) -> Iterator[np.ndarray]:
+        """The batches, with workers that a signal to the whole job does not end: the rank ends them when it has saved."""
+        with sparing_children():
+            return iter(self.batches)
 
     def _followed(self, streams: range) -> Iterator[list[int]]:
         """Row numbers of the next steps: stream i begins i epochs of one row a step into the corpus, and goes round it.

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from nlscale.runtime.holder import Hold
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.log import Journal
 from nlscale.runtime.outcome import tell
-from nlscale.runtime.watch import Watch
+from nlscale.runtime.watch import Watch, sparing_children
 from nlscale.runtime.watchdog import HUNG, Watchdog
 from nlscale.runtime.world import World, join, leave
 from nlscale.train.agree import led
@@ -141,12 +142,13 @@ def going_on(
         folder.path / "alive", world.rank, world.size, run.cluster.watchdog, partial(hung, state, folder)
     )
     checkpoints.waiting, tracer = watchdog.note, Tracer(run, world, folder, journal)
-    curve = Curve(folder, journal, world.leads)
+    curve, began = Curve(folder, journal, checkpoints.hold, world.leads), state.step
     checkpoints.hold.await_silence()
-    with curve, Metrics(state, folder, journal, peak, checkpoints.hold) as metrics, watchdog:
+    with Metrics(state, folder, journal, peak, checkpoints.hold) as metrics, watchdog, curve:
         skips, stragglers, spikes = 0, Stragglers(world, journal), Spikes(state, checkpoints, journal)
         while state.step < last:
-            with tracer.step(state.step + 1):
+            compiles = state.step == began  # by processes that a signal to the whole job would end
+            with tracer.step(state.step + 1), sparing_children() if compiles else nullcontext():
                 report = train_step(state, model, document, partial(stopping, watch, checkpoints), before_move)
             watchdog.note(f"step {state.step}")
             metrics.record(report)
@@ -170,7 +172,8 @@ def going_on(
                     )
                 require(saved or state.step != last, "the last save failed; mend that and go on")
                 metrics.ledger()
-                curve.renew(state.step)
+                if not report.stop:
+                    curve.renew(state.step)
             if report.stop and state.step < last:
                 evaluate()
                 journal.event("stop", state.step, signal=watch.asked)

@@ -187,5 +187,7 @@ class Metrics:
             mode=mode,
             dir=str(self.folder.path),
             config=plain(run),
-            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, init_timeout=REACHED),
+            settings=wandb.Settings(
+                console="off", silent=True, x_disable_stats=True, init_timeout=REACHED, finish_timeout=REACHED
+            ),
         )

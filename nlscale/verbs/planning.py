@@ -123,30 +123,40 @@ def problems(run: Run, world: int, on: Device | None) -> Iterator[str]:
         yield (
             f"{kept} checkpoints of {size / GIB:.1f} GiB (what checkpoint.keep and keep_every leave, and the one being "
             f"written) do not fit the {(free + there) / GIB:.1f} GiB that are free in {place}; "
-            f"{only if fits > 0 else 'run.folder must lie on a larger disk'}"
+            f"{only if fits > 0 else 'run.folder must lie on a larger disk'}{in_total(run, world, size)}"
         )
     save = save_seconds(run, world, size)
     step = estimate.times(on).step if on else 0.0
     need = Cluster.least_lead(save, step)
     if need > run.cluster.lead:
         steps = f"two steps of {step:.1f} s" if on else "two steps, whose time --gpu would tell,"
-        works = f"cluster.lead={int(need) + 1} would work" if on else "a larger cluster.lead would work"
+        works = f"cluster.lead={int(need) + 1} would work" if on else f"a cluster.lead above {int(need) + 1} would work"
         yield (
             f"cluster.lead={run.cluster.lead} s is too short: two saves of {save:.0f} s (at cluster.write="
             f"{run.cluster.write:g} MiB/s a node) and {steps} take {'' if on else 'more than '}{need:.0f} s; {works}"
+            + in_total(run, world, size)
         )
+
+
+def in_total(run: Run, world: int, size: float) -> str:
+    """What a checkpoint would take whose windows are summed over replicas first, where that is much less."""
+    total = replace(run, checkpoint=replace(run.checkpoint, windows="total"))
+    less = checkpoint_bytes(total, world)
+    return f"; checkpoint.windows=total makes a checkpoint {less / GIB:.1f} GiB" if less < 0.7 * size else ""
 
 
 def remedy(run: Run, world: int, on: Device | None, room: float) -> str:
     """The layout that fits so many GPUs, or the number of GPUs on which one does."""
     target = on or replace(DEVICES["h100"], name=f"GPUs with {room / ROOM / GIB:.0f} GiB", memory=room / ROOM)
+    weights = (2 if run.train.precision == "bf16" else 4) * sum(parameters(run.model, run.levels).values())
     for gpus in (world, *(world * 2**n for n in range(1, 11))):
+        if weights > gpus * target.memory:
+            continue
         found = next(accepted(run, gpus, target, (1,)), None)  # one row a forward pass needs least
         if found and found.fits(target):
             said = " ".join(f"{key}={value}" for key, value in found.differences(run).items())
-            return (
-                f"{said} would fit" if gpus == world else f"{gpus} GPUs with {said} would fit"
-            ) + f" ({target.name})"
+            where = [f"{gpus} GPUs"] if gpus != world else []
+            return f"{' with '.join([*where, *([said] if said else [])])} would fit ({target.name})"
     return "no layout of up to 1,024 times as many GPUs fits"
 
 
@@ -191,7 +201,11 @@ def plan(options: argparse.Namespace) -> int:
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of pretended groups that have no backend
     stages = importlib.import_module("nlscale.plan.simulate").stages(run, options.gpus, progress)
     found = figures(run, options.gpus, on, stages, list(islice(accepted(run, options.gpus, on), CHOICES)))
+    found["checkpoint"] = checkpoint_bytes(run, options.gpus)
     print(text(run, found, on))
+    print(f"\ncheckpoint   {found['checkpoint'] / GIB:.1f} GiB")
+    if not any(each["fits"] for each in found["layouts"]):
+        print(remedy(run, options.gpus, on, ROOM * on.memory))
     if missing:
         print(f"\n{missing}")
     if options.json:

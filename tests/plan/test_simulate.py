@@ -47,6 +47,11 @@ LAYOUTS = {
     "transferred": ["model.base_width=16", "parallel.pipeline=2"],
     "long": ["model.layers=8", "parallel.pipeline=2", "parallel.tensor=2"],
     "in-sequence": ["use.levels=inside", "parallel.tensor=2"],
+    "context4": ["parallel.context=4", "model.kv_heads=4"],
+    "context-pipeline": ["parallel.context=2", "parallel.pipeline=2"],
+    "context-sequence": ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true", "model.kv_heads=4"],
+    "tensor-interleaved": ["parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "interleaved4": ["parallel.pipeline=4", "parallel.virtual_pipeline=2", "model.layers=8"],
 }
 
 
@@ -62,6 +67,7 @@ LEFT = (
     "delta-context",
     "transferred",
 )
+LEFT += ("context4", "context-pipeline", "tensor-interleaved", "interleaved4")
 
 
 def configured(overrides: list[str]) -> Run:

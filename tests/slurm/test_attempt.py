@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from nlscale_launch import attempt, slurm
-from nlscale_launch.attempt import Submission, begin, end
+from nlscale_launch.attempt import Submission, begin, end, followed
 
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.runtime.holder import Hold, this_process
@@ -182,9 +182,47 @@ def test_a_second_job_leaves_the_folder_of_one_that_runs_alone(
     states["12"] = "COMPLETED"
     assert begin(asked) == 0
     monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert followed(read_lines(Folder(tmp_path).events), 1)  # as long as it may train
     Journal(Folder(tmp_path), True).event("attempt ended", 0, attempt=2, job="13", code=78, reason="", blamed=[])
     monkeypatch.setenv("NLSCALE_LOGS", str(logs))
     assert end(asked, 75) == 75
+
+
+@pytest.mark.parametrize(
+    ("errors", "took"),
+    [
+        (["Socket timed out on send/recv operation", "Zero Bytes were transmitted or received"], True),
+        (["Invalid job id specified"], False),
+    ],
+)
+def test_a_busy_controller_is_asked_again(errors: list[str], took: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = list(errors)
+
+    def answer(*command: str, **_: object) -> subprocess.CompletedProcess:
+        said = f"slurm_requeue error: {left.pop(0)}" if left else ""
+        return subprocess.CompletedProcess(command, int(bool(said)), "", said)
+
+    monkeypatch.setattr(slurm, "asked", answer)
+    monkeypatch.setattr(slurm, "standing", lambda number: ("goes on", 0))
+    monkeypatch.setattr(slurm.time, "sleep", lambda _: None)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert slurm.patient_requeue("12") is took and not left
+
+
+def test_a_job_hears_nothing_of_the_one_it_was_submitted_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch hands its environment on: another job's number or rank would be taken for the new one's."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\nenv > {tmp_path}/heard\necho 7\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_PTY_PORT", "RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_CONF", "/etc/there")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    assert slurm.submitted("job.sbatch") == "7"
+    heard = dict(line.split("=", 1) for line in (tmp_path / "heard").read_text().splitlines() if "=" in line)
+    assert heard["SLURM_CONF"] == "/etc/there" and heard["NCCL_DEBUG"] == "INFO"
+    assert not [name for name in heard if name.startswith(("SLURM_", "TORCHELASTIC", "RANK")) and name != "SLURM_CONF"]
 
 
 def test_as_many_nodes_as_a_job_needs_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

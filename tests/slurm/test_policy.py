@@ -46,6 +46,17 @@ def test_what_follows(ended: list[tuple[int, int]], what: str, code: int) -> Non
     assert bool(given.why) == (what == "give up")
 
 
+def test_a_job_whose_only_nodes_never_prove_themselves_is_given_up() -> None:
+    """Slurm has no others to give; while it may have some, nodes are left out one after the other."""
+    one_after_another = [Attempt(place, BAD_NODE, 0, (f"node{place}",)) for place in range(1, 6)]
+    assert verdict(one_after_another, 3).what == "again"
+    again = [*one_after_another, *(Attempt(place, BAD_NODE, 0, ("node2",)) for place in (6, 7))]
+    assert verdict(again, 3).what == "again"
+    given = verdict([*again, Attempt(8, BAD_NODE, 0, ("node1", "node2"))], 3)
+    assert (given.what, given.code) == ("give up", 93) and "node1, node2 did not prove themselves 3 times" in given.why
+    assert verdict([*again, Attempt(8, 75, 10), Attempt(9, BAD_NODE, 10, ("node2",))], 3).what == "again"
+
+
 def test_nodes_are_left_out_after_so_many_failures_and_at_once_if_unproved() -> None:
     history = [
         Attempt(1, 1, 0, ("node1",)),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,3 +121,31 @@ def test_children_do_not_hear_what_ranks_hear() -> None:
         assert (done == 0) == spared
         os.kill(pid, signal.SIGKILL) if spared else None
         os.waitpid(pid, 0) if spared else None
+
+
+def compiling(run: Run) -> bool:
+    """Whether a process that the first step starts, as compilers are, outlives a signal to every process of the job."""
+    children: list[subprocess.Popen] = []
+    plain = loop.train_step
+
+    def step(*arguments: Any) -> Any:
+        if not children:
+            children.append(subprocess.Popen(["sleep", "60"]))
+            for process in (children[0].pid, os.getpid()):
+                os.kill(process, USR2)
+        return plain(*arguments)
+
+    loop.train_step = step
+    try:
+        with pytest.raises(SavedOnSignal), Watch() as watch:
+            train(run, watch)
+        return children[0].poll() is None
+    finally:
+        children[0].kill()
+
+
+def test_what_compiles_in_the_first_step_outlives_a_signal(prepared: str, tmp_path: Path) -> None:
+    run = small_run(prepared, tmp_path, *STEPS)
+    assert ranks(1, compiling, run) == [True]
+    (stop,) = events(run, "stop")
+    assert stop["step"] <= 2
