@@ -11,13 +11,12 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nlscale_launch import slurm
-from nlscale_launch.policy import BAD_NODE, Attempt, attempts_of, left_out, verdict
+from nlscale_launch.policy import BAD_NODE, Attempt, attempts_of, followed, left_out, verdict
 
 from nlscale.config.errors import FINISHED, ORDERLY, SAVED_ON_SIGNAL, STOPPED_ON_PURPOSE, USER_ERROR, UserError
 from nlscale.runtime.folder import Folder, read_json, read_lines
@@ -31,6 +30,7 @@ NODE = re.compile(r"(?:Node failure on|Task launch for .* failed on node) (?P<no
 TOLD = "User defined signal 2"
 ORDINARY = re.compile(rf"Exited with exit code|Terminated|Aborted|Out [Oo]f [Mm]emory|{TOLD}")
 ENDING = re.compile(r"Terminating StepId|Job step aborted")  # srun ends those that still live
+HICCUPS = 20  # lives of a job, beyond which a run folder that cannot be used ends it
 TURNS = 3  # back to the queue for other nodes, in a row
 
 
@@ -110,15 +110,6 @@ def back_without(submission: Submission, folder: Folder, bad: list[str], events:
     return slurm.requeue(slurm.this_job(), bad)
 
 
-def followed(events: Sequence[dict[str, Any]], number: int) -> bool:
-    """Whether a later attempt trains: not one of another job, which was refused what this one holds."""
-    own = slurm.this_job()
-    later = {event["attempt"] for event in events if event["event"] == "attempt" and event["attempt"] > number}
-    ended = [event for event in events if event["event"] == "attempt ended" and event["code"] == USER_ERROR]
-    later -= {event["attempt"] for event in ended if event.get("job") != own}
-    return any(event["attempt"] in later and event.get("job") for event in events if event["event"] == "attempt")
-
-
 def end(submission: Submission, code: int) -> int:
     """Concludes an attempt after srun ended with `code`; sends the job back to the queue, or gives its exit code."""
     survive()
@@ -131,7 +122,7 @@ def end(submission: Submission, code: int) -> int:
     facts: dict[str, Any] = {"attempt": number, "job": slurm.this_job(), "code": code, "reason": why, "blamed": blamed}
     journal.event("attempt ended", folder.newest, **facts)
     say(f"attempt {number} ended with {code}{f' ({why})' if why else ''}")
-    if followed(events, number):
+    if followed(events, number, slurm.this_job()):
         say("another attempt has followed: this one leaves it alone")
         return code
     earlier = [attempt for attempt in attempts_of(events, slurm.this_job()) if attempt.number < number]
@@ -283,12 +274,20 @@ def say(line: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """`begin SUBMISSION` or `end SUBMISSION CODE`."""
-    submission = Submission.read(arguments[1])
+    chain: int | bool = False
     try:
+        submission = Submission.read(arguments[1])
+        chain = submission.chain
         return begin(submission) if arguments[0] == "begin" else end(submission, int(arguments[2]))
     except UserError as error:
         print(f"nlscale: {error}", file=sys.stderr)
         return USER_ERROR
+    except OSError as error:  # a file system that is away for a moment is no reason to end a run
+        say(f"the run folder cannot be used: {error}")
+        if not chain and slurm.life() < HICCUPS:
+            survive()
+            slurm.requeue(slurm.this_job(), [])
+        return 1
 
 
 if __name__ == "__main__":

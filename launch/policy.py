@@ -96,3 +96,11 @@ def attempts_of(events: Sequence[dict[str, Any]], job: str = "") -> list[Attempt
             code = LOST if event["code"] is None else event["code"]
             found[event["attempt"]] = Attempt(event["attempt"], code, event["step"], tuple(event["blamed"]))
     return list(found.values())
+
+
+def followed(events: Sequence[dict[str, Any]], number: int, job: str) -> bool:
+    """Whether an attempt after this one of `job` may train; one of another job that was refused the folder (78) does not."""
+    later = {event["attempt"]: event.get("job") for event in events if event["event"] == "attempt"}
+    ended = [event for event in events if event["event"] == "attempt ended" and event["code"] == USER_ERROR]
+    refused = {event["attempt"] for event in ended if event.get("job") != job}
+    return any(each > number and whose and each not in refused for each, whose in later.items())

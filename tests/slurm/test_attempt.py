@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from nlscale_launch import attempt, slurm
-from nlscale_launch.attempt import Submission, begin, end, followed
+from nlscale_launch.attempt import Submission, begin, end
+from nlscale_launch.policy import followed
 
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.runtime.holder import Hold, this_process
@@ -182,10 +183,21 @@ def test_a_second_job_leaves_the_folder_of_one_that_runs_alone(
     states["12"] = "COMPLETED"
     assert begin(asked) == 0
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    assert followed(read_lines(Folder(tmp_path).events), 1)  # as long as it may train
+    assert followed(read_lines(Folder(tmp_path).events), 1, "12")  # as long as it may train
     Journal(Folder(tmp_path), True).event("attempt ended", 0, attempt=2, job="13", code=78, reason="", blamed=[])
     monkeypatch.setenv("NLSCALE_LOGS", str(logs))
     assert end(asked, 75) == 75
+
+
+def test_a_file_system_that_is_away_sends_the_job_back(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempt, "begin", lambda _: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
+    path = tmp_path / "submission.json"
+    monkeypatch.setattr(Submission, "read", lambda _: submission(tmp_path, steps=30))
+    assert attempt.main(["begin", str(path)]) == 1 and said.asked == [("12", [])]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "20")
+    assert attempt.main(["begin", str(path)]) == 1 and len(said.asked) == 1
 
 
 @pytest.mark.parametrize(
