@@ -13,7 +13,8 @@ train: $(VENV)/installed
 	$(BIN)/nlscale data prepare stdlib --out corpora/stdlib --sequence 256 --tokeniser bpe:4096 --held-out 0.05
 	$(BIN)/nlscale train demo
 
-# Tests of one process go a file a core; ranks wait for each other at every collective, so nothing runs beside those of several.
+# Tests that are mostly of one process go a file a core; ranks wait for each other at every collective, so that two jobs of
+# several ranks beside each other take many times as long: their tests have the machine to themselves.
 ONE := $(addprefix tests/,config data kernels model plan runtime)
 BESIDE := -n logical --maxprocesses 8 --dist loadfile
 test: lint slurm

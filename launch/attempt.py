@@ -274,20 +274,19 @@ def say(line: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """`begin SUBMISSION` or `end SUBMISSION CODE`."""
-    chain: int | bool = False
+    code = int(arguments[2]) if arguments[0] == "end" else 1
     try:
         submission = Submission.read(arguments[1])
-        chain = submission.chain
-        return begin(submission) if arguments[0] == "begin" else end(submission, int(arguments[2]))
+        return begin(submission) if arguments[0] == "begin" else end(submission, code)
     except UserError as error:
         print(f"nlscale: {error}", file=sys.stderr)
         return USER_ERROR
     except OSError as error:  # a file system that is away for a moment is no reason to end a run
         say(f"the run folder cannot be used: {error}")
-        if not chain and slurm.life() < HICCUPS:
+        if code not in (FINISHED, USER_ERROR, STOPPED_ON_PURPOSE) and slurm.life() < HICCUPS:
             survive()
             slurm.requeue(slurm.this_job(), [])
-        return 1
+        return code
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ PLACES = (
     "LOCAL_WORLD_SIZE",
     "GROUP_RANK",
     "ROLE_RANK",
-)  # what torchrun tells a rank
+)  # torchrun's words to a rank
 ACTIVE = {"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "STAGE_OUT"}
 
 
@@ -240,7 +240,7 @@ def first(said: str) -> str:
     return "; ".join(dict.fromkeys(lines)) or "no reason given"
 
 
-def of_nobody() -> dict[str, str]:
+def outside() -> dict[str, str]:
     """This environment without what a job or a launcher told its processes: sbatch hands on all that it finds.
 
     Who submits from inside a job would otherwise pass its number, its restarts and its rank to the new one.
@@ -255,7 +255,7 @@ def of_nobody() -> dict[str, str]:
 
 def submitted(script: str) -> str:
     """The number of the job that a script became; raises UserError with Slurm's reason."""
-    done = asked("sbatch", "--parsable", script, seconds=SUBMITTING, environment=of_nobody())
+    done = asked("sbatch", "--parsable", script, seconds=SUBMITTING, environment=outside())
     if done.returncode == 124:
         raise UserError(f"{first(done.stderr)}; Slurm may take the job yet: `squeue --me` tells, before another try")
     if done.returncode:

@@ -1,4 +1,4 @@
-"""Cases of a matrix: `make test` runs a sample that meets every branch, `make matrices` the rest."""
+"""Cases of a matrix: `make test` runs a sample, `make matrices` the rest."""
 
 from collections.abc import Collection, Iterable
 from functools import cache

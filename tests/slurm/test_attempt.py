@@ -192,12 +192,18 @@ def test_a_second_job_leaves_the_folder_of_one_that_runs_alone(
 def test_a_file_system_that_is_away_sends_the_job_back(
     said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempt, "begin", lambda _: (_ for _ in ()).throw(OSError(116, "Stale file handle")))
-    path = tmp_path / "submission.json"
-    monkeypatch.setattr(Submission, "read", lambda _: submission(tmp_path, steps=30))
-    assert attempt.main(["begin", str(path)]) == 1 and said.asked == [("12", [])]
+    """But a job that is through with its run: its code stands; and none goes back for ever."""
+
+    def stale(_: str) -> Submission:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Submission, "read", stale)
+    assert attempt.main(["begin", "there"]) == 1 and said.asked == [("12", [])]
+    assert attempt.main(["end", "there", "75"]) == 75 and len(said.asked) == 2
+    for code in (0, 78, 93):
+        assert attempt.main(["end", "there", str(code)]) == code and len(said.asked) == 2
     monkeypatch.setenv("SLURM_RESTART_COUNT", "20")
-    assert attempt.main(["begin", str(path)]) == 1 and len(said.asked) == 1
+    assert attempt.main(["begin", "there"]) == 1 and len(said.asked) == 2
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from nlscale.config.errors import SavedOnSignal
@@ -149,3 +151,31 @@ def test_what_compiles_in_the_first_step_outlives_a_signal(prepared: str, tmp_pa
     assert ranks(1, compiling, run) == [True]
     (stop,) = events(run, "stop")
     assert stop["step"] <= 2
+
+
+def reading(run: Run) -> bool:
+    """Whether processes that read rows outlive a signal to every process of the job, until their rank has saved.
+
+    Another process sends it, as Slurm does: torch's workers take their parent's for an order to end.
+    """
+    workers: list[psutil.Process] = []
+    plain = loop.train_step
+
+    def step(*arguments: Any) -> Any:
+        if arguments[0].step == 3:
+            workers.extend(psutil.Process().children())
+            subprocess.run(["kill", "-TERM", *(str(each.pid) for each in workers), str(os.getpid())], check=True)
+            time.sleep(0.5)
+        return plain(*arguments)
+
+    loop.train_step = step
+    with pytest.raises(SavedOnSignal), Watch() as watch:
+        train(run, watch)
+    return bool(workers)
+
+
+def test_processes_that_read_rows_outlive_a_signal(prepared: str, tmp_path: Path) -> None:
+    run = small_run(prepared, tmp_path, *STEPS, "data.workers=2")
+    assert ranks(1, reading, run) == [True]
+    (stop,) = events(run, "stop")
+    assert (stop["step"], stop["signal"]) == (4, "SIGTERM")
