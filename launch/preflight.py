@@ -93,7 +93,7 @@ def faults(facts: dict[str, Any], submission: Submission, usual: dict[str, str])
     if len(gpus) < submission.gpus:
         found.append(f"{len(gpus)} of {submission.gpus} GPUs answer")
     if gpus and min(gpus) < submission.least_gpu_memory:
-        found.append(f"a GPU has {min(gpus):.0f} GiB, {submission.least_gpu_memory:g} are asked for")
+        found.append(f"a GPU has {min(gpus):.0f} GiB, {submission.least_gpu_memory:.1f} are asked for")
     for name, measured in facts["disks"].items():
         if "error" in measured:
             found.append(f"{name} ({measured['path']}): {measured['error']}")

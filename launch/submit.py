@@ -114,6 +114,7 @@ def write(run: Run, wanted: Plan) -> None:
     folder, cluster = Folder(Path(run.folder)), run.cluster
     chain = 0 if wanted.sweep else wanted.request.array
     own: dict[str, Any] = {"folder": str(folder.path.absolute()), "steps": run.train.steps, "chain": chain}
+    own["least_gpu_memory"] = cluster.gpu_memory
     asked = {field.name: getattr(cluster, field.name) for field in fields(Submission) if field.name not in own}
     facts = Submission(**own, **asked)
     try:

@@ -62,7 +62,7 @@ def measured(run: Run) -> Figures:
             seconds.append(perf_counter() - began)
     speed = run.train.global_batch * run.data.sequence / median(seconds)
     peak, _ = peak_flops(run.log.peak_flops, PRECISIONS[run.train.precision], world.device)
-    return Figures(speed, speed * flops_a_token(run.model, run.data.sequence) / peak, peak_bytes())
+    return Figures(speed, speed * flops_a_token(run.model, run.levels, run.data.sequence) / peak, peak_bytes())
 
 
 def rows_of(name: str, found: Figures, target: float | None, plain: Figures | None, limit: float | None) -> list[Row]:

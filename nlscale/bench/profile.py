@@ -94,7 +94,7 @@ def steps(run: Run, trace: str) -> dict[str, float]:
     parts |= {"data wait": mean(report.data_wait for report in reports)}
     parts["other"] = whole - sum(parts.values())
     tokens = mean(report.tokens for report in reports)
-    work = flops_a_token(run.model, run.data.sequence) * tokens
+    work = flops_a_token(run.model, run.levels, run.data.sequence) * tokens
     share = exposed(seen.events()) / profiled.seconds
     return {"step": whole, **parts, "exposed": share * whole, "mfu": work / whole / peak, "peak": peak}
 

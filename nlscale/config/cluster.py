@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
+from nlscale.config.devices import DEVICES, device
 from nlscale.config.errors import require
 
 WORD = re.compile(r"[\w.,:;@%/=+*&|()#\[\]-]*")  # what Slurm takes without quotes
@@ -10,6 +11,7 @@ TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})")
 MEMORY = re.compile(r"(\d+[KMGT]?)?")
 SECRET = re.compile(r"(key|token|secret|password|passphrase|credentials?)$", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z_]\w*")
+ALIKE = 0.98  # of a GPU's memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class Cluster:
     gather: float = 600.0  # seconds in which every rank must have come; who has not is named
 
     gpus: int = 0  # of a node; 0: ranks compute on its cores
+    gpu: str = ""  # which one (config/devices.py): `check` and `plan` go by it, and nodes are held to its memory
     tasks: int | None = None  # ranks of a node; unset: one a GPU, or one
     cores: int | None = None  # of a rank (Slurm's CPUs); unset: Slurm's default
     memory: str = ""  # of a node, as Slurm writes it; 0: all of it
@@ -33,7 +36,7 @@ class Cluster:
     least_free: float = 1.0  # GiB that scratch and the run folder must have free
     least_write: float = 1.0  # MiB a second that a write to both must reach
     write: float = 500.0  # MiB a second that a node is taken to write checkpoints with, by `nlscale check`
-    least_gpu_memory: float = 0.0  # GiB that each GPU must have
+    least_gpu_memory: float = 0.0  # GiB that each GPU must have; 0: nearly what cluster.gpu has
     skew: float = 2.0  # seconds by which a node's clock may differ from the first node's
 
     partition: str = ""
@@ -62,6 +65,8 @@ class Cluster:
                 f"cluster.environment.{name} would be written to the job script, config.yaml and checkpoints; ranks have "
                 "the environment that the job was submitted from",
             )
+        if self.gpu:
+            device(self.gpu, "cluster.gpu")
         least = ("least_free", "least_write", "least_gpu_memory")
         for name in ("watchdog", "lease", "gather", "gpus", "lead", *least):
             require(getattr(self, name) >= 0, f"cluster.{name}={getattr(self, name)} must not be negative")
@@ -98,6 +103,11 @@ class Cluster:
     def least_lead(save: float, step: float) -> float:
         """Seconds that `lead` must be: the save under way and the last one, the step under way and the next."""
         return 2 * save + 2 * step
+
+    @property
+    def gpu_memory(self) -> float:
+        """GiB that each GPU must have; 0: nobody says. Drivers differ a little in what they keep for themselves."""
+        return self.least_gpu_memory or (ALIKE * DEVICES[self.gpu].memory / 2**30 if self.gpu else 0.0)
 
     @property
     def ranks(self) -> int:

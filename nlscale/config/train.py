@@ -82,10 +82,12 @@ class Log:
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "nlscale"
     trace: list[int] = field(default_factory=list)  # steps whose profiler trace each rank writes into its logs
+    allocations: int = 0  # newest of a GPU's memory whose stacks a snapshot shows when memory runs out; 0: none
     peak_flops: float | None = None  # of one device at the run's precision; unset: by the device's name, or measured
 
     def __post_init__(self) -> None:
         require(self.interval >= 1, f"log.interval={self.interval} must be at least 1")
+        require(self.allocations >= 0, f"log.allocations={self.allocations} must not be negative, such as 100000")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,13 @@ FLOPs count a multiply-add as 2. A weight matrix of P elements costs 2 P a token
 attention over T tokens costs 2 x 2 T D / 2 a token and layer forward (scores and values, half of them masked), and twice
 that backward. A memory's writes count as what they are, products. Every level's gradient enters its window at every step,
 so a longer period saves none of this. What is computed again to save memory is not counted: MFU speaks of useful work.
+Levels that move inside a row add a backward pass of their own through what comes after them, and their writes.
 """
 
 from collections.abc import Callable
 from math import prod
 
-from nlscale.config.levels import Level, Levels, level_of, parameter_names
+from nlscale.config.levels import Level, Levels, level_of, parameter_names, token_levels
 from nlscale.config.mixers import mixer_shapes
 from nlscale.config.model import Model
 
@@ -89,12 +90,46 @@ FLOPS: dict[str, Callable[[Model, int], float]] = {
 }
 
 
-def flops_a_token(model: Model, tokens: int) -> float:
+def flops_a_token(model: Model, levels: list[Level], tokens: int) -> float:
     """Forward and backward of one token in a row of `tokens`; the embedding's look-up costs nothing."""
-    assert model.vocabulary is not None
-    matrices = 3 if model.activation == "swiglu" else 2
+    layer, head = layer_flops(model, tokens), head_flops(model)
+    return 3.0 * (model.layers * model.loops * layer + head) + inner_flops(model, levels, tokens)
+
+
+def layer_flops(model: Model, tokens: int) -> float:
+    """A block, one token forward."""
     weights = sum(
         prod(shape) for name, shape in mixer_shapes(model).items() if name.endswith(".weight") and len(shape) == 2
     )
-    layer = 2.0 * (weights + matrices * model.width * model.feed_forward) + FLOPS[model.mixer](model, tokens)
-    return 3.0 * (model.layers * model.loops * layer + 2.0 * model.vocabulary * model.width)
+    return 2.0 * (weights + inward(model) * model.width * model.feed_forward) + FLOPS[model.mixer](model, tokens)
+
+
+def inward(model: Model) -> int:
+    """Matrices of a feed-forward, all of one size."""
+    return 3 if model.activation == "swiglu" else 2
+
+
+def head_flops(model: Model) -> float:
+    """Logits of one token."""
+    assert model.vocabulary is not None
+    return 2.0 * model.vocabulary * model.width
+
+
+def inner_flops(model: Model, levels: list[Level], tokens: int) -> float:
+    """What levels that move inside a row cost beside their outer training (spec 2.3), one token.
+
+    The loss goes back to every such level: through the adaptive blocks but the lowest, and the lowest one's output
+    projection of these levels; what the head says of the loss is the outer gradient's, too. Then each level writes the
+    products of its pairs. The last chunk of a row teaches nobody, unless memories go on. With the full meta-gradient all of
+    it, the head included, is differentiated once more.
+    """
+    moving = token_levels(levels)
+    if not moving:
+        return 0.0
+    units = Levels(levels=levels).units(model.feed_forward)
+    own, blocks = sum(units[level.name] for level in moving), model.inner.adaptive(model.layers)
+    back = (blocks - 1) * layer_flops(model, tokens) + 2.0 * model.width * own
+    written = 2.0 * blocks * inward(model) * model.width * own
+    taught = 1.0 if model.reset == "never" else 1 - moving[0].period / tokens
+    again = 3.0 * (back + written + head_flops(model)) if model.inner.meta == "full" else back + written
+    return taught * again

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.mlp_memory import Net
+from nlscale_kernels.recompute import recomputed
 from nlscale_kernels.rotary import rotate
 from nlscale_kernels.span import span_of
 from nlscale_kernels.titans import Memory, Tokens, begin, look, step, titans
 from nlscale_kernels.unit import unit
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nlscale.config.model import Model
 from nlscale.model.attention import Attention, Context, Persistent, attend
@@ -226,7 +226,7 @@ class TitansContext(HeadMixer):
             part = {name: each[:, :, first : first + chunk] for name, each in heads.items()}
             again = self.settings.recompute and torch.is_grad_enabled()
             given = part, scene.starts(first, chunk), memory, start, inside, places
-            o, memory = checkpoint(self.segment, *given, use_reentrant=False) if again else self.segment(*given)
+            o, memory = recomputed(self.segment, *given) if again else self.segment(*given)
             outputs.append(o)
         left = Left(memory) if scene.hand_on else None
         return self.finish(torch.cat(outputs, 2), x_TBD, {}), left

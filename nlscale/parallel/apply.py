@@ -25,7 +25,7 @@ from nlscale.model.liger import adopt, check_liger
 from nlscale.parallel.carried import Carried
 from nlscale.parallel.gate import Gate
 from nlscale.parallel.replay import Replay
-from nlscale.runtime.clock import Clock
+from nlscale.runtime.clock import Clock, timers
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 
@@ -101,6 +101,7 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
         for chunk in (chunks if run.model.reset == "never" else ())
     ]
     clock = Clock(world.device)
+    config.timers = timers(clock, backward="backward-compute")
     forward_backward = scheduled(chunks, run, gates, carried, clock)
     if not any(level.replay for level in run.levels):
         return Parallelized(chunks, leaves, forward_backward, carried, clock)

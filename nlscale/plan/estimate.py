@@ -1,12 +1,12 @@
 """Memory and time of a layout by formula, without torch: what `nlscale check` says, and what layouts are ranked by.
 
-Times are work over the rates of plan/devices.py.
+Times are work over the rates of config/devices.py.
 """
 
 from dataclasses import dataclass
 
+from nlscale.config.devices import MEMORIES, PRODUCTS, SCORES, STREAM, WIRE, Device
 from nlscale.model.count import FLOPS, flops_a_token
-from nlscale.plan.devices import MEMORIES, PRODUCTS, SCORES, STREAM, WIRE, Device
 from nlscale.plan.holding import Holding, beat
 
 
@@ -40,7 +40,7 @@ class Estimate(Holding):
         inner = parallel.tensor * parallel.context
         tokens = self.tokens * parallel.context
         mixing = 3.0 * model.layers * model.loops * FLOPS[model.mixer](model, run.data.sequence)
-        products = flops_a_token(model, run.data.sequence) - mixing
+        products = flops_a_token(model, run.levels, run.data.sequence) - mixing
         share = SCORES if model.mixer == "attention" else MEMORIES
         stages, virtual, count = parallel.pipeline, parallel.virtual_pipeline, self.micro_batches
         each = Times(
@@ -123,5 +123,5 @@ class Estimate(Holding):
         """Useful operations over what the GPUs could do."""
         run = self.run
         peak = device.flops if self.width == 2 else device.flops_fp32
-        work = flops_a_token(run.model, run.data.sequence) * run.train.global_batch * run.data.sequence
+        work = flops_a_token(run.model, run.levels, run.data.sequence) * run.train.global_batch * run.data.sequence
         return work / (self.times(device).step * peak * self.size)

@@ -24,7 +24,7 @@ KEPT = {
     "titans_mac": 54.0,
     "titans_mag": 118.0,
     "titans_mal": 105.0,
-    "self_modifying": 77.4,
+    "self_modifying": 57.7,  # and what chunks add (`by_chunks`)
 }
 PAIRS = 4.6
 # Projections of all heads' width that one product computes together, beside keys and values of attention.
@@ -127,7 +127,7 @@ class Holding:
         if recomputed:
             return float(self.tokens * model.width * self.width / split)
         pairs = PAIRS * model.key_value_heads / model.heads if model.mixer == "attention" else 0.0
-        mixing = (KEPT[model.mixer] + pairs) * model.width / ranks
+        mixing = (KEPT[model.mixer] + pairs + by_chunks(run)) * model.width / ranks
         behind = HIDDEN[model.activation] * model.feed_forward / ranks
         return self.tokens * (BESIDE * model.width / split + mixing + behind) * self.width / 2
 
@@ -207,6 +207,19 @@ class Holding:
     def moved(self) -> float:
         """Parameters of a rank that move a step, the mean over stages and periods: the sum of width / period."""
         return self.mean(beat)
+
+
+def by_chunks(run: Run) -> float:
+    """Bytes that self-modifying Titans keep beside, a token and unit of width: a turn of each chunk of the main memory, the
+    states at which chunks of the makers begin, an output gate; all that is otherwise computed again.
+    """
+    if run.model.mixer != "self_modifying":
+        return 0.0
+    settings, width = run.model.self_modifying, run.model.head_width
+    went_on = 1 - settings.makers / run.data.sequence if run.model.reset == "row" else 1.0
+    states = (64.0 if settings.momentum else 32.0) * (settings.hidden or width) / settings.makers * went_on
+    extra = 8.0 * settings.gate - 4.6 * (not settings.momentum) + 177.0 * (not settings.recompute)
+    return 2.6 * width / settings.chunk + states + extra
 
 
 def beat(level: Level) -> float:

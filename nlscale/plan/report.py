@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from nlscale.config.devices import MEMORIES, PRODUCTS, ROOM, SCORES, STREAM, WIRE, Device
 from nlscale.config.ladder import rule
 from nlscale.config.run import Run
 from nlscale.model.count import FLOPS, flops_a_token, parameters
-from nlscale.plan.devices import MEMORIES, PRODUCTS, ROOM, SCORES, STREAM, WIRE, Device
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.figures import Moves, Stage
 from nlscale.plan.search import RECOMPUTE, Choice
@@ -22,7 +22,7 @@ def figures(run: Run, gpus: int, device: Device, stages: Sequence[Stage], choice
     """Everything, by name. Bytes, seconds, parameters."""
     estimate, batch = Estimate(run, gpus), run.train.global_batch * run.data.sequence
     times, busiest = estimate.times(device), max(stages, key=in_all)
-    work = flops_a_token(run.model, run.data.sequence)
+    work = flops_a_token(run.model, run.levels, run.data.sequence)
     mixing = 3.0 * run.model.layers * run.model.loops * FLOPS[run.model.mixer](run.model, run.data.sequence)
     mean, peak = in_all(busiest)
     control = replace(run.model, mixer="attention")  # whose parameters decide what all recipes of a size train with

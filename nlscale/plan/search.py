@@ -6,10 +6,10 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from nlscale.config.devices import ROOM, Device
 from nlscale.config.errors import UserError, divisors
 from nlscale.config.parallel import Parallel
 from nlscale.config.run import Run
-from nlscale.plan.devices import ROOM, Device
 from nlscale.plan.estimate import Estimate, Times
 from nlscale.plan.holding import Counted, count
 

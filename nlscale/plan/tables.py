@@ -12,12 +12,12 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from nlscale.config.devices import DEVICES, Device
 from nlscale.config.errors import UserError
 from nlscale.config.ladder import rule
 from nlscale.config.read import CONFIGS, read
 from nlscale.config.run import Run
 from nlscale.model.count import parameters
-from nlscale.plan.devices import DEVICES, Device
 from nlscale.plan.search import Choice, accepted, assessed
 
 SIZES = ("125m", "350m", "760m", "1.3b", "2.7b", "7b", "13b", "30b", "70b")

@@ -4,7 +4,7 @@ On a GPU nothing waits for a span: events are read when the step has been waited
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -49,13 +49,41 @@ class Clock:
         return found
 
 
+class Timer:
+    """One of megatron-core's timers; this one times nothing."""
+
+    def start(self, barrier: bool = False) -> None:
+        """Something begins; no rank waits for others."""
+
+    def stop(self, barrier: bool = False) -> None:
+        """It ends."""
+
+
+class Spans(Timer):
+    """A timer whose times are spans of a clock."""
+
+    def __init__(self, clock: Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+        self.begin: Mark = 0.0
+
+    def start(self, barrier: bool = False) -> None:
+        """A span begins."""
+        self.begin = self.clock.mark()
+
+    def stop(self, barrier: bool = False) -> None:
+        """It ends."""
+        self.clock.spans.append((self.name, self.begin, self.clock.mark()))
+
+
+def timers(clock: Clock, **names: str) -> Callable[..., Timer]:
+    """megatron-core's `config.timers`; `names`: part of a step -> what its schedules call it. Nothing else is timed."""
+    known, untimed = {theirs: Spans(clock, ours) for ours, theirs in names.items()}, Timer()
+    return lambda name, log_level=None: known.get(name, untimed)
+
+
 def parted(seconds: dict[str, float]) -> dict[str, float]:
-    """Disjoint parts of a step: forward without its waits for weights, the schedule's rest as backward."""
-    parts = {name: value for name, value in seconds.items() if name not in ("schedule", "forward", "gather")}
-    gather, forward = seconds.get("gather", 0.0), seconds.get("forward", 0.0)
-    return {
-        "forward": forward - gather,
-        "backward": seconds.get("schedule", 0.0) - forward,
-        "gather": gather,
-        **parts,
-    }
+    """Disjoint parts of a step: forward without its waits for weights; the schedule's rest, which is waiting for stages."""
+    gather, forward, backward = (seconds.get(name, 0.0) for name in ("gather", "forward", "backward"))
+    schedule = seconds.get("schedule", 0.0) - forward - backward
+    first = {"forward": forward - gather, "backward": backward, "gather": gather, "schedule": schedule}
+    return first | {name: value for name, value in seconds.items() if name not in first}

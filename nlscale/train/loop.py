@@ -29,6 +29,7 @@ from nlscale.train.agree import led
 from nlscale.train.checkpoint import Checkpoints
 from nlscale.train.curve import Curve
 from nlscale.train.metrics import Metrics
+from nlscale.train.out_of_memory import remember
 from nlscale.train.peak import peak_flops
 from nlscale.train.replicas import differing
 from nlscale.train.second_order import SecondOrder
@@ -59,6 +60,7 @@ def train(run: Run, watch: Watch | None = None) -> None:
 def train_here(run: Run, watch: Watch) -> None:
     """The run on this rank, by the operators' chosen forms."""
     world = join(run.parallel, run.cluster, run.train.seed, node_of(run))
+    remember(run.log.allocations)
     replicas(run, world.size)
     cards, folder = check_data(run.data, run.train.evaluate_rows > 0), Folder(Path(run.folder))
     journal = Journal(folder, world.leads)

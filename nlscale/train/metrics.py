@@ -29,7 +29,7 @@ class Metrics:
 
     def __init__(self, state: TrainState, folder: Folder, journal: Journal, peak: float, hold: Hold) -> None:
         self.state, self.folder, self.journal = state, folder, journal
-        self.flops_a_token = flops_a_token(state.run.model, state.run.data.sequence)
+        self.flops_a_token = flops_a_token(state.run.model, state.run.levels, state.run.data.sequence)
         self.peak, self.hold = peak, hold
         self.levels = [level.name for level in state.run.levels]
 

@@ -16,6 +16,12 @@ from nlscale.runtime.folder import Folder
 PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
+def remember(allocations: int) -> None:
+    """From now on a GPU's allocator notes where its newest `allocations` were asked for (0: none); each costs a stack."""
+    if allocations and torch.cuda.is_available():
+        torch.cuda.memory._record_memory_history(max_entries=allocations, stacks="python")
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that there was no memory left, on a GPU or on the host."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -63,7 +69,8 @@ def explained(error: BaseException, run: Run, folder: Folder, rank: int, size: i
         held, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         said.append(f"{held / 2**30:.1f} GiB allocated, {peak / 2**30:.1f} at the peak")
         if (where := snapshot(folder, rank)) is not None:
-            said.append(f"snapshot: {where}")
+            stacks = "" if run.log.allocations else " (log.allocations=100000 would add who asked for what)"
+            said.append(f"snapshot: {where}{stacks}")
     if found := remedies(run, size):
         said.append(f"less would be needed with {', or '.join(found)}; `nlscale plan` says how much")
     return "; ".join(said)

@@ -6,7 +6,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from nlscale.plan.devices import DEVICES
+from nlscale.config.devices import DEVICES
 
 
 def peak_flops(given: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:

@@ -10,13 +10,16 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import PercentFormatter  # noqa: E402
 
 from nlscale.runtime.folder import Folder, read_lines  # noqa: E402
 
 
 def plot(folders: Sequence[Folder], target: Path) -> Path:
-    """Draws training and held-out loss, norms by level and throughput into `target` (PNG) and an SVG beside it."""
-    figure, (losses, norms, speed) = pyplot.subplots(3, 1, figsize=(8, 9), sharex=True, height_ratios=(3, 2, 1.2))
+    """Draws training and held-out loss, norms by level, throughput and goodput into `target` (PNG) and an SVG beside it."""
+    figure, (losses, norms, speed, good) = pyplot.subplots(
+        4, 1, figsize=(8, 10.5), sharex=True, height_ratios=(3, 2, 1.2, 1)
+    )
     for folder in folders:
         lines = read_lines(folder.metrics)
         label = f"{folder.path.name} " if len(folders) > 1 else ""
@@ -30,12 +33,16 @@ def plot(folders: Sequence[Folder], target: Path) -> Path:
             name = key.split("/")[2]
             draw(norms, lines, f"optim/level/{name}/update_norm", f"{label}{name}", marker=".", linewidth=0.8)
         draw(speed, lines, "throughput/tokens_per_second", f"{label}tokens/s", linewidth=0.8)
+        draw(good, lines, "goodput/share", f"{label}goodput, all attempts", marker="o", linewidth=0.8)
     losses.set_ylabel("loss (nats a token)")
     norms.set_ylabel("update norm by level")
     norms.set_yscale("log")
     speed.set_ylabel("tokens/s")
-    speed.set_xlabel("step")
-    for axes in (losses, norms, speed):
+    good.set_ylabel("of held time")
+    good.set_ylim(0, 1)
+    good.yaxis.set_major_formatter(PercentFormatter(1))
+    good.set_xlabel("step")
+    for axes in (losses, norms, speed, good):
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend(fontsize="small")

@@ -14,12 +14,12 @@ from textwrap import fill
 from typing import Any
 
 from nlscale.config.cluster import Cluster
+from nlscale.config.devices import DEVICES, ROOM, Device, device
 from nlscale.config.errors import USER_ERROR, UserError, require
 from nlscale.config.nesting import learners, nesting
 from nlscale.config.optim import STATES
 from nlscale.config.run import Run, replicas
 from nlscale.model.count import parameters
-from nlscale.plan.devices import DEVICES, ROOM, Device, device
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.report import figures, text
 from nlscale.plan.search import accepted
@@ -35,19 +35,22 @@ def verbs(parent: Any) -> None:
     made = add(parent, "check", check, "check a recipe without torch: keys, types, ranges, layout, memory, disk, lead")
     add_recipe(made)
     made.add_argument("--gpus", type=int, help="ranks that the run will have")
-    made.add_argument("--gpu", default="", help=f"hold its memory against this GPU's: {', '.join(DEVICES)}")
+    made.add_argument(
+        "--gpu", default="", help=f"hold its memory against this GPU's, rather than cluster.gpu's: {', '.join(DEVICES)}"
+    )
     made.add_argument("--json", help="also write what it says to this file")
     made = add(parent, "plan", plan, "what a run of any size takes, from a simulated rank of each pipeline stage")
     add_recipe(made)
     made.add_argument("--gpus", type=int, required=True, help="ranks that the run will have")
-    made.add_argument("--gpu", default="h100", help=f"one of {', '.join(DEVICES)}")
+    made.add_argument("--gpu", default="", help=f"one of {', '.join(DEVICES)}; unset: cluster.gpu, or h100")
     made.add_argument("--json", help="also write everything to this file")
 
 
 def check(options: argparse.Namespace) -> int:
     """`nlscale check`."""
     run, missing = foreseen(options.recipe, options.overrides)
-    on = device(options.gpu) if options.gpu else None
+    named = options.gpu or run.cluster.gpu
+    on = device(named) if named else None
     require(options.gpus is None or options.gpus >= 1, f"--gpus {options.gpus} must be at least 1")
     world = options.gpus or run.parallel.ranks
     count = replicas(run, world)
@@ -108,7 +111,7 @@ def show_needs(run: Run, world: int) -> None:
 def problems(run: Run, world: int, on: Device | None) -> Iterator[str]:
     """What will not do, and what would."""
     estimate, size = Estimate(run, world), checkpoint_bytes(run, world)
-    room = ROOM * (on.memory if on else run.cluster.least_gpu_memory * GIB)
+    room = ROOM * (on.memory if on else run.cluster.gpu_memory * GIB)
     most = estimate.largest
     if room and most > room:
         over = f"{(most - room) / GIB:.1f} more than {room / GIB:.1f}"
@@ -194,7 +197,7 @@ def plan(options: argparse.Namespace) -> int:
     """`nlscale plan`."""
     run, missing = foreseen(options.recipe, options.overrides)
     require(options.gpus >= 1, f"--gpus {options.gpus} must be at least 1")
-    on = device(options.gpu)
+    on = device(options.gpu or run.cluster.gpu or "h100")
     replicas(run, options.gpus)
     writable(options.json)
     quiet()

@@ -17,7 +17,7 @@ BENCHES = (*MACHINE, "levels", "memories", "parts", "states", "transfer")
 
 def verbs(parent: Any) -> None:
     """Adds them."""
-    made = add(parent, "plot", draw, "loss, norms by level and throughput of runs, as PNG and SVG")
+    made = add(parent, "plot", draw, "loss, norms by level, throughput and goodput of runs, as PNG and SVG")
     made.add_argument("runs", nargs="+", metavar="RUN")
     made.add_argument("--out", help="PNG file; unset: plots/loss.png in the first run, or levels.png")
     made.add_argument("--levels", action="store_true", help="of a recipe or config.yaml: when its levels move")

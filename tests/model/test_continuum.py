@@ -66,7 +66,7 @@ def one_level_parts() -> tuple[list[str], dict[str, int], int, float]:
         list(value),
         parameters(run.model, run.levels),
         sum(v.numel() for v in value.values()),
-        flops_a_token(run.model, 16),
+        flops_a_token(run.model, run.levels, 16),
     )
 
 

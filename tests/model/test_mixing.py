@@ -59,7 +59,7 @@ def test_parameters_are_those_that_the_config_names(case: str) -> None:
     assert not [
         name for name in matrices if any(part in name for part in (".memory.", "persistent", "convolution", "gain"))
     ]
-    assert flops_a_token(run.model, 16) > 6 * sum(n for n in counted.values()) * 0.5
+    assert flops_a_token(run.model, run.levels, 16) > 6 * sum(n for n in counted.values()) * 0.5
 
 
 def test_the_tables_name_the_same_mixers() -> None:

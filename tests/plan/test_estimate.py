@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from nlscale.cli import main
+from nlscale.config.devices import DEVICES, device
 from nlscale.config.errors import UserError
 from nlscale.config.read import read
 from nlscale.config.run import Run
-from nlscale.plan.devices import DEVICES, device
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.search import accepted, assessed, ranked
 from nlscale.plan.simulate import stages
@@ -37,6 +37,9 @@ CASES = {
     "fp32": ("760m-plain", 1, ["use.layout=null", "train.precision=fp32"]),
     "context": ("1.3b-plain", 8, ["use.layout=null", "parallel.context=4"]),
     "hope": ("760m-hope", 8, ["use.layout=null", "data.sequence=1024"]),
+    "hope, as shipped": ("7b-hope", 64, ["use.layout=h100-64"]),
+    "hope, tensor": ("1.3b-hope", 8, ["use.layout=null", *TENSOR]),
+    "hope, recompute": ("1.3b-hope", 8, ["use.layout=null", "train.recompute=block", "model.layers=6"]),
     "delta": ("760m-plain", 8, ["use.layout=null", "model.mixer=delta", "data.sequence=1024"]),
     "titans": ("760m-plain", 8, ["use.layout=null", "model.mixer=titans", "data.sequence=1024"]),
     "linear": ("760m-plain", 8, ["use.layout=null", "model.mixer=linear", "data.sequence=512"]),

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from nlscale.config.devices import DEVICES, ROOM
 from nlscale.config.errors import UserError
 from nlscale.config.ladder import rule
 from nlscale.config.read import CONFIGS, load, read
 from nlscale.config.run import replicas
 from nlscale.model.count import parameters
-from nlscale.plan.devices import DEVICES, ROOM
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.tables import CLASSES, COUNTS, SIZES, chosen
 from tests.sampled import sampled

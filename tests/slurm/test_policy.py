@@ -240,7 +240,7 @@ def test_a_port_that_is_taken_is_passed_over() -> None:
     ("facts", "words"),
     [
         ({"gpus": [79.6] * 7}, "7 of 8 GPUs answer"),
-        ({"gpus": [79.6] * 7 + [39.6]}, "a GPU has 40 GiB, 79 are asked for"),
+        ({"gpus": [79.6] * 7 + [39.6]}, "a GPU has 40 GiB, 79.0 are asked for"),
         ({"disks": {"scratch": {"path": "/s", "free": 0.2, "speed": 9.0}}}, "scratch (/s) has 0.20 GiB free of 1"),
         (
             {"disks": {"scratch": {"path": "/s", "error": "Read-only file system"}}},

@@ -59,7 +59,7 @@ def test_the_ladder_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = ranks(1, measured, run)
     from nlscale.model.count import flops_a_token
 
-    assert found.mfu == pytest.approx(found.tokens_per_second * flops_a_token(run.model, 16) / 1e9)
+    assert found.mfu == pytest.approx(found.tokens_per_second * flops_a_token(run.model, run.levels, 16) / 1e9)
     assert found.tokens_per_second > 0 and found.peak_bytes > 2**20
     if not ladder.torch.cuda.is_available():
         with pytest.raises(UserError, match="bench ladder measures a GPU"):

@@ -14,11 +14,11 @@ from torch.autograd import DeviceType
 from nlscale.bench.profile import exposed, joined
 from nlscale.cli import main
 from nlscale.config.run import Run
-from nlscale.runtime.clock import Clock, parted
+from nlscale.runtime.clock import Clock, parted, timers
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.testing import ranks
 from nlscale.train import loop
-from nlscale.train.out_of_memory import ran_out, remedies
+from nlscale.train.out_of_memory import explained, ran_out, remedies, remember
 from tests.corpus import small_run
 from tests.records import events
 
@@ -27,6 +27,7 @@ LAYOUTS = {
     "data": [],
     "tensor": ["parallel.tensor=2"],
     "pipeline": ["parallel.pipeline=2"],
+    "pipeline of several chunks": ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.layers=4"],
     "eager": ["optim.reduce=eager"],
 }
 
@@ -44,23 +45,37 @@ def test_parts_of_a_step_are_the_step(layout: str, prepared: str, tmp_path: Path
         assert min(parts.values()) >= 0 and parts["time/forward_seconds"] > 0 and parts["time/backward_seconds"] > 0
         for level in ("fast", "slow", "long"):
             assert (f"time/level/{level}/optimizer_seconds" in parts) == bool(line[f"optim/level/{level}/fired"])
+    waiting = sorted(line["time/schedule_seconds"] / line["throughput/step_seconds"] for line in lines)[4]
+    assert waiting > 0.15 if "pipeline" in layout else waiting < 0.1  # for the other stage
     waits = [line["time/gather_seconds"] for line in lines]
     assert waits[0] == 0  # nothing has moved before the first step
 
 
 def test_a_clock_counts_what_happens_within() -> None:
     clock = Clock(torch.device("cpu"))
+    timed = timers(clock, backward="backward-compute")
     with clock.span("schedule"):
         for _ in range(2):
             with clock.span("forward"):
                 with clock.span("gather"):
                     time.sleep(0.01)
                 time.sleep(0.02)
+        timed("backward-compute", log_level=2).start()
         time.sleep(0.05)
+        timed("backward-compute").stop()
+        timed("forward-recv", log_level=2).start()
+        time.sleep(0.03)
+        timed("forward-recv").stop()
     parts = parted(clock.seconds())
     assert parts["gather"] == pytest.approx(0.02, abs=0.01)
     assert parts["forward"] == pytest.approx(0.04, abs=0.01)
     assert parts["backward"] == pytest.approx(0.05, abs=0.01)
+    assert parts["schedule"] == pytest.approx(0.03, abs=0.01) and set(parts) == {
+        "forward",
+        "backward",
+        "gather",
+        "schedule",
+    }
     clock.restart()
     assert clock.seconds() == {}
 
@@ -127,6 +142,28 @@ def test_when_memory_runs_out_it_is_said_what_would_need_less(
     assert told in said and "`nlscale plan` says how much" in said
     ended = [each for each in read_lines(Folder(tmp_path).events) if each["event"] == "attempt ended"]
     assert told in ended[0]["reason"]
+
+
+def test_a_snapshot_of_a_gpus_memory_says_who_asked(
+    prepared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a double of the allocator: tests/gpu has the real one."""
+    kept: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **given: kept.append(given))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"there"))
+    run, error = small_run(prepared, tmp_path), torch.OutOfMemoryError("no")
+    remember(run.log.allocations)
+    said = explained(error, run, Folder(tmp_path), 3, 4)
+    assert not kept and "3.0 GiB allocated" in said and "log.allocations=100000 would add" in said
+    run = small_run(prepared, tmp_path, "log.allocations=500")
+    remember(run.log.allocations)
+    assert [given["max_entries"] for given in kept] == [500] and "would add" not in explained(
+        error, run, Folder(tmp_path), 3, 4
+    )
+    assert (tmp_path / "memory-rank-00003.pickle").read_bytes() == b"there"
 
 
 def test_what_is_no_lack_of_memory_is_not_taken_for_one(prepared: str, tmp_path: Path) -> None:

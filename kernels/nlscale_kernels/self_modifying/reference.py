@@ -16,14 +16,14 @@ chunk by chunk. What a chunk does to any W2 is W2 turn + (its writes) reach (wri
 B rows, H heads, T tokens, C tokens of a chunk, K head width.
 """
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from nlscale_kernels.mlp_memory import Net
+from nlscale_kernels.recompute import recomputed
 from nlscale_kernels.self_modifying.parts import (
     Caller,
     Gates,
@@ -75,14 +75,16 @@ def block(
     outputs, main = call(walk, tokens, said, main_writes, before, initial.main, gates.clip, chunk)
     makers: list[Moving] = [(state.memories.vectors, speeds[0]), (state.memories.gates, speeds[1])]
     if not last:
-        makers = call(move, said, joined(all_writes), makers, initial, gates, chunk)
+        makers = call(move, said, all_writes, makers, initial, gates, chunk)
     memories, momenta = (Memories(*each) for each in zip(*makers, main, strict=True))
     return outputs, State(memories, momenta if state.momentum else None)
 
 
-def move(said: Made, writes: Writes, makers: list[Moving], initial: Memories, gates: Gates, piece: int) -> list[Moving]:
-    """The makers after their chunk."""
-    moved_on = []
+def move(
+    said: Made, all_writes: Sequence[Writes], makers: list[Moving], initial: Memories, gates: Gates, piece: int
+) -> list[Moving]:
+    """The makers after their chunk, the writes of whose pieces are given."""
+    writes, moved_on = joined(all_writes), []
     for (net, speed), first, still in zip(makers, initial[:2], gates.still[:2], strict=True):
         new, then = write(net, speed, first, said, writes, piece, gates.clip)
         moved_on.append((held(still, net, new), then))
@@ -110,7 +112,7 @@ def self_modifying(
             f"{count} tokens in chunks of {outer}, and those in chunks of {inner}: each must divide the one before"
         )
     state = state or begin(initial, tokens.log_momentum is not None)
-    call: Caller = partial(checkpoint, use_reentrant=False) if recompute and torch.is_grad_enabled() else directly
+    call: Caller = recomputed if recompute and torch.is_grad_enabled() else directly
     outputs, pieces = [], tokens.runs(outer)
     for place, piece in enumerate(pieces, 1):
         o, state = block(piece, state, initial, gates, inner, not hand_on and place == len(pieces), call)

@@ -7,7 +7,7 @@ that memories with longer chunks need no larger solve.
 B rows, H heads, C tokens of a chunk, K head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,47 +78,91 @@ def writes_of(
     return Writes(turn, arrives, scalars, mean, weight, span.fresh_BC)
 
 
+class Onward(NamedTuple):
+    """What a run of chunks does to what was written before it: nothing of that is left where a document began in the run."""
+
+    turn: Tensor  # (B, H, K, K), of W2
+    share_BH: Tensor  # of W1, from state to state
+    carry_BH: Tensor  # from momentum to state
+    left_BH: Tensor  # from momentum to momentum
+
+    def but_for(self, renewed_B: Tensor | None) -> "Onward":
+        """Nothing is left where a document began."""
+        if renewed_B is None:
+            return self
+        gone = renewed_B[:, None]
+        return self._replace(
+            turn=self.turn.masked_fill(gone[..., None, None], 0), share_BH=self.share_BH.masked_fill(gone, 0)
+        )
+
+
 def joined(chunks: Sequence[Writes]) -> Writes:
-    """The writes of chunks in a row as those of one: later chunks act on what earlier ones left."""
-    total = chunks[0]
-    for then in chunks[1:]:
-        total = after(total, then)
-    return total
+    """The writes of chunks in a row, all of one length, as those of one: later chunks act on what earlier ones left.
+
+    From the last chunk to the first, so that each is turned once, by the product of all turns after it.
+    """
+    *earlier, last = chunks
+    if not earlier:
+        return last
+    said, alive_B = of(last), None if last.renewed_B is None else ~last.renewed_B  # where no document began since
+    turn, whole, onward = said.turn, said.share_BH, said.but_for(last.renewed_B)
+    behind: list[Onward] = []
+    weights, means = [last.weight_B], [last.momentum]
+    for chunk in reversed(earlier):
+        behind.insert(0, onward)
+        both = through(of(chunk), onward)
+        weight = chunk.weight_B
+        if alive_B is None or chunk.renewed_B is None:
+            turn, whole = both.turn, both.share_BH
+        else:
+            mark = alive_B[:, None]
+            turn, whole = torch.where(mark[..., None, None], both.turn, turn), torch.where(mark, both.share_BH, whole)
+            weight, alive_B = weight * alive_B, alive_B & ~chunk.renewed_B
+        onward = both.but_for(chunk.renewed_B)
+        weights, means = [*weights, weight], [*means, chunk.momentum]
+    reach = stacked(part.reach for part in earlier) @ stacked(part.turn for part in behind)
+    each = [part.scalars for part in earlier]
+    write, hold = stacked(part.write_BHC for part in each), stacked(part.hold_BHC for part in each)
+    share, carry, left = (stacked(part[n].unsqueeze(-1) for part in behind) for n in (1, 2, 3))
+    ends = last.scalars
+    scalars = Scalars(
+        whole,
+        torch.cat([(write * share + hold * carry).flatten(2), ends.write_BHC], -1),
+        onward.carry_BH,
+        onward.left_BH,
+        torch.cat([(hold * left).flatten(2), ends.hold_BHC], -1),
+    )
+    mean, weight = averaged(means, weights)
+    return Writes(turn, torch.cat([reach.flatten(2, 3), last.reach], 2), scalars, mean, weight, fresh(chunks))
 
 
-def after(first: Writes, then: Writes) -> Writes:
-    """Two runs of tokens, one after the other."""
-    renewed = then.renewed_B
-    going_on = 1.0 if renewed is None else (~renewed).to(first.turn.dtype)[:, None]
-    a, b = first.scalars, then.scalars
-    share = b.whole_BH * going_on  # of an earlier state; carry_BH and left_BH are zero where a document began
-    forward = then.turn if renewed is None else then.turn.masked_fill(renewed[:, None, None, None], 0)
-    through = first.turn @ then.turn
-    whole = a.whole_BH * b.whole_BH
-    carry, left = a.carry_BH * share + a.left_BH * b.carry_BH, a.left_BH * b.left_BH
-    if renewed is not None:
-        through = torch.where(renewed[:, None, None, None], then.turn, through)
-        whole = torch.where(renewed[:, None], b.whole_BH, whole)
-    write = a.write_BHC * share.unsqueeze(-1) + a.hold_BHC * b.carry_BH.unsqueeze(-1)
-    hold = a.hold_BHC * b.left_BH.unsqueeze(-1)
-    scalars = Scalars(whole, torch.cat([write, b.write_BHC], -1), carry, left, torch.cat([hold, b.hold_BHC], -1))
-    fresh = None
-    if first.fresh_BC is not None and then.fresh_BC is not None:
-        fresh = torch.cat([first.fresh_BC, then.fresh_BC | first.fresh_BC[:, -1:]], -1)
-    reach = torch.cat([first.reach @ forward, then.reach], 2)
-    mean, weight = averaged(first, then, going_on)
-    return Writes(through, reach, scalars, mean, weight, fresh)
+def of(chunk: Writes) -> Onward:
+    """One chunk, as its last document's tokens see it."""
+    return Onward(chunk.turn, chunk.scalars.whole_BH, chunk.scalars.carry_BH, chunk.scalars.left_BH)
 
 
-def averaged(first: Writes, then: Writes, going_on: Tensor | float) -> tuple[Tensor | None, Tensor | float]:
+def through(first: Onward, then: Onward) -> Onward:
+    """Two runs, one after the other."""
+    carry = first.carry_BH * then.share_BH + first.left_BH * then.carry_BH
+    return Onward(first.turn @ then.turn, first.share_BH * then.share_BH, carry, first.left_BH * then.left_BH)
+
+
+def stacked(parts: Iterable[Tensor]) -> Tensor:
+    """(B, H, ...) of each chunk -> (B, H, N, ...)."""
+    return torch.stack(list(parts), 2)
+
+
+def averaged(means: Sequence[Tensor | None], weights: Sequence[Tensor | float]) -> tuple[Tensor | None, Tensor | float]:
     """Mean momentum of the last document's tokens, and their number."""
-    if first.momentum is None or then.momentum is None:
-        return None, 0.0
-    if not isinstance(first.weight_B, Tensor) or not isinstance(then.weight_B, Tensor):
-        total = float(first.weight_B) + float(then.weight_B)
-        return (first.momentum * float(first.weight_B) + then.momentum * float(then.weight_B)) / total, total
-    assert isinstance(going_on, Tensor)
-    old = first.weight_B * going_on[:, 0]
-    total_B = old + then.weight_B
-    mean = (first.momentum * old[:, None] + then.momentum * then.weight_B[:, None]) / total_B[:, None]
-    return mean, total_B
+    total: Tensor | float = sum(weights)
+    if means[0] is None:
+        return None, total
+    column = [weight.unsqueeze(1) if isinstance(weight, Tensor) else weight for weight in [*weights, total]]
+    parts = [mean * weight for mean, weight in zip(means, column, strict=False) if mean is not None]
+    return sum(parts[1:], parts[0]) / column[-1], total
+
+
+def fresh(chunks: Sequence[Writes]) -> Tensor | None:
+    """Where a token's anchor is the initial state, counted from the first chunk on."""
+    marks = [chunk.fresh_BC for chunk in chunks if chunk.fresh_BC is not None]
+    return torch.cat(marks, -1).cummax(-1).values if marks else None

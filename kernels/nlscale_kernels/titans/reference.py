@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from nlscale_kernels.mlp_memory import Net, Step, gathered, moved, read
+from nlscale_kernels.recompute import recomputed
 from nlscale_kernels.span import Span, anchored, filtered, span_of
 
 
@@ -96,7 +96,7 @@ def titans(
     if count % chunk:
         raise ValueError(f"{count} tokens are no multiple of the chunk of {chunk}")
 
-    def run(piece: Tokens, memory: Memory) -> tuple[Tensor, Memory]:
+    def run(piece: Tokens, memory: Memory, initial: Net) -> tuple[Tensor, Memory]:
         outputs = []
         for first in range(0, piece.k.shape[2], chunk):
             each = piece.part(first, chunk)
@@ -108,6 +108,6 @@ def titans(
     memory, outputs, size = memory or begin(initial), [], recompute * chunk or count
     for first in range(0, count, size):
         again, piece = recompute and torch.is_grad_enabled(), tokens.part(first, size)
-        o, memory = checkpoint(run, piece, memory, use_reentrant=False) if again else run(piece, memory)
+        o, memory = recomputed(run, piece, memory, initial) if again else run(piece, memory, initial)
         outputs.append(o)
     return torch.cat(outputs, 2), memory

@@ -1,4 +1,4 @@
-"""GPUs that plans speak of: vendors' figures, and the shares of them that a plan counts on."""
+"""GPUs that clusters have and plans speak of: vendors' figures, and the shares of them that a plan counts on."""
 
 from dataclasses import dataclass
 
@@ -20,14 +20,16 @@ class Device:
     node: int = 8  # GPUs of a node
 
 
-# Vendors' data sheets; `network` is 400 Gb/s a GPU, half of it beside A100.
+MIB = 2**20
+# Memory as the driver tells it (nvidia-smi's memory.total), the rest from vendors' data sheets; `network` is 400 Gb/s a GPU,
+# half of it beside A100.
 DEVICES = {
     each.name: each
     for each in (
-        Device("a100", 80e9, 312e12, 19.5e12, 2.0e12, 300e9, 25e9),
-        Device("h100", 80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9),
-        Device("h200", 141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9),
-        Device("b200", 180e9, 2250e12, 80e12, 8.0e12, 900e9, 50e9),
+        Device("a100", 81920 * MIB, 312e12, 19.5e12, 2.0e12, 300e9, 25e9),
+        Device("h100", 81559 * MIB, 989e12, 67e12, 3.35e12, 450e9, 50e9),
+        Device("h200", 143771 * MIB, 989e12, 67e12, 4.8e12, 450e9, 50e9),
+        Device("b200", 183359 * MIB, 2250e12, 80e12, 8.0e12, 900e9, 50e9),
     )
 }
 # What a plan counts on, of a vendor's figure. Assumptions until a plan is held against a run on that GPU.
@@ -36,7 +38,7 @@ STREAM, WIRE = 0.80, 0.75  # of memory's bandwidth and of links
 ROOM = 0.92  # of the memory: the rest is the driver's, NCCL's, and what lies between allocations
 
 
-def device(name: str) -> Device:
+def device(name: str, said: str = "--gpu") -> Device:
     """A GPU by its name; raises UserError with the names there are."""
-    require(name in DEVICES, f"--gpu {name}: known are {', '.join(DEVICES)}")
+    require(name in DEVICES, f"{said} {name}: known are {', '.join(DEVICES)}")
     return DEVICES[name]
