@@ -103,10 +103,10 @@ def main(target: str | None) -> int:
                 except (RuntimeError, UserError) as error:
                     print(f"{name}: {str(error).splitlines()[-1]}")
                     continue
-                (expected,) = ranks(1, predicted, configure(size, variant, False), 1, timeout=600)
-                table.append(
-                    within(f"{name}: memory / plan", found.peak_bytes / 2**30, "GiB", expected[0] / 2**30, 0.05)
-                )
+                if not compiled:  # a plan is of the eager model: what a compiler keeps, it does not know
+                    (expected,) = ranks(1, predicted, configure(size, variant, False), 1, timeout=600)
+                    planned = expected[0] / 2**30
+                    table.append(within(f"{name}: memory / plan", found.peak_bytes / 2**30, "GiB", planned, 0.05))
                 table += rows_of(name, found, TARGETS.get((size, variant)), plain, OVER_PLAIN.get(variant))
                 print(f"{name}: {found}", flush=True)  # what stands where the time runs out
                 plain = plain or (found if variant == "plain" else None)

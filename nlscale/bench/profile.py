@@ -1,12 +1,13 @@
 """`nlscale bench step --profile`: where a training step's time goes, from the program's own clock and torch's profiler.
 
-Four levels, real rows, the real step: on the CPU by two ranks that share nothing but data, on a GPU by one. Exposed
-communication is the time in which a collective was under way and nothing was computed.
+Real rows, the real step: of a recipe on this machine's ranks, or of four levels, on the CPU by two ranks that share nothing
+but data, on a GPU by one. Exposed communication is the time in which a collective was under way and nothing was computed.
 """
 
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -131,12 +132,13 @@ def length(spans: Sequence[Span]) -> float:
     return sum(end - begin for begin, end in spans)
 
 
-def main(target: str | None, trace: str = "") -> int:
-    """Prints the table."""
-    count = 1 if gpu_here() else 2
+def main(target: str | None, trace: str = "", run: Run | None = None, count: int = 0) -> int:
+    """Prints the table, of a `run` on `count` ranks here or of the bench's own; its train.steps count for nothing."""
+    count = count or (1 if gpu_here() else 2)
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
-        run = configure(corpus(Path(folder)), count)
-        found = ranks(count, steps, run, trace, timeout=300)[0]
+        run = run or configure(corpus(Path(folder)), count)
+        run = replace(run, train=replace(run.train, steps=max(run.train.steps, 10 * STEPS)))
+        found = ranks(count, steps, run, trace, timeout=3000)[0]
     whole, mfu, peak = found.pop("step"), found.pop("mfu"), found.pop("peak")
     table = [Row("step", whole, "s", None, None, "-", True)]
     table += [
@@ -150,7 +152,7 @@ def main(target: str | None, trace: str = "") -> int:
     table.append(Row("MFU: model FLOPs / seconds / peak", mfu, f"of {peak:.3g} FLOP/s", None, None, "-", True))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return show(
-        f"a step of {count} rank{'s' if count > 1 else ''} on {device}, mean of {STEPS}; baseline: the step",
+        f"{run.run.name}: a step of {count} rank{'s' if count > 1 else ''} on {device}, mean of {STEPS}; baseline: the step",
         table,
         target,
     )

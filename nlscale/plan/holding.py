@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from nlscale.config.levels import Level, level_of, parameter_names
+from nlscale.config.levels import Level, Levels, level_of, parameter_names, token_levels
+from nlscale.config.model import Model
 from nlscale.config.optim import STATES
 from nlscale.config.run import Run, replicas
 from nlscale.model.count import elements
@@ -54,13 +55,15 @@ class Memory:
     masters: float
     moments: float
     host: float
+    states: float  # of memories that never begin anew
     activations: float
     moving: float
 
     @property
     def resident(self) -> float:
         """At the peak."""
-        return self.weights + self.windows + self.masters + self.moments + max(self.activations, self.moving)
+        held = self.weights + self.windows + self.masters + self.moments + self.states
+        return held + max(self.activations, self.moving)
 
 
 Counted = dict[tuple[str, str], tuple[int, int]]
@@ -145,15 +148,27 @@ class Holding:
                 host += own + states
             else:
                 masters, moments = masters + own, moments + states
+        kept = self.states(rank)
         return Memory(
             weights=self.width * (total + self.sliced()),
             windows=4 * total * share,
             masters=masters,
             moments=moments,
             host=host,
-            activations=self.activations(rank) + (4 * total if optim.reduce != "defer" else 0.0),
+            states=kept,
+            activations=self.activations(rank) + kept + (4 * total if optim.reduce != "defer" else 0.0),
             moving=4 * total / self.copies + (AT_ONCE * self.bucket(held) if self.copies > 1 else 0.0),
         )
+
+    def states(self, rank: int) -> float:
+        """Bytes of what this replica's rows leave to the next ones, on a rank of a pipeline stage."""
+        model, parallel = self.run.model, self.run.parallel
+        memories, copies = carried(self.run)
+        around = 1 if model.mixer in ("linear", "delta") else parallel.context
+        held = memories / (around * parallel.pipeline * self.replicas)
+        if rank == parallel.pipeline - 1:
+            held += copies / (1 if model.inner.shared else self.replicas)
+        return held / parallel.tensor
 
     def sliced(self) -> float:
         """Parameters that lie twice: in the memory that is gathered, and in a product's fused weight."""
@@ -207,6 +222,36 @@ class Holding:
     def moved(self) -> float:
         """Parameters of a rank that move a step, the mean over stages and periods: the sum of width / period."""
         return self.mean(beat)
+
+
+def carried(run: Run) -> tuple[float, float]:
+    """Bytes of what a step's rows leave to the next ones, over all ranks: mixers' memories, and what token levels learned.
+
+    Nothing where memories begin anew at each row.
+    """
+    model, rows = run.model, run.train.global_batch
+    if model.reset == "row":
+        return 0.0, 0.0
+    memories = 4.0 * rows * state_elements(model) * model.heads * model.layers * model.loops
+    units, width = Levels(levels=run.levels).units(model.feed_forward), 2 if run.train.precision == "bf16" else 4
+    own = sum(units[level.name] for level in token_levels(run.levels))
+    parts = (3 if model.activation == "swiglu" else 2) * model.inner.adaptive(model.layers)
+    return memories, float((1 if model.inner.shared else rows) * width * parts * model.width * own)
+
+
+def state_elements(model: Model) -> int:
+    """Of one head's memory, momentum and the convolution's last tokens included."""
+    width, settings = model.head_width, model.self_modifying
+    if model.mixer in ("linear", "delta"):
+        return width * width + 3 * width * (model.linear.convolution - 1)
+    if model.mixer == "self_modifying":
+        hidden = settings.hidden or width
+        nets = 8 * width * hidden + 2 * hidden
+        return (2 if settings.momentum else 1) * nets + width * (settings.convolution - 1)
+    if model.mixer.startswith("titans"):
+        tail = 0 if model.mixer == "titans_mac" else 3 * width * (model.titans.convolution - 1)
+        return 4 * width * (model.titans.hidden or width) + tail
+    return 0
 
 
 def by_chunks(run: Run) -> float:

@@ -109,19 +109,8 @@ def measured(run: Run, world: World, rank: int, model: Parallelized, optimizer: 
     optimizer.step(lcm(*beats), torch.ones((), dtype=torch.float64))
     moving, closing = ledger.peak - before, dict(ledger.wire.bytes)
     optimizer.flush(lcm(*beats))  # layers that move at steps of their own
-    moves = [
-        Moves(
-            group.level.name,
-            group.level.steps,
-            group.phase,
-            group.level.frozen,
-            mover.bytes_a_step,
-            mover.bytes_a_move,
-            sum(leaf.value.numel() for leaf in mover.leaves),
-            *(dict(traffic) for traffic in sent[group.name]),
-        )
-        for group, mover in ((each.group, each) for each in optimizer.movers.values())
-    ]
+    moves = spoken(optimizer, sent)
+    moves += seldom(run, optimizer, sent, moves, lcm(*beats))
     return Stage(
         index=rank,
         memory=memory,
@@ -133,6 +122,45 @@ def measured(run: Run, world: World, rank: int, model: Parallelized, optimizer: 
         moves=moves,
         closing=closing,
     )
+
+
+Sent = dict[str, tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]]
+
+
+def spoken(optimizer: Optimizer, sent: Sent) -> list[Moves]:
+    """What every group sends, by its parts' own word and as it was counted."""
+    return [
+        Moves(
+            mover.group.level.name,
+            mover.group.level.steps,
+            mover.group.phase,
+            mover.group.level.frozen,
+            mover.bytes_a_step,
+            mover.bytes_a_move,
+            sum(leaf.value.numel() for leaf in mover.leaves),
+            *(dict(traffic) for traffic in sent[mover.group.name]),
+        )
+        for mover in optimizer.movers.values()
+    ]
+
+
+def seldom(run: Run, optimizer: Optimizer, sent: Sent, moves: list[Moves], step: int) -> list[Moves]:
+    """What M3 sends beside at every `slow_period`-th move, for its slow direction: found in one such move of all groups."""
+    slow = run.optim.matrix.slow_period
+    if not any((group.level.optimizer or run.optim.name).startswith("m3") for group in optimizer.groups):
+        return []
+    for _, rule in optimizer.rules():
+        rule.updates = slow - 1
+    optimizer.step(step, torch.ones((), dtype=torch.float64))
+    optimizer.flush(step)
+    found = []
+    for each, then in zip(moves, spoken(optimizer, sent), strict=True):
+        beside = {
+            key: size - 2 * each.close.get(key, 0.0) for key, size in then.close.items()
+        }  # `then` is of both moves
+        if any(beside.values()):
+            found.append(Moves(each.level, each.period * slow, each.phase, each.frozen, 0.0, 0.0, 0, {}, beside))
+    return found
 
 
 def attributed(mover: Mover, ledger: Ledger) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:

@@ -21,6 +21,7 @@ from nlscale.config.optim import STATES
 from nlscale.config.run import Run, replicas
 from nlscale.model.count import parameters
 from nlscale.plan.estimate import Estimate
+from nlscale.plan.holding import carried
 from nlscale.plan.report import figures, text
 from nlscale.plan.search import accepted
 from nlscale.runtime.quiet import quiet
@@ -174,7 +175,9 @@ def checkpoints_kept(run: Run) -> int:
 
 
 def checkpoint_bytes(run: Run, world: int) -> float:
-    """Masters, what the rules remember, and open windows: one of each rank that gathers gradients of its own."""
+    """Masters, what the rules remember, what rows leave to the next ones, and open windows: one of each rank that gathers
+    gradients of its own.
+    """
     total, by_level = 0.0, parameters(run.model, run.levels)
     copies = replicas(run, world) * run.parallel.context
     nodes = max(1, copies // Estimate(run, world).near)
@@ -184,7 +187,7 @@ def checkpoint_bytes(run: Run, world: int) -> float:
         total += 4 * held * (1 + len(STATES[level.optimizer or run.optim.name]))
         if level.steps > 1 and not level.frozen:
             total += 4 * held * (count if run.checkpoint.windows == "each" else 1)
-    return total
+    return total + sum(carried(run))
 
 
 def save_seconds(run: Run, world: int, size: float) -> float:

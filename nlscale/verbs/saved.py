@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nlscale.config.errors import require
+from nlscale.config.run import replicas
 from nlscale.runtime.folder import STATE, Folder
 from nlscale.runtime.quiet import quiet
-from nlscale.verbs.common import add, existing, foreseen
+from nlscale.verbs.common import add, existing, foreseen, resolve
 
 MACHINE = ("step", "loader", "kernels", "checkpoint", "memory", "ladder")
 BENCHES = (*MACHINE, "levels", "memories", "parts", "states", "transfer")
@@ -36,7 +37,9 @@ def verbs(parent: Any) -> None:
     made = add(parent, "bench", bench, "tables of ratios, measured in one run")
     made.add_argument("name", choices=BENCHES)
     made.add_argument("--json", help="also write the table to this file")
+    made.add_argument("recipe", nargs="?", help="with --profile: a path or shipped recipe, then section.key=value ...")
     made.add_argument("--profile", action="store_true", help="of `step`: where its time goes, instead of ratios")
+    made.add_argument("--nproc", type=int, help="with a recipe: ranks to start here; unset: what its layout needs")
     made.add_argument("--trace", default="", help="with --profile: also write a Chrome trace of one step to this file")
 
 
@@ -96,12 +99,24 @@ def convert(options: argparse.Namespace) -> None:
     print(f"{options.out}: step {step}, {size / 2**20:,.1f} MiB of tensors")
 
 
+def profile(options: argparse.Namespace) -> int:
+    """`nlscale bench step --profile [RECIPE]`."""
+    require(bool(options.recipe) or not options.nproc, "--nproc needs a recipe: `nlscale bench step demo --profile`")
+    run = resolve(options.recipe, options.overrides) if options.recipe else None
+    count = (options.nproc or run.cluster.nproc or run.parallel.ranks) if run else 0
+    if run:
+        replicas(run, count)
+    return int(importlib.import_module("nlscale.bench.profile").main(options.json, options.trace, run, count))
+
+
 def bench(options: argparse.Namespace) -> int:
     """`nlscale bench`."""
     quiet()
-    if options.profile or options.trace:
-        require(
-            options.profile and options.name == "step", "--profile is of `nlscale bench step`, and --trace of --profile"
-        )
-        return int(importlib.import_module("nlscale.bench.profile").main(options.json, options.trace))
+    profiled = options.profile and options.name == "step"
+    given = [options.profile, options.trace, options.recipe, options.nproc, options.overrides]
+    require(
+        profiled or not any(given), "a recipe, --profile, --trace and --nproc are of `nlscale bench step --profile`"
+    )
+    if profiled:
+        return profile(options)
     return int(importlib.import_module(f"nlscale.bench.{options.name}").main(options.json))

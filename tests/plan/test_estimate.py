@@ -120,7 +120,7 @@ def test_layouts_are_ranked_by_what_their_step_takes() -> None:
 def test_a_layout_whose_fastest_way_is_refused_has_another() -> None:
     """Masters of matrices that follow Muon cannot lie in host memory: the same layout fits by computing again."""
     run = read("2.7b-hope", ["optim.name=muon", "model.base_width=null", "use.layout=null"])
-    on = DEVICES["a100"]
+    on = replace(DEVICES["a100"], memory=80e9)
     first, refused = next(accepted(run, 1, on, (1,))), ranked(run, 1, on, (1,))[0]
     assert first.fits(on) and first.run.train.recompute == "block" and not first.run.optim.offload
     with pytest.raises(UserError, match="offload"):
@@ -163,7 +163,7 @@ def test_slower_links_and_longer_periods_cost_what_they_should() -> None:
 def test_check_says_by_how_much_it_does_not_fit_and_what_would(capsys: pytest.CaptureFixture) -> None:
     assert main(["check", "13b-hope", "--gpus", "8", "--gpu", "h100", "use.layout=null", "checkpoint.keep=1"]) == 78
     said = " ".join(capsys.readouterr().out.split())
-    assert "will not do" in said and "more than 68.5; " in said and "would fit (h100)" in said
+    assert "will not do" in said and "more than 73.3; " in said and "would fit (h100)" in said
     assert "cluster.lead=300 s is too short" in said
     assert main(["check", "70b-plain", "--gpus", "8", "--gpu", "h100", "use.layout=null", "checkpoint.keep=1"]) == 78
     said = " ".join(capsys.readouterr().out.split())
@@ -176,10 +176,10 @@ def test_what_check_suggests_works(capsys: pytest.CaptureFixture) -> None:
     wide = ["parallel.tensor=4", "train.micro_batch=16"]
     main(["check", *given, *wide])
     said = " ".join(capsys.readouterr().out.split())
-    words = said.split("more than 68.5; ")[1].split(" would fit")[0].split()
+    words = said.split("more than 73.3; ")[1].split(" would fit")[0].split()
     main(["check", *given, *wide, *words])
     said = capsys.readouterr().out
-    assert "memory  " in said and "more than 68.5" not in said
+    assert "memory  " in said and "more than 73.3" not in said
     small = ["125m-plain", "--gpus", "1", "use.layout=null", "cluster.least_gpu_memory=16", "train.micro_batch=16"]
     main(["check", *small])
     said = " ".join(capsys.readouterr().out.split())

@@ -11,6 +11,8 @@ from nlscale.config.run import Run
 from nlscale.model.row_state import mapped
 from nlscale.optim.build import build_optimizer
 from nlscale.parallel.apply import parallelize
+from nlscale.plan.estimate import Estimate
+from nlscale.plan.holding import carried
 from nlscale.plan.ledger import Ledger
 from nlscale.plan.pretend import pretended
 from nlscale.plan.report import in_all, traffic
@@ -231,6 +233,24 @@ def test_what_each_row_leaves_is_in_the_plans_peak() -> None:
     assert plan.activations == pytest.approx(ranks(1, whole_turn, kept)[0], rel=0.005)
 
 
+NEVER = ["model.reset=never", "data.shuffle=false"]
+CARRIED = {
+    "delta": ["model.mixer=delta", "model.linear.chunk=4"],
+    "titans": ["model.mixer=titans", "model.titans.chunk=4"],
+    "titans_mac": ["model.mixer=titans_mac", "model.titans.chunk=4", "parallel.pipeline=2"],
+    "hope": ["model.mixer=self_modifying", "model.self_modifying.chunk=8", "parallel.tensor=2"],
+    "in a row": ["levels=[{name: quick, period: 8, unit: token, width: 0.5}, {name: fast, period: 1, width: 0.5}]"],
+}
+
+
+@pytest.mark.parametrize("case", CARRIED)
+def test_states_by_formula_are_those_of_the_simulation(case: str) -> None:
+    run = configured([*NEVER, *CARRIED[case]])
+    for stage in ranks(1, planned, [*NEVER, *CARRIED[case]])[0]:
+        assert Estimate(run, 4).memory(stage.index).states == pytest.approx(stage.memory.states, rel=0.02)
+    assert sum(carried(run)) > 0
+
+
 def whole_turn(overrides: list[str]) -> int:
     """Peak of a schedule of all micro-batches, above what is held between steps."""
     run, ledger = tiny(*overrides), Ledger()
@@ -247,11 +267,41 @@ def whole_turn(overrides: list[str]) -> int:
 def held_by_memories(overrides: list[str]) -> int:
     """Bytes of a real rank's, over all rows of a step."""
     sizes: list[int] = []
-    for carried in built(tiny(*overrides))[1].carried:
-        for state in carried.open():
+    for chunk in built(tiny(*overrides))[1].carried:
+        for state in chunk.open():
             mapped(lambda _, part: sizes.append(part.untyped_storage().nbytes()), "", state)
     return sum(sizes)
 
 
 def planned_alone(overrides: list[str]) -> list[Stage]:
     return stages(tiny(*overrides), 1)
+
+
+M3 = ["optim.name=m3", "optim.matrix.slow_period=2", "parallel.tensor=2"]
+
+
+def two_moves(overrides: list[str]) -> dict[tuple[str, str], int]:
+    """Bytes that the second move of all levels sends beyond the first one's."""
+    run = configured(overrides)
+    world, model, optimizer = built(run)
+    optimizer.await_in(model.modules)
+    seen = []
+    for step in (4, 8):
+        tokens = model.forward_backward(usual(run, step, world), True)[2].long()
+        with Axes(axes(world)) as wire:
+            optimizer.step(step, tokens)
+        seen.append(Counter(wire.bytes))
+    return dict(seen[1] - seen[0])
+
+
+def test_a_slow_direction_is_planned_at_its_own_period() -> None:
+    (plan,) = ranks(1, planned, M3)
+    for stage in plan:
+        rare = [each for each in stage.moves if not each.parameters]
+        assert sorted(each.period for each in rare) == [2, 4, 8]
+        total = Counter[tuple[str, str]]()
+        for each in rare:
+            total.update(each.close)
+        assert significant(total) == significant(ranks(4, two_moves, M3, timeout=240)[0]) != {}
+    ((muon,), (plain,)) = (ranks(1, planned, [f"optim.name={name}", *M3[1:]])[0] for name in ("muon", "m3"))
+    assert in_all(plain)[0] > in_all(muon)[0]
