@@ -13,7 +13,7 @@ LEVELS = (
     "{name: slow, period: 4, width: 0.25}, {name: long, period: 8, width: 0.25}]"
 )
 MODEL = [
-    "model.layers=4",
+    "model.layers=2",
     "model.width=32",
     "model.heads=4",
     "model.kv_heads=2",
@@ -23,7 +23,7 @@ MODEL = [
 TRAIN = [
     "train.steps=30",
     "train.global_batch=4",
-    "train.micro_batch=1",
+    "train.micro_batch=2",
     "train.precision=fp32",
     "train.evaluate_rows=0",
 ]

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
@@ -29,7 +28,7 @@ from nlscale_kernels.swiglu import swiglu
 from torch import Tensor, nn
 
 from nlscale.model.fast import Fast
-from nlscale.model.layers import Down, Norm
+from nlscale.model.layers import Down, Norm, to_tensor_ranks
 from nlscale.runtime.leaf import Leaf, prefixed
 
 
@@ -119,7 +118,7 @@ class FeedForward(MegatronModule):
         pieces = dict(
             zip(itertools.product(self.inward, names), fused.split(counts * len(self.inward), -1), strict=True)
         )
-        copied = copy_to_tensor_model_parallel_region(normed)
+        copied = to_tensor_ranks(normed)
         for name, parts in copies.items():
             for part in self.inward if name in self.units else ():
                 added = parts[part].inward(copied.transpose(0, 1))

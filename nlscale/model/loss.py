@@ -6,7 +6,6 @@ N tokens, D width, V this rank's share of the vocabulary.
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
@@ -14,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.summed_loss import CrossEntropy, summed_loss
 from torch import Tensor, nn
 
-from nlscale.model.layers import Norm
+from nlscale.model.layers import Norm, to_tensor_ranks
 
 IGNORE = -1  # a target that counts for nothing
 
@@ -42,9 +41,7 @@ class Head(MegatronModule):
         self.summed = summed_loss
         split = config.tensor_model_parallel_size > 1
         self.cross_entropy: CrossEntropy = parallel_cross_entropy if split else local_cross_entropy
-        self.enter = (
-            gather_from_sequence_parallel_region if config.sequence_parallel else copy_to_tensor_model_parallel_region
-        )
+        self.enter = gather_from_sequence_parallel_region if config.sequence_parallel else to_tensor_ranks
 
     def forward(self, x_TBD: Tensor, targets_BT: Tensor) -> Tensor:
         """Sum of the losses of all targets that are not IGNORE: a float32 scalar, equal on all tensor-parallel ranks."""

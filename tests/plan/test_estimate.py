@@ -1,6 +1,7 @@
 """Formula against simulation, and what layouts are ranked by."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -211,6 +212,20 @@ def test_check_needs_no_torch_and_no_time(given: list[str]) -> None:
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 2.0
     assert "corpora/web is not there yet" in done.stdout and "by formula" in done.stdout
+
+
+@pytest.mark.matrix
+def test_the_largest_plan_takes_a_minute_and_little_memory() -> None:
+    """70B on 1,024 ranks with memories that walk each row chunk by chunk, on one core: 60 s and 4 GiB."""
+    words = ["plan", "70b-hope", "--gpus", "1024", "use.layout=h100-1024"]
+    lines = f"from nlscale.cli import main; main({words}); import resource; "
+    lines += "used = resource.getrusage(resource.RUSAGE_SELF); "
+    lines += "print(used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20)"
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, timeout=250, env=alone)
+    assert done.returncode == 0, done.stderr
+    seconds, gibibytes = map(float, done.stdout.split()[-2:])
+    assert seconds < 60 and gibibytes < 4, (seconds, gibibytes)
 
 
 def test_unknown_devices_are_told_the_known_ones() -> None:

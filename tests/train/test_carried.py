@@ -145,7 +145,7 @@ MOVES = {
     "tensor2-data2 to pipeline2": (
         ["model.mixer=self_modifying", "model.self_modifying.chunk=8", QUICK],
         (4, ["parallel.tensor=2"]),
-        (2, ["parallel.pipeline=2", "train.micro_batch=2"]),
+        (2, ["parallel.pipeline=2"]),
     ),
     "pipeline2 to tensor2": (
         ["model.mixer=delta", "model.linear.chunk=8", QUICK],
@@ -155,11 +155,11 @@ MOVES = {
     "context2 to data4": (
         ["model.mixer=titans_mac", "model.titans.chunk=8"],
         (2, ["parallel.context=2"]),
-        (4, []),
+        (4, ["train.micro_batch=1"]),
     ),
     "data2 to context2-tensor2": (
         ["model.mixer=delta", "model.linear.chunk=8"],
-        (2, ["train.micro_batch=2"]),
+        (2, []),
         (4, ["parallel.context=2", "parallel.tensor=2"]),
     ),
 }

@@ -145,7 +145,7 @@ def with_a_flipped_bit(run: Run, rank: int, name: str) -> None:
 @pytest.mark.parametrize(
     ("count", "rank", "name", "layout", "odd"),
     [
-        (4, 2, "blocks.0.mix.q.weight", [], "rank 2"),
+        (4, 2, "blocks.0.mix.q.weight", ["train.micro_batch=1"], "rank 2"),
         (4, 3, "blocks.1.mix.norm.weight", ["parallel.tensor=4"], "rank 3"),
         (2, 1, "blocks.0.continuum.long.down.weight", [], "rank 0"),
     ],

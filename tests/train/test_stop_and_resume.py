@@ -54,7 +54,10 @@ LAYOUTS = {
         ],
     ),
     "tied-pipeline-data-eager": (4, ["parallel.pipeline=2", "model.tied=true", "optim.reduce=eager"]),
-    "gains-data-hierarchical": (4, ["model.gains=true", "optim.reduce=hierarchical", "optim.node=2"]),
+    "gains-data-hierarchical": (
+        4,
+        ["model.gains=true", "optim.reduce=hierarchical", "optim.node=2", "train.micro_batch=1"],
+    ),
     "muon-data-staggered": (2, ["optim.name=muon", "optim.phase=staggered"]),
     "nested-m3-tensor": (
         2,
@@ -85,14 +88,16 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(layout: str, prepared: 
 
 MOVES = {
     "tensor2-pipeline2 to one": ((4, ["parallel.tensor=2", "parallel.pipeline=2"]), (1, [])),
-    "data4 to tensor2": ((4, []), (2, ["parallel.tensor=2"])),
+    "data4 to tensor2": ((4, ["train.micro_batch=1"]), (2, ["parallel.tensor=2"])),
     "one to tensor2-data2": ((1, []), (4, ["parallel.tensor=2"])),
     "tensor2-sequence to pipeline2": (
         (2, ["parallel.tensor=2", "parallel.sequence=true"]),
         (2, ["parallel.pipeline=2"]),
     ),
-    "data2 to interleaved": ((2, []), (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"])),
-    "hierarchical4 to eager2": ((4, ["optim.reduce=hierarchical", "optim.node=2"]), (2, ["optim.reduce=eager"])),
+    "hierarchical4 to eager2": (
+        (4, ["optim.reduce=hierarchical", "optim.node=2", "train.micro_batch=1"]),
+        (2, ["optim.reduce=eager"]),
+    ),
     "eager2 to tensor2": ((2, ["optim.reduce=eager"]), (2, ["parallel.tensor=2"])),
     "tensor2-data2 to hierarchical2": ((4, ["parallel.tensor=2"]), (2, ["optim.reduce=hierarchical", "optim.node=1"])),
     "context2-data2 to tensor2": ((4, ["parallel.context=2"]), (2, ["parallel.tensor=2"])),
@@ -137,6 +142,7 @@ WHOLE = {
     "staggered": ("optim.phase=staggered", (2, ["parallel.pipeline=2"]), (2, [])),
     "muon": ("optim.name=muon", (2, ["parallel.tensor=2"]), (2, ["parallel.pipeline=2"])),
     "nested": ("model.variant=nested", (2, []), (2, ["parallel.tensor=2"])),
+    "interleaved": ("model.layers=4", (2, []), (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"])),
 }
 
 
@@ -183,7 +189,7 @@ def test_what_a_killed_removal_left_is_no_obstacle(prepared: str, tmp_path: Path
     ("change", "words"),
     [
         ("model.hidden=96", "holds another model"),
-        ("model.layers=2", "holds another model"),
+        ("model.layers=4", "holds another model"),
         (
             "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 2, width: 0.25}, "
             "{name: long, period: 8, width: 0.25}]",
