@@ -15,15 +15,11 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
-from nlscale_launch.local import free_port
-from torch import Tensor
 
+from nlscale.bench.drill import Rows, alone, right, trained
 from nlscale.bench.table import Row, show
 from nlscale.config.read import read
-from nlscale.optim.build import build_optimizer
-from nlscale.parallel.apply import Parallelized, parallelize
 from nlscale.runtime.quiet import quiet
-from nlscale.runtime.world import join, leave
 
 TRAINED, TESTED, FIRST, GROWTH, LEARNT = 40, 160, 4, 4, 0.1  # tokens; rows grow when the mean loss is below the last
 WANTED = 0.999
@@ -36,7 +32,7 @@ MODEL = (
     *("optim.lr=0.01", "optim.warmup=0.02", "optim.schedule=wsd", "optim.decay=0.1"),
     *("train.precision=fp32", "parallel.tensor=1", "cluster.threads=1"),
 )
-Rows = tuple[Tensor, Tensor]  # tokens and targets (B, T): symbols are 0 and 1, answers 2 and 3
+# Symbols are 0 and 1, answers 2 and 3.
 
 
 def parity(rows: int, tokens: int, generator: torch.Generator) -> Rows:
@@ -85,42 +81,35 @@ ARMS = [
 ]
 
 
-@torch.no_grad()
-def right(model: Parallelized, rows: Rows) -> Tensor:
-    """Share of right answers by token (T,)."""
-    tokens, targets = rows
-    hope = model.chunks[0]
-    x_TBD, _ = hope.walk(hope.enter(tokens), hope.scene(torch.zeros_like(tokens, dtype=torch.bool)))
-    answers = (hope.head.norm(x_TBD) @ hope.head.weight.t()).argmax(-1).t()
-    return (answers == targets).double().mean(0)
+class Course:
+    """Rows that grow: a language on rows of up to `longest` tokens, more of them once the mean loss is low."""
+
+    def __init__(self, language: str, seed: int) -> None:
+        self.made, self.rows, _ = LANGUAGES[language]
+        self.generator, self.longest, self.mean = torch.Generator().manual_seed(seed), FIRST, 1.0
+
+    def next(self, step: int) -> Rows:
+        """Rows of a step."""
+        tokens = int(torch.randint(2, self.longest + 1, (), generator=self.generator))
+        return self.made(self.rows, tokens, self.generator)
+
+    def seen(self, step: int, loss: float) -> None:
+        """Its loss."""
+        self.mean = 0.95 * self.mean + 0.05 * loss
+        if self.mean < LEARNT and self.longest < TRAINED:
+            self.longest, self.mean = self.longest + GROWTH, 1.0
 
 
 def learnt(language: str, seed: int, overrides: Sequence[str], steps: int | None = None) -> tuple[float, float]:
     """Share of right answers at tokens within the trained length and beyond it, after training from nothing."""
     quiet()
     made, rows, usual = LANGUAGES[language]
-    count = steps or usual
+    count, course = steps or usual, Course(language, seed)
     sizes = [f"data.sequence={TRAINED}", f"train.micro_batch={rows}", f"train.global_batch={rows}"]
     run = read("demo-hope", [*MODEL, *sizes, f"train.seed={seed}", *overrides])
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    torch.set_flush_denormal(True)
-    world = join(run.parallel, run.cluster, 0)
-    try:
-        model = parallelize(run, world)
-        optimizer = build_optimizer(run, model.leaves, world, count)
-        generator, longest, mean = torch.Generator().manual_seed(seed), FIRST, 1.0
-        for step in range(1, count + 1):
-            tokens = int(torch.randint(2, longest + 1, (), generator=generator))
-            x, y = made(rows, tokens, generator)
-            total = model.forward_backward([(x, y, torch.zeros_like(x, dtype=torch.bool))], True)
-            optimizer.step(step, total[2].long())
-            mean = 0.95 * mean + 0.05 * float(total[0] / total[1])
-            if mean < LEARNT and longest < TRAINED:
-                longest, mean = longest + GROWTH, 1.0
-        found = right(model, made(256, TESTED, generator))
-    finally:
-        leave()  # this process may be handed another arm
+    with alone(run, count) as (model, optimizer):
+        trained(model, optimizer, count, course.next, course.seen)
+        found = right(model, made(256, TESTED, course.generator)).double().mean(0)
     return float(found[:TRAINED].mean()), float(found[TRAINED:].mean())
 
 

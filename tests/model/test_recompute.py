@@ -40,5 +40,5 @@ def test_a_block_that_is_computed_again_holds_its_input_alone(mixer: str) -> Non
         ranks(1, held, tiny(*SMALL, f"model.mixer={mixer}", f"train.recompute={policy}"))[0]
         for policy in ("none", "block")
     )
-    assert left <= 64 * 32 * 4 < kept  # the block's output, which is the next one's input
+    assert left <= 2 * 64 * 32 * 4 < kept  # the block's output, which is the next one's input
     assert again == plain

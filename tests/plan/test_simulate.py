@@ -259,7 +259,7 @@ def whole_turn(overrides: list[str]) -> int:
         optimizer = build_optimizer(run, model.leaves, world)
         for _ in range(2):
             ledger.restart()
-            turn(run, run.train.global_batch, run.model.layers, model)
+            turn(run, run.train.global_batch // run.train.micro_batch, run.model.layers, model)
         optimizer.windows.release()
         return ledger.peak - ledger.live
 

@@ -13,10 +13,10 @@ from nlscale.train.loop import train
 LAYOUTS = {  # demo recipes that run on another layout than tensor parallel 2
     "demo-titans-mag": (2, ["parallel.tensor=1", "parallel.context=2"]),
     "demo-delta": (2, ["parallel.tensor=1", "parallel.context=2"]),
-    "demo-titans-mal": (2, ["parallel.tensor=1", "parallel.pipeline=2"]),
-    "demo-titans": (2, ["parallel.tensor=1"]),
+    "demo-titans-mal": (2, ["parallel.tensor=1", "parallel.pipeline=2", "train.micro_batch=2"]),
+    "demo-titans": (2, ["parallel.tensor=1", "train.micro_batch=2"]),
 }
-SHORT = ["train.steps=24", "train.global_batch=4", "train.micro_batch=2", "train.evaluate_rows=0", "log.wandb=disabled"]
+SHORT = ["train.steps=24", "train.global_batch=4", "train.micro_batch=4", "train.evaluate_rows=0", "log.wandb=disabled"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,50 @@
+"""Small models trained in this process on rows that a function makes: what the benches of memory tasks share."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from nlscale_launch.local import free_port
+from torch import Tensor
+
+from nlscale.config.run import Run
+from nlscale.optim.build import Optimizer, build_optimizer
+from nlscale.parallel.apply import Parallelized, parallelize
+from nlscale.runtime.world import join, leave
+
+Rows = tuple[Tensor, Tensor]  # tokens and targets (B, T)
+Made = Callable[[int], Rows]  # rows of a step, from 1
+Seen = Callable[[int, float], None]  # is told of a step and its mean loss
+
+
+@contextmanager
+def alone(run: Run, steps: int) -> Iterator[tuple[Parallelized, Optimizer]]:
+    """The run's model on this process alone, and its optimizer; this process may do so again."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    torch.set_flush_denormal(True)
+    world = join(run.parallel, run.cluster, 0)
+    try:
+        model = parallelize(run, world)
+        yield model, build_optimizer(run, model.leaves, world, steps)
+    finally:
+        leave()
+
+
+def trained(model: Parallelized, optimizer: Optimizer, steps: int, made: Made, seen: Seen = lambda *_: None) -> None:
+    """Trains for so many steps; rows are one document each."""
+    for step in range(1, steps + 1):
+        tokens, targets = made(step)
+        total = model.forward_backward([(tokens, targets, torch.zeros_like(tokens, dtype=torch.bool))], True)
+        optimizer.step(step, total[2].long())
+        seen(step, float(total[0] / total[1]))
+
+
+@torch.no_grad()
+def right(model: Parallelized, rows: Rows) -> Tensor:
+    """Whether each answer is the target (B, T)."""
+    tokens, targets = rows
+    hope = model.chunks[0]
+    x_TBD, _ = hope.walk(hope.enter(tokens), hope.scene(torch.zeros_like(tokens, dtype=torch.bool)))
+    return (hope.head.norm(x_TBD) @ hope.head.weight.t()).argmax(-1).t() == targets
