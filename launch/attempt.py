@@ -274,16 +274,18 @@ def say(line: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """`begin SUBMISSION` or `end SUBMISSION CODE`."""
-    code = int(arguments[2]) if arguments[0] == "end" else 1
+    code, chain = int(arguments[2]) if arguments[0] == "end" else 1, False
     try:
         submission = Submission.read(arguments[1])
+        chain = bool(submission.chain)
         return begin(submission) if arguments[0] == "begin" else end(submission, code)
     except UserError as error:
         print(f"nlscale: {error}", file=sys.stderr)
         return USER_ERROR
     except OSError as error:  # a file system that is away for a moment is no reason to end a run
         say(f"the run folder cannot be used: {error}")
-        if code not in (FINISHED, USER_ERROR, STOPPED_ON_PURPOSE) and slurm.life() < HICCUPS:
+        # srun's 0 may be that of ranks that were ended: a run that is finished says so at its next begin.
+        if not chain and code not in (USER_ERROR, STOPPED_ON_PURPOSE) and slurm.life() < HICCUPS:
             survive()
             slurm.requeue(slurm.this_job(), [])
         return code

@@ -13,6 +13,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from nlscale_kernels.switch import kernels
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -26,9 +27,10 @@ from nlscale.parallel.apply import PRECISIONS
 from nlscale.runtime.quiet import quiet
 from nlscale.runtime.world import join
 from nlscale.testing import ranks
-from nlscale.train.loop import built
+from nlscale.train.loop import built, node_of
 from nlscale.train.peak import peak_flops
-from nlscale.train.step import train_step
+from nlscale.train.second_order import SecondOrder
+from nlscale.train.step import Report, nothing, train_step
 
 SHAPE = ("model.width=256", "model.layers=4", "model.heads=4", "model.kv_heads=4", "model.hidden=1024")
 LEVELS = (
@@ -76,18 +78,29 @@ def configure(data: str, count: int) -> Run:
 def steps(run: Run, trace: str) -> dict[str, float]:
     """Seconds of a step by part, the mean over STEPS; of rank 0."""
     quiet()
-    world = join(run.parallel, run.cluster, run.train.seed, 0)
+    with kernels(run.train.kernels):
+        return measured(run, trace)
+
+
+def measured(run: Run, trace: str) -> dict[str, float]:
+    """The same, by the operators' chosen forms."""
+    world = join(run.parallel, run.cluster, run.train.seed, node_of(run))
     replicas(run, world.size)
     cards = check_data(run.data, False)
     state, model = built(run, world, cards)
-    peak, _ = peak_flops(None, PRECISIONS[run.train.precision], world.device)
+    peak, _ = peak_flops(run.log.peak_flops, PRECISIONS[run.train.precision], world.device)
+    before = SecondOrder(run, model, state.optimizer).before if run.optim.second_order else nothing
+
+    def step() -> Report:
+        return train_step(state, model, cards[0].document, lambda: False, before)
+
     for _ in range(WARM):
-        train_step(state, model, cards[0].document, lambda: False)
+        step()
     state.step = 0
-    reports = [train_step(state, model, cards[0].document, lambda: False) for _ in range(STEPS)]
+    reports = [step() for _ in range(STEPS)]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities) as seen:
-        profiled = train_step(state, model, cards[0].document, lambda: False)
+        profiled = step()
     if trace and world.leads:
         seen.export_chrome_trace(trace)
     whole = mean(report.seconds for report in reports)

@@ -138,6 +138,11 @@ def token_levels(levels: Sequence[Level]) -> list[Level]:
     return [level for level in levels if level.unit == "token"]
 
 
+def learning(levels: Sequence[Level]) -> list[Level]:
+    """Those of them that are not frozen."""
+    return [level for level in token_levels(levels) if not level.frozen]
+
+
 def parameter_names(model: Model, levels: Sequence[Level]) -> Iterator[str]:
     """The names of all parameters of a model, as the model itself gives them (a test compares the two)."""
     inward = ("gate", "up") if model.activation == "swiglu" else ("up",)

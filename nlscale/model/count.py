@@ -10,7 +10,7 @@ Levels that move inside a row add a backward pass of their own through what come
 from collections.abc import Callable
 from math import prod
 
-from nlscale.config.levels import Level, Levels, level_of, parameter_names, token_levels
+from nlscale.config.levels import Level, Levels, learning, level_of, parameter_names
 from nlscale.config.mixers import mixer_shapes
 from nlscale.config.model import Model
 
@@ -123,7 +123,7 @@ def inner_flops(model: Model, levels: list[Level], tokens: int) -> float:
     products of its pairs. The last chunk of a row teaches nobody, unless memories go on. With the full meta-gradient all of
     it, the head included, is differentiated once more.
     """
-    moving = token_levels(levels)
+    moving = learning(levels)
     if not moving:
         return 0.0
     units = Levels(levels=levels).units(model.feed_forward)

@@ -14,7 +14,7 @@ from nlscale_kernels.summed_loss import whole_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nlscale.config.levels import Levels, token_levels
+from nlscale.config.levels import Levels, learning
 from nlscale.config.run import Run
 from nlscale.model.exchange import Exchange
 from nlscale.model.hope import Block, Hope, Stage
@@ -119,7 +119,7 @@ def built(
 ) -> Hope:
     """One stage: the last one learns while it reads, where levels move inside a row."""
     shape = run.model, units, run.data.sequence, config, stage, exchange
-    levels = [level for level in token_levels(run.levels) if not level.frozen]
+    levels = learning(run.levels)
     if not levels or not stage.last:
         return Hope(*shape)
 

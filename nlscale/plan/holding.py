@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from nlscale.config.levels import Level, Levels, level_of, parameter_names, token_levels
+from nlscale.config.levels import Level, Levels, learning, level_of, parameter_names
 from nlscale.config.model import Model
 from nlscale.config.optim import STATES
 from nlscale.config.run import Run, replicas
@@ -234,7 +234,7 @@ def carried(run: Run) -> tuple[float, float]:
         return 0.0, 0.0
     memories = 4.0 * rows * state_elements(model) * model.heads * model.layers * model.loops
     units, width = Levels(levels=run.levels).units(model.feed_forward), 2 if run.train.precision == "bf16" else 4
-    own = sum(units[level.name] for level in token_levels(run.levels))
+    own = sum(units[level.name] for level in learning(run.levels))
     parts = (3 if model.activation == "swiglu" else 2) * model.inner.adaptive(model.layers)
     return memories, float((1 if model.inner.shared else rows) * width * parts * model.width * own)
 

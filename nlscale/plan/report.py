@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from math import lcm
 from typing import Any
+
+import numpy as np
 
 from nlscale.config.devices import MEMORIES, PRODUCTS, ROOM, SCORES, STREAM, WIRE, Device
 from nlscale.config.ladder import rule
@@ -13,6 +16,7 @@ from nlscale.plan.figures import Moves, Stage
 from nlscale.plan.search import RECOMPUTE, Choice
 
 GIB, GB = 2**30, 1e9
+MANY = 2**20  # steps among which the largest is looked for
 SCHEDULE = "forward, backward"
 KINDS = ("weights", "windows", "masters", "moments", "states", "other")
 Values = dict[str, Any]
@@ -72,9 +76,12 @@ def over_steps(sizes: Sequence[tuple[Moves, float, float]]) -> tuple[float, floa
     """Mean and largest bytes of a step; `sizes`: what each sends at every step, and where it moves."""
     every = sum(step for _, step, _ in sizes)
     beats = [(each.period, each.phase, move) for each, _, move in sizes if move]
-    steps = {-phase % period for period, phase, _ in beats}  # the largest is among them, as periods are a chain
-    sums = (sum(move for period, phase, move in beats if (step + phase) % period == 0) for step in steps)
-    return every + sum(move / period for period, _, move in beats), every + max(sums, default=0.0)
+    sums = np.zeros(
+        min(MANY, lcm(*(period for period, _, _ in beats)))
+    )  # M3's slow direction makes no chain of periods
+    for period, phase, move in beats:
+        sums[-phase % period :: period] += move
+    return every + sum(move / period for period, _, move in beats), every + float(sums.max())
 
 
 def in_all(stage: Stage) -> tuple[float, float]:

@@ -112,7 +112,8 @@ def show_needs(run: Run, world: int) -> None:
 def problems(run: Run, world: int, on: Device | None) -> Iterator[str]:
     """What will not do, and what would."""
     estimate, size = Estimate(run, world), checkpoint_bytes(run, world)
-    room = ROOM * (on.memory if on else run.cluster.gpu_memory * GIB)
+    least = run.cluster.least_gpu_memory * GIB
+    room = ROOM * min([*([on.memory] if on else []), *([least] if least else [])], default=0.0)
     most = estimate.largest
     if room and most > room:
         over = f"{(most - room) / GIB:.1f} more than {room / GIB:.1f}"
@@ -151,7 +152,8 @@ def in_total(run: Run, world: int, size: float) -> str:
 
 def remedy(run: Run, world: int, on: Device | None, room: float) -> str:
     """The layout that fits so many GPUs, or the number of GPUs on which one does."""
-    target = on or replace(DEVICES["h100"], name=f"GPUs with {room / ROOM / GIB:.0f} GiB", memory=room / ROOM)
+    name, memory = f"GPUs with {room / ROOM / GIB:.0f} GiB", room / ROOM
+    target = on if on and on.memory <= memory else replace(on or DEVICES["h100"], name=name, memory=memory)
     weights = (2 if run.train.precision == "bf16" else 4) * sum(parameters(run.model, run.levels).values())
     for gpus in (world, *(world * 2**n for n in range(1, 11))):
         if weights > gpus * target.memory:

@@ -37,8 +37,14 @@ def verbs(parent: Any) -> None:
     made = add(parent, "bench", bench, "tables of ratios, measured in one run")
     made.add_argument("name", choices=BENCHES)
     made.add_argument("--json", help="also write the table to this file")
-    made.add_argument("recipe", nargs="?", help="with --profile: a path or shipped recipe, then section.key=value ...")
-    made.add_argument("--profile", action="store_true", help="of `step`: where its time goes, instead of ratios")
+    made.add_argument(
+        "--profile",
+        nargs="?",
+        const="",
+        dest="recipe",
+        metavar="RECIPE",
+        help="of `step`: where its time goes, instead of ratios; of a recipe, then section.key=value ...",
+    )
     made.add_argument("--nproc", type=int, help="with a recipe: ranks to start here; unset: what its layout needs")
     made.add_argument("--trace", default="", help="with --profile: also write a Chrome trace of one step to this file")
 
@@ -101,7 +107,9 @@ def convert(options: argparse.Namespace) -> None:
 
 def profile(options: argparse.Namespace) -> int:
     """`nlscale bench step --profile [RECIPE]`."""
-    require(bool(options.recipe) or not options.nproc, "--nproc needs a recipe: `nlscale bench step demo --profile`")
+    own = not options.recipe and (options.nproc is not None or options.overrides)
+    require(not own, "--nproc and overrides need a recipe: `nlscale bench step --profile demo`")
+    require(options.nproc is None or options.nproc >= 1, f"--nproc {options.nproc} must be at least 1")
     run = resolve(options.recipe, options.overrides) if options.recipe else None
     count = (options.nproc or run.cluster.nproc or run.parallel.ranks) if run else 0
     if run:
@@ -112,10 +120,10 @@ def profile(options: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> int:
     """`nlscale bench`."""
     quiet()
-    profiled = options.profile and options.name == "step"
-    given = [options.profile, options.trace, options.recipe, options.nproc, options.overrides]
+    profiled = options.recipe is not None and options.name == "step"
+    given = [options.recipe is not None, options.trace, options.nproc is not None, options.overrides]
     require(
-        profiled or not any(given), "a recipe, --profile, --trace and --nproc are of `nlscale bench step --profile`"
+        profiled or not any(given), "--profile, --trace, --nproc and overrides are of `nlscale bench step --profile`"
     )
     if profiled:
         return profile(options)

@@ -50,3 +50,9 @@ def test_learning_inside_a_row_is_counted() -> None:
     deeper = tiny(*SHAPE, INSIDE, "model.inner.layers=2")
     more = by_formula(deeper, 3 * 4) - by_formula(run, 3 * 4)
     assert 0 < more < ranks(1, carried_out, deeper)[0] - found
+
+
+def test_frozen_levels_learn_nothing_inside_rows() -> None:
+    still = tiny(*SHAPE, INSIDE.replace("unit: token", "unit: token, frozen: true"))
+    plain = tiny(*SHAPE, "use.levels=plain")
+    assert flops_a_token(still.model, still.levels, 64) == flops_a_token(plain.model, plain.levels, 64)

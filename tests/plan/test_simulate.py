@@ -12,10 +12,11 @@ from nlscale.model.row_state import mapped
 from nlscale.optim.build import build_optimizer
 from nlscale.parallel.apply import parallelize
 from nlscale.plan.estimate import Estimate
+from nlscale.plan.figures import Moves
 from nlscale.plan.holding import carried
 from nlscale.plan.ledger import Ledger
 from nlscale.plan.pretend import pretended
-from nlscale.plan.report import in_all, traffic
+from nlscale.plan.report import in_all, over_steps, traffic
 from nlscale.plan.simulate import Stage, axes, stages, turn
 from nlscale.runtime.wire import Axes
 from nlscale.testing import ranks
@@ -275,6 +276,14 @@ def held_by_memories(overrides: list[str]) -> int:
 
 def planned_alone(overrides: list[str]) -> list[Stage]:
     return stages(tiny(*overrides), 1)
+
+
+def test_the_busiest_step_is_found_where_periods_are_no_chain() -> None:
+    """M3's slow direction beside layers that move at steps of their own."""
+    beats = [(8, 0, 1.0), (40, 0, 10.0), (16, 8, 100.0)]
+    moves = [(Moves("fast", period, phase, False, 0, 0, 0, {}, {}), 0.0, size) for period, phase, size in beats]
+    every = [sum(size for period, phase, size in beats if (step + phase) % period == 0) for step in range(80)]
+    assert over_steps(moves) == (pytest.approx(sum(every) / 80), max(every)) and max(every) == 111
 
 
 M3 = ["optim.name=m3", "optim.matrix.slow_period=2", "parallel.tensor=2"]

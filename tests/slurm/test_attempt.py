@@ -192,18 +192,23 @@ def test_a_second_job_leaves_the_folder_of_one_that_runs_alone(
 def test_a_file_system_that_is_away_sends_the_job_back(
     said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But a job that is through with its run: its code stands; and none goes back for ever."""
+    """But for a run that is not to go on, or whose next job waits already; and none goes back for ever."""
 
     def stale(_: str) -> Submission:
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(Submission, "read", stale)
     assert attempt.main(["begin", "there"]) == 1 and said.asked == [("12", [])]
-    assert attempt.main(["end", "there", "75"]) == 75 and len(said.asked) == 2
-    for code in (0, 78, 93):
-        assert attempt.main(["end", "there", str(code)]) == code and len(said.asked) == 2
+    for count, code in enumerate((75, 0), 2):
+        assert attempt.main(["end", "there", str(code)]) == code and len(said.asked) == count
+    for code in (78, 93):
+        assert attempt.main(["end", "there", str(code)]) == code and len(said.asked) == 3
+    monkeypatch.setattr(Submission, "read", lambda _: submission(tmp_path, chain=3))
+    monkeypatch.setattr(attempt, "end", lambda *_: stale(""))
+    assert attempt.main(["end", "there", "75"]) == 75 and len(said.asked) == 3
+    monkeypatch.setattr(Submission, "read", stale)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "20")
-    assert attempt.main(["begin", "there"]) == 1 and len(said.asked) == 2
+    assert attempt.main(["begin", "there"]) == 1 and len(said.asked) == 3
 
 
 @pytest.mark.parametrize(

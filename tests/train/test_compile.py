@@ -16,6 +16,15 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "attention": (1, []),
     "tensor": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "recompute": (1, ["train.recompute=block"]),
+    "hope": (
+        1,
+        [
+            "model.mixer=self_modifying",
+            "model.self_modifying.chunk=4",
+            "model.self_modifying.maker_chunk=8",
+            "model.layers=1",
+        ],
+    ),
     "delta": (1, ["model.mixer=delta", "model.linear.chunk=4"]),
 }
 

@@ -4,7 +4,6 @@ B rows, H heads, T tokens, C tokens of a chunk, K head width.
 """
 
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -73,11 +72,10 @@ def walk(
     """
     net, speed = main
     outputs = []
-    runs = zip(tokens.runs(chunk), said.runs(chunk), strict=True)
-    for (part, own), writes in zip_longest(runs, all_writes):
+    for place, (part, own) in enumerate(zip(tokens.runs(chunk), said.runs(chunk), strict=True)):
         outputs.append(look(part.fresh, initial, net, part.q)[:, :, 0])
-        if writes is not None:
-            net, speed = write(net, speed, initial, own, writes, chunk, clip)
+        if place < len(all_writes):
+            net, speed = write(net, speed, initial, own, all_writes[place], chunk, clip)
     return whole(outputs), (net, speed)
 
 
