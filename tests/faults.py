@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,19 @@ class Boundaries:
 
 
 def train_until_touch(run: Run, rank: int, at: int, after: int) -> int:
-    """Trains; from step `after` on, `rank` counts its touches of checkpoints and dies at number `at`. Gives the count."""
-    mine = int(os.environ["RANK"]) == rank
-    boundaries = Boundaries(Folder(Path(run.folder)).path / "checkpoints", at if mine else 0)
+    """Trains; from step `after` on, `rank` counts its touches of checkpoints and dies at number `at`. Gives the count.
+
+    The save before has come to its end by then: what it writes beside the run is in no count, or in all.
+    """
+    mine, folder = int(os.environ["RANK"]) == rank, Folder(Path(run.folder))
+    boundaries = Boundaries(folder.path / "checkpoints", at if mine else 0)
     plain = loop.train_step
 
     def step(state: Any, *rest: Any) -> Any:
+        if state.step + 1 == after and after > run.checkpoint.interval:
+            while not folder.steps() or not (folder.path / "checkpoints" / "latest").exists():
+                time.sleep(0.05)
+            time.sleep(0.3)
         boundaries.on = mine and state.step + 1 >= after
         return plain(state, *rest)
 

@@ -80,7 +80,8 @@ def test_a_run_that_replays_is_resumed_bit_for_bit(prepared: str, tmp_path: Path
     said = [
         "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 4, width: 0.5, replay: 0.7}]",
         f"data.replay={prepared}",
-        "data.replay_batch=4",
+        "data.replay_batch=2",
+        "train.micro_batch=1",
     ]
     for folder, stop in (("once", 30), ("twice", 15)):
         ranks(2, train, small_run(prepared, tmp_path / folder, *said, f"train.stop_at={stop}"))
