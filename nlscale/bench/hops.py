@@ -73,7 +73,8 @@ def main(target: str | None) -> int:
         found = {}
         for (name, seed), job in jobs.items():
             found[name, seed] = job.result()
-            print(f"{name}, seed {seed}: {found[name, seed][1]:.1%}", flush=True)  # what stands where it is cut short
+            one, two = found[name, seed]
+            print(f"{name}, seed {seed}: {two:.1%} after two hops, {one:.1%} after one", flush=True)  # if it is cut short
     table = [row(name, seed, found) for name in ARMS for seed in SEEDS]
     return show("right answers after two hops (one of two ends guessed: 50 %); baseline: after one", table, target)
 
