@@ -74,7 +74,9 @@ def main(target: str | None) -> int:
         for (name, seed), job in jobs.items():
             found[name, seed] = job.result()
             one, two = found[name, seed]
-            print(f"{name}, seed {seed}: {two:.1%} after two hops, {one:.1%} after one", flush=True)  # if it is cut short
+            print(
+                f"{name}, seed {seed}: {two:.1%} after two hops, {one:.1%} after one", flush=True
+            )  # if it is cut short
     table = [row(name, seed, found) for name in ARMS for seed in SEEDS]
     return show("right answers after two hops (one of two ends guessed: 50 %); baseline: after one", table, target)
 
