@@ -12,7 +12,7 @@ from nlscale.config.levels import Level, Levels, learning, level_of, parameter_n
 from nlscale.config.model import Model
 from nlscale.config.optim import STATES
 from nlscale.config.run import Run, replicas
-from nlscale.model.count import elements
+from nlscale.model.count import elements, inward
 
 # Bytes that a block keeps in bf16 a token and unit of width: beside the mixer, on all of a row's tokens ...
 BESIDE = 20.0
@@ -235,7 +235,7 @@ def carried(run: Run) -> tuple[float, float]:
     memories = 4.0 * rows * state_elements(model) * model.heads * model.layers * model.loops
     units, width = Levels(levels=run.levels).units(model.feed_forward), 2 if run.train.precision == "bf16" else 4
     own = sum(units[level.name] for level in learning(run.levels))
-    parts = (3 if model.activation == "swiglu" else 2) * model.inner.adaptive(model.layers)
+    parts = inward(model) * model.inner.adaptive(model.layers)
     return memories, float((1 if model.inner.shared else rows) * width * parts * model.width * own)
 
 
