@@ -1,4 +1,4 @@
-"""Rows 1 to 9, 11, 14 and 24 to 28 of the table in the README: familiar learners are memories of one interface. float64."""
+"""Rows 1 to 9, 11, 14, 24 to 28, 34 and 35 of the README's table: learners are memories of one interface. float64."""
 
 import pytest
 import torch
@@ -14,13 +14,16 @@ from nlscale_kernels.associative import (
     delta_step,
     dot,
     follow_leader,
+    generated,
     linear,
     mlp,
     momentum_memory,
     nearest,
+    programmed,
     proximal,
     signals,
     square,
+    written_in_context,
 )
 from nlscale_kernels.linear_memory import Tokens, linear_memory, serial
 from torch import Tensor, nn
@@ -182,8 +185,12 @@ def test_row_8_softmax_attention_is_the_non_parametric_memory() -> None:
     s = torch.exp(keys @ query * I**-0.5)
     assert_close(slope(lambda m: (s * (values - m).square().sum(-1)).sum(), said.clone()), torch.zeros(O).double())
     assert_close(said, F.scaled_dot_product_attention(query[None], keys, values)[0])
-    window = F.scaled_dot_product_attention(query[None], keys[-4:], values[-4:])[0]
-    assert_close(nearest(query, keys[-4:], values[-4:], I**-0.5), window)
+    queries = numbers(T, I, seed=3)
+    near = (torch.arange(T)[:, None] - torch.arange(T)).abs() < 4
+    window = F.scaled_dot_product_attention(queries, keys, values, near.tril())
+    for t in range(T):  # window attention: the same sum, over the last tokens
+        few = slice(max(0, t - 3), t + 1)
+        assert_close(nearest(queries[t], keys[few], values[few], I**-0.5), window[t])
 
 
 def test_row_9_a_weight_may_be_written_in_context() -> None:
@@ -194,6 +201,10 @@ def test_row_9_a_weight_may_be_written_in_context() -> None:
     assert torch.equal(off, y[None, None] @ slow[None].mT)  # a product of the same shape: BLAS adds up by shape
     on, _ = linear_memory("linear", as_tokens(y, k, v, one, one), 3, nothing)
     assert_close(on[0, 0], (y @ k.T).tril() @ v)
+    for rate in (0.0, 0.3):  # the block's readable form
+        fast, _ = linear_memory("linear", as_tokens(y, k, v, rate * one, one), 3, slow)
+        assert_close(written_in_context(y, k, v, slow[0], rate), fast[0, 0])
+    assert_close(written_in_context(y, k, v, nothing[0], 1.0), on[0, 0])
 
 
 def test_row_14_a_memorys_initial_state_is_learnt_through_its_writes() -> None:
@@ -208,6 +219,28 @@ def test_row_14_a_memorys_initial_state_is_learnt_through_its_writes() -> None:
 
     leaves = [(0.5 * numbers(5, I, seed=4)).requires_grad_(), (0.5 * numbers(I, 5, seed=5)).requires_grad_()]
     assert torch.autograd.gradcheck(outer, leaves)
+
+
+def test_row_14_projections_learn_through_writes_alone() -> None:
+    """Titans' ablation: where no gradient passes the writes, keys' and values' projections get none; queries' does."""
+    x, start = numbers(T, I, seed=1), {"up": numbers(5, I, seed=4), "down": numbers(I, 5, seed=5)}
+    memory = Associative(mlp, square, MOMENTUM)
+
+    def outer(projections: tuple[Tensor, ...], stop: bool) -> Tensor:
+        q, k, v = (x @ each.T for each in projections)
+        state = memory.begin(start)
+        total = torch.zeros((), dtype=x.dtype)
+        for query, key, value in zip(q, k, v, strict=True):
+            state = memory.write(state, key, value, Gates(0.3, 0.9, 0.5))
+            seen = State({name: w.detach() for name, w in state.weights.items()}, {}) if stop else state
+            total = total + memory.read(seen, query).square().sum()
+        return total
+
+    projections = tuple((0.5 * numbers(I, I, seed=s)).requires_grad_() for s in (6, 7, 8))
+    q, k, v = torch.autograd.grad(outer(projections, True), projections, allow_unused=True)
+    assert k is None and v is None and q.norm() > 0
+    assert torch.autograd.gradcheck(lambda *each: outer(each, False), projections)
+    assert all(each.norm() > 1e-3 for each in torch.autograd.grad(outer(projections, False), projections))
 
 
 def sine_tasks(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -226,12 +259,15 @@ def test_row_24_maml_is_two_levels() -> None:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
 
+    mean = lambda said, wanted: (said - wanted).square().mean()  # noqa: E731
+    memory = Associative(lambda weights, x: functional_call(network, weights, (x,)), mean, SGD)
+
     def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return (functional_call(network, weights, (x,)) - y).square().mean()
+        return mean(memory.read(memory.begin(weights), x), y)
 
     def adapted(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        inner = grad(loss)(weights, x[:5], y[:5])
-        return loss({name: w - 0.03 * inner[name] for name, w in weights.items()}, x[5:], y[5:])
+        state = memory.write(memory.begin(weights), x[:5], y[:5], Gates(0.03))  # five points, one write
+        return mean(memory.read(state, x[5:]), y[5:])
 
     def train(objective) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
         weights = {name: w.detach().clone().requires_grad_() for name, w in network.named_parameters()}
@@ -253,35 +289,36 @@ def test_row_24_maml_is_two_levels() -> None:
     assert torch.autograd.gradcheck(objective, some, fast_mode=True)
 
 
+def test_row_25_a_hypernetwork_makes_the_weights_of_another() -> None:
+    """What the generated network says reaches the generator, and every weight is phi's product with the embedding."""
+    z, query, shapes = numbers(3, seed=1), numbers(I, seed=2), {"up": (5, I), "down": (I, 5)}
+    phi = {name: (0.5 * numbers(5 * I, 3, seed=s)).requires_grad_() for s, name in enumerate(shapes, 3)}
+    made = generated(phi, z, shapes)
+    for name, shape in shapes.items():
+        assert_close(made[name], torch.einsum("fz,z->f", phi[name], z).reshape(shape))
+    said = lambda up, down: mlp(generated({"up": up, "down": down}, z, shapes), query)  # noqa: E731
+    assert torch.autograd.gradcheck(said, tuple(phi.values()))
+
+
 def test_rows_25_and_26_a_generated_weight_of_rank_one_is_a_fast_weight_programmer() -> None:
     """theta_t = theta_{t-1} + v_t k_t^T with (k_t, v_t) generated from the token = linear attention."""
     x, q = numbers(T, I, seed=1), numbers(T, I, seed=2)
-    generator = numbers(I + O, I, seed=3).requires_grad_()
-
-    def generated(g: Tensor) -> Tensor:
-        weight, outputs = torch.zeros(O, I).double(), []
-        for token, query in zip(x, q, strict=True):
-            k, v = (g @ token).split([I, O])
-            weight = weight + torch.outer(v, k)
-            outputs.append(weight @ query)
-        return torch.stack(outputs)
-
-    def programmed(g: Tensor) -> Tensor:
-        k, v = (x @ g.T).split([I, O], -1)
-        one = torch.ones(T).double()
-        return linear_memory("linear", as_tokens(q, k, v, one, one), 3, torch.zeros(1, O, I).double())[0][0, 0]
-
-    assert_close(generated(generator), programmed(generator))
-    assert torch.autograd.gradcheck(generated, (generator,))
+    phi, one = numbers(I + O, I, seed=3).requires_grad_(), torch.ones(T).double()
+    k, v = (x @ phi.T).split([I, O], -1)
+    fast = linear_memory("linear", as_tokens(q, k, v, one, one), 3, torch.zeros(1, O, I).double())[0][0, 0]
+    assert_close(programmed(phi, x, q), fast)
+    assert torch.autograd.gradcheck(lambda g: programmed(g, x, q), (phi,))
 
 
 def test_row_27_a_loop_of_linear_attention_is_gradient_descent_in_context() -> None:
-    """n passes through one block = n steps of least squares: what is left of the values is equal [V18]."""
-    keys, values, rate = numbers(12, I, seed=1), numbers(12, O, seed=2), 0.03
-    residual, weight = values, torch.zeros(O, I).double()
+    """n passes through one block of linear attention = n steps of least squares: what is left is equal [V18]."""
+    keys, values, rate = numbers(12, I, seed=1), numbers(12, O, seed=2), torch.full((12,), 0.03, dtype=torch.float64)
+    residual, weight, one = values, torch.zeros(O, I).double(), torch.ones(12).double()
     for _ in range(4):
-        weight = weight + rate * (values - keys @ weight.T).T @ keys
-        residual = residual - rate * keys @ (residual.T @ keys).T
+        weight = weight + 0.03 * (values - keys @ weight.T).T @ keys
+        tokens = as_tokens(keys, keys, residual, rate, one)
+        _, said = linear_memory("linear", tokens, 4, torch.zeros(1, O, I).double())
+        residual = residual - keys @ said[0, 0].T
         assert_close(residual, values - keys @ weight.T)
 
 
@@ -338,3 +375,25 @@ def test_row_11_a_slower_block_may_read_a_faster_one_without_teaching_it() -> No
     assert still[0] is None and still[1].norm() > 0
     assert torch.autograd.gradcheck(lambda w, s: read(w, s, True), (writer, slow))
     assert torch.autograd.grad(read(writer, slow, True), writer)[0].norm() > 0
+
+
+def test_row_34_momentum_on_features_of_gradients() -> None:
+    """Eq. 51 solves the momentum's proximal problem with f(g) for g; with the identity it is momentum."""
+    momentum, gradient, share, rate = numbers(O, I), numbers(O, I, seed=1), 0.8, 0.1
+    for feature in (torch.sign, lambda g: g + g**3, lambda g: g):
+        found = momentum_memory(momentum, gradient, share, rate, feature)
+        fit = lambda m, f=feature: (m * f(gradient)).sum() + (m - share * momentum).square().sum() / (2 * rate)  # noqa: E731
+        assert_close(slope(fit, found.clone()), torch.zeros(O, I).double())
+    assert_close(found, momentum_memory(momentum, gradient, share, rate))
+
+
+def test_row_34_cubic_newton_schulz_is_gradient_descent_on_how_far_from_orthogonal() -> None:
+    """O (3 I - O^T O) / 2 = O - 1/2 grad |O^T O - I|^2 / 4, and it converges to the polar factor [V8, A3]."""
+    o = numbers(I, O) / numbers(I, O).norm()
+    u, _, v = torch.linalg.svd(o, full_matrices=False)
+    for _ in range(40):
+        far = slope(lambda each: (each.T @ each - torch.eye(O).double()).square().sum() / 4, o.clone())
+        stepped = o - 0.5 * far
+        o = 1.5 * o - 0.5 * o @ o.T @ o
+        assert_close(stepped, o)
+    assert_close(o, u @ v)

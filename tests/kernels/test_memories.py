@@ -79,7 +79,7 @@ def test_runs_of_tokens_compose_as_affine_maps(rule: str, starts: Tensor | None)
 
 
 @pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
-@pytest.mark.parametrize("chunk", [1, 4, 24])
+@pytest.mark.parametrize("chunk", [1, 4, 12])
 def test_i15_titans_by_chunks_is_the_recurrence_with_stale_anchors(chunk: int, starts: Tensor | None) -> None:
     tokens, initial = surprises(starts), net(1)
     o, _ = titans(tokens, chunk, initial)
@@ -95,7 +95,7 @@ def test_i15_titans_by_chunks_is_the_recurrence_with_stale_anchors(chunk: int, s
 
 @pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
-@pytest.mark.parametrize("chunks", [(1, 1), (4, 4), (24, 24), (8, 2), (12, 4)])
+@pytest.mark.parametrize("chunks", [(1, 1), (4, 4), (12, 12), (8, 2), (12, 4)])
 def test_i13_self_modifying_by_chunks_is_the_recurrence(
     chunks: tuple[int, int], momentum: bool, starts: Tensor | None
 ) -> None:
@@ -106,7 +106,7 @@ def test_i13_self_modifying_by_chunks_is_the_recurrence(
         for h in range(H):
             share = None if tokens.log_momentum is None else tokens.log_momentum[b, h].exp()
             row = Five(FIVE, h, BIASES).row(tokens.x[b, h], tokens.q[b, h], marks[b], chunks, share)
-            torch.testing.assert_close(o[b, h], row, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(o[b, h], row, rtol=1e-10, atol=1e-12)
 
 
 LEFT_OUT = {
@@ -130,7 +130,7 @@ def test_row_22_what_is_left_out_of_the_rule_is_left_out_of_the_recurrence(part:
     for b in range(B):
         share = tokens.log_momentum[b, 1].exp()  # type: ignore[index]
         row = Five(FIVE, 1, BIASES, **said).row(tokens.x[b, 1], tokens.q[b, 1], STARTS[b], (8, 4), share)  # type: ignore[arg-type]
-        torch.testing.assert_close(o[b, 1], row, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(o[b, 1], row, rtol=1e-10, atol=1e-12)
 
 
 def test_i14_without_momentum_the_gated_delta_rule_as_published() -> None:

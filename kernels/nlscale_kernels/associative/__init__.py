@@ -8,6 +8,7 @@ from nlscale_kernels.associative.closed import (
     nearest,
     proximal,
 )
+from nlscale_kernels.associative.generation import generated, programmed, written_in_context
 from nlscale_kernels.associative.reference import (
     DELTA,
     MOMENTUM,
@@ -34,11 +35,14 @@ __all__ = [
     "delta_step",
     "dot",
     "follow_leader",
+    "generated",
     "linear",
     "mlp",
     "momentum_memory",
     "nearest",
+    "programmed",
     "proximal",
     "signals",
     "square",
+    "written_in_context",
 ]

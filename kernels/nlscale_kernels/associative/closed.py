@@ -1,5 +1,7 @@
 """Solutions that a memory's objective has in closed form, and what each familiar learner turns out to solve (spec 1)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,14 @@ def follow_leader(weight_OI: Tensor, pairs: list[tuple[Tensor, Tensor]], rate: f
     return weight_OI - rate * sum(torch.outer(u, x) for x, u in pairs)
 
 
-def momentum_memory(momentum: Tensor, gradient: Tensor, share: float, rate: float) -> Tensor:
-    """argmin_m <m, g> + |m - share m_t|^2 / (2 rate): the inner level of SGD with momentum (eqs. 10, 11; A1)."""
-    return share * momentum - rate * gradient
+def momentum_memory(
+    momentum: Tensor, gradient: Tensor, share: float, rate: float, feature: Callable[[Tensor], Tensor] = lambda g: g
+) -> Tensor:
+    """argmin_m <m, f(g)> + |m - share m_t|^2 / (2 rate): the inner level of SGD with momentum (eqs. 10, 11; A1).
+
+    `feature` f is the identity there; another one gives momentum on a feature map of gradients (eq. 51).
+    """
+    return share * momentum - rate * feature(gradient)
 
 
 def adam_memory(gradients_SN: Tensor, beta: float) -> Tensor:
