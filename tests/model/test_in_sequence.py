@@ -247,10 +247,9 @@ def test_layout_equals_one_process(layout: str, form: str) -> None:
     loss, pieces = ranks(1, gradients, tiny(*said), torch.float64)[0]
     results = ranks(count, gradients, tiny(*said, *overrides), torch.float64)
     expected, actual = assemble([pieces]), assemble([result[1] for result in results])
-    tolerance = 1e-6 if "tensor" in layout else 1e-11
-    assert all(abs(result[0] - loss) < tolerance * loss for result in results)
+    assert all(abs(result[0] - loss) < 1e-11 * loss for result in results)
     for name, grad in expected.items():
-        assert (actual[name] - grad).norm() <= tolerance * grad.norm(), name
+        assert (actual[name] - grad).norm() <= 1e-11 * grad.norm(), name
 
 
 def shared_loss(run: Run) -> Tensor:

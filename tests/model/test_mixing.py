@@ -101,6 +101,32 @@ def heard(run: Run) -> dict[str, float]:
     }
 
 
+def one_by_one(run: Run) -> tuple[float, list[float]]:
+    """How a row read token by token differs from one pass, and how far each token is moved by a disturbed one at 2."""
+    model, _ = built(run)
+    tokens = torch.randint(1, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+    nowhere, other = torch.zeros_like(tokens, dtype=torch.bool), tokens.clone()
+    other[:, 2] = 1 + other[:, 2] % 126
+    whole, x, said = states(model, tokens, nowhere), model.enter(tokens), []
+    left = None
+    with torch.no_grad():
+        for t in range(16):
+            place = model.scene(nowhere[:, : t + 1], past=t, hand_on=True)
+            step, left = model.walk(x[t : t + 1], place, left)
+            said.append(step)
+    moved = (states(model, other, nowhere) - whole).abs().amax((1, 2))
+    return float((torch.cat(said) - whole).abs().max()), moved.tolist()
+
+
+@pytest.mark.parametrize(("case", "reach"), [("attention", 16), ("attention-window", 8)])
+def test_row_12_decoding_with_keys_and_values_is_the_full_forward(case: str, reach: int) -> None:
+    """Token by token; two layers whose attention sees 5 tokens carry a token 8 further, and no one after hears of it."""
+    apart, moved = ranks(1, one_by_one, tiny(*CHUNKS, *CASES[case]))[0]
+    assert apart < 1e-12
+    assert all(each > 1e-9 for each in moved[2 : 2 + reach + 1])
+    assert all(each == 0 for each in moved[2 + reach + 1 :]) and all(each == 0 for each in moved[:2])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_i16_tokens_hear_of_the_past_of_their_document_alone(case: str) -> None:
     """And a row is its two halves with the state handed on: for attention that is decoding with its keys and values."""

@@ -19,6 +19,7 @@ from nlscale.testing import ranks
 from nlscale.train.loop import train
 from tests.corpus import small_run
 from tests.records import losses
+from tests.exact import exact_loss
 from tests.sampled import sampled
 from tests.tiny import micro_batches, tiny
 
@@ -69,6 +70,7 @@ def summed_losses(run: Run, steps: int) -> torch.Tensor:
     """Sums of the losses of rows of 32 tokens, read in so many steps without a move of the weights: on the last stage."""
     world = join(run.parallel, run.cluster, 0)
     model = parallelize(run, world, torch.float64)
+    exact_loss(model, world)
     with torch.no_grad():  # initial values are small: what is carried must be seen
         for leaf in model.leaves:
             if ".memory." in leaf.name or "out.weight" in leaf.name:
@@ -125,8 +127,7 @@ def test_two_rows_are_one_long_row_at_every_layout(mixer: str) -> None:
         if (mixer, layout) not in EXCEPT:
             run = tiny(*said, *NEVER, "data.sequence=16", *overrides)
             halves = sum(ranks(count, summed_losses, run, 2))
-            tolerance = 1e-7 if layout == "tensor" else 1e-12  # the vocabulary-parallel loss computes in float32
-            torch.testing.assert_close(halves, long, rtol=tolerance, atol=0, msg=lambda m, at=layout: f"{at}: {m}")
+            torch.testing.assert_close(halves, long, rtol=1e-12, atol=0, msg=lambda m, at=layout: f"{at}: {m}")
 
 
 @pytest.mark.parametrize(
