@@ -71,9 +71,11 @@ class SelfModifyingMixer(HeadMixer):
         """Which memories stay as they began."""
         stays = {name: name not in self.settings.written for name in MEMORIES}
 
-        def mask(*names: str) -> Tensor | None:
+        def mask(*names: str) -> Tensor | bool | None:
             held = [stays[name] for name in names]
-            return torch.tensor(held, device=self.norm.weight.device) if any(held) else None
+            if all(held) or not any(held):
+                return all(held) or None
+            return torch.tensor(held, device=self.norm.weight.device)
 
         return Still(mask("key", "value"), mask("rate", "keep"), stays["main"])
 

@@ -29,6 +29,13 @@ class Tokens(NamedTuple):
         starts = [None] * count if self.starts is None else self.starts.split(size, 1)
         return [Tokens(*each) for each in zip(x, q, momentum, starts, strict=True)]  # type: ignore[arg-type]
 
+    def first(self, count: int) -> "Tokens":
+        """The first `count` tokens."""
+        if count == self.x.shape[2]:
+            return self
+        x, q, momentum = (None if t is None else t[:, :, :count] for t in self[:3])
+        return Tokens(x, q, momentum, None if self.starts is None else self.starts[:, :count])  # type: ignore[arg-type]
+
     @property
     def fresh(self) -> Tensor | None:
         """True where a token's document began among these tokens (B, T)."""
@@ -51,10 +58,10 @@ class State(NamedTuple):
 
 
 class Still(NamedTuple):
-    """Which memories stay as they began: true, one a memory of each net of makers; None: all are written."""
+    """Which memories stay as they began: of the makers one truth a memory, or True for all of a net; None: none does."""
 
-    vectors: Tensor | None = None
-    gates: Tensor | None = None
+    vectors: Tensor | bool | None = None
+    gates: Tensor | bool | None = None
     main: bool = False
 
 
@@ -81,6 +88,12 @@ class Made(NamedTuple):
     v: Tensor
     rate: Tensor
     log_keep: Tensor
+
+    @classmethod
+    def nothing(cls, tokens: Tokens) -> "Made":
+        """Of no token."""
+        none = tokens.x[:, :, :0]
+        return cls(none, none, none[..., 0], none[..., 0])
 
     def runs(self, size: int) -> list["Made"]:
         """Runs of `size` tokens."""

@@ -49,9 +49,9 @@ def made(tokens: Tokens, initial: Memories, now: Memories, gates: Gates) -> Made
     return Made(unit(k), unit(v) if gates.unit_values else v, rate, F.logsigmoid(keep + gates.keep_bias[:, None]))
 
 
-def held(still: Tensor | None, old: Net, new: Net) -> Net:
+def held(still: Tensor | bool | None, old: Net, new: Net) -> Net:
     """`new` but for the memories that stay as they were."""
-    if still is None:
+    if not isinstance(still, Tensor):
         return new
     return Net(*(torch.where(still[:, None, None], a, b) for a, b in zip(old, new, strict=True)))
 
@@ -63,12 +63,15 @@ def block(
 
     `call` runs the parts that are worth computing again in backward: not the writes, which are slow to find and small.
     """
-    said = call(made, tokens, initial, state.memories, gates)
-    parts = list(zip(tokens.runs(chunk), said.runs(chunk), strict=True))
-    all_writes = [
-        writes_of(own.k, own.rate, own.log_keep, part.log_momentum, part.starts, gates.erase)
-        for part, own in (parts[:-1] if last else parts)
-    ]
+    writing = tokens.x.shape[2] - chunk * last  # what is said of tokens that write nothing would be heard by nobody
+    said, all_writes = Made.nothing(tokens), []
+    if writing:
+        writers = tokens.first(writing)
+        said = call(made, writers, initial, state.memories, gates)
+        all_writes = [
+            writes_of(own.k, own.rate, own.log_keep, part.log_momentum, part.starts, gates.erase)
+            for part, own in zip(writers.runs(chunk), said.runs(chunk), strict=True)
+        ]
     speeds = state.momentum or (None, None, None)
     main_writes = [] if gates.still.main else all_writes
     before = state.memories.main, speeds[2]
@@ -86,6 +89,9 @@ def move(
     """The makers after their chunk, the writes of whose pieces are given."""
     writes, moved_on = joined(all_writes), []
     for (net, speed), first, still in zip(makers, initial[:2], gates.still[:2], strict=True):
+        if still is True:
+            moved_on.append((net, speed))
+            continue
         new, then = write(net, speed, first, said, writes, piece, gates.clip)
         moved_on.append((held(still, net, new), then))
     return moved_on

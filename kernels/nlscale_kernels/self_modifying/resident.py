@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -265,6 +266,7 @@ def flat(
 ) -> Given:
     """The walk's arguments as the operator takes them."""
     rows, (net, speed) = tokens.q.shape[0], main
+    missing = tokens.q.shape[2] - said.k.shape[2]  # tokens that write nothing, of which nothing was said
     scalars = [each.scalars for each in all_writes]
     carried = [
         s.whole_BH if each.carried is None else each.carried for each, s in zip(all_writes, scalars, strict=True)
@@ -280,9 +282,9 @@ def flat(
     fresh = None if tokens.starts is None else torch.cat([part for part in parts if part is not None], 1)
     return Given(
         q=tokens.q,
-        k=said.k,
-        v=said.v,
-        rate=said.rate,
+        k=F.pad(said.k, (0, 0, 0, missing)),
+        v=F.pad(said.v, (0, 0, 0, missing)),
+        rate=F.pad(said.rate, (0, missing)),
         reach=torch.cat([each.reach for each in all_writes], 2),
         write=torch.cat([s.write_BHC for s in scalars], 2),
         hold=None if speed is None else torch.cat([s.hold_BHC for s in scalars], 2),

@@ -68,14 +68,14 @@ def walk(
 ) -> tuple[Tensor, Moving]:
     """What the main memory says (B, H, T, K), and where it is after the chunks that write, the first ones.
 
-    `clip`: see Gates.
+    `said`: of those chunks at least. `clip`: see Gates.
     """
     net, speed = main
-    outputs = []
-    for place, (part, own) in enumerate(zip(tokens.runs(chunk), said.runs(chunk), strict=True)):
+    outputs, makers = [], said.runs(chunk)
+    for place, part in enumerate(tokens.runs(chunk)):
         outputs.append(look(part.fresh, initial, net, part.q)[:, :, 0])
         if place < len(all_writes):
-            net, speed = write(net, speed, initial, own, all_writes[place], chunk, clip)
+            net, speed = write(net, speed, initial, makers[place], all_writes[place], chunk, clip)
     return whole(outputs), (net, speed)
 
 
