@@ -18,8 +18,8 @@ from nlscale.runtime.world import join
 from nlscale.testing import ranks
 from nlscale.train.loop import train
 from tests.corpus import small_run
-from tests.records import losses
 from tests.exact import exact_loss
+from tests.records import losses
 from tests.sampled import sampled
 from tests.tiny import micro_batches, tiny
 
