@@ -17,6 +17,7 @@ from nlscale.config.run import Run
 
 CONFIGS = Path(nlscale_configs.__file__).parent
 SECRET = re.compile(r"key|token|secret|pass|credential|auth|\$", re.IGNORECASE)  # in a name, or a name made elsewhere
+LEVELS_WHOLE = "levels is a list: give it whole, levels=[{...}, {...}], or by use.levels"
 SECTIONS = tuple(field.name for field in fields(Run))
 
 
@@ -39,15 +40,10 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
         check_secrets(OmegaConf.to_yaml(config))
         run = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise UserError(explain(error)) from None
+        list_wanted = error.full_key == "levels" and "ListConfig" in str(error)
+        raise UserError(LEVELS_WHOLE if list_wanted else explain(error)) from None
     except TypeError as error:  # OmegaConf's word for a mapping in the place of a list
-        lists = [name for name in ("levels",) if isinstance(said.get(name), DictConfig)]
-        at = (
-            f"{lists[0]} is a list: give it whole, {lists[0]}=[{{...}}, {{...}}], or by use.{lists[0]}"
-            if lists
-            else str(error)
-        )
-        raise UserError(at) from None
+        raise UserError(LEVELS_WHOLE if isinstance(said.get("levels"), DictConfig) else str(error)) from None
     assert isinstance(run, Run)
     return run
 
@@ -108,6 +104,14 @@ def laid_out(layout: str | None, model: str, mixer: str) -> DictConfig:
         + (f"; {model} has one in {', '.join(others)}" if others else ""),
     )
     return OmegaConf.create(rows.get(f"{model}-{mixer}", rows[model]))
+
+
+def tables_for(recipe: str, overrides: Sequence[str]) -> list[str]:
+    """Names of the shipped tables of layouts that have a row for the recipe's model."""
+    said = OmegaConf.from_dotlist([override.removeprefix("--") for override in overrides])
+    model = OmegaConf.select(OmegaConf.merge(load(find(recipe)), said), "use.model", default="")
+    tables = sorted(shipped("layout"), key=lambda name: int(name.rsplit("-", 1)[1]))
+    return [name for name in tables if model in load(CONFIGS / "layout" / f"{name}.yaml")]
 
 
 def shipped(section: str) -> list[str]:

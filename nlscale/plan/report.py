@@ -13,7 +13,7 @@ from nlscale.config.run import Run
 from nlscale.model.count import FLOPS, flops_a_token, parameters
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.figures import Moves, Stage
-from nlscale.plan.search import RECOMPUTE, Choice
+from nlscale.plan.search import RECOMPUTE, TIES, Choice
 
 GIB, GB = 2**30, 1e9
 MANY = 2**20  # steps among which the largest is looked for
@@ -41,6 +41,7 @@ def figures(run: Run, gpus: int, device: Device, stages: Sequence[Stage], choice
         "traffic": {"stage": busiest.index, "rows": traffic(busiest), "mean": mean, "peak": peak},
         "memory": [{**asdict(stage.memory), "activations": stage.activations, "moving": stage.moving,
                     "resident": stage.resident, "in_flight": stage.flying,
+                    "twice": estimate.width * estimate.sliced(),
                     "activations_by_formula": by_policy(run, gpus, stage.index)} for stage in stages],
         "fits": largest <= ROOM * device.memory,
         "over": largest - ROOM * device.memory,
@@ -165,7 +166,12 @@ def memory(plan: Values, device: Device) -> list[str]:
         lines.append(f"{place:5d}" + "".join(f"{stage[column] / GIB:12.2f}" for column in columns))
     first = plan["memory"][0]["activations_by_formula"]
     said = ", ".join(f"recompute={policy} {size / GIB:.2f}" for policy, size in first.items())
+    lines.append("resident: what is held, and activations or what moves, whichever is more; host memory is beside it")
     lines.append(f"activations of stage 0 by formula: {said}")
+    if (twice := plan["memory"][0]["twice"]) >= 0.005 * GIB:
+        lines.append(
+            f"{twice / GIB:.2f} of its weights lie twice: where they are gathered, and in a fused product's weight"
+        )
     if not plan["fits"]:
         lines.append(f"does not fit: {plan['over'] / GIB:.1f} GiB too much")
     return lines
@@ -193,7 +199,8 @@ def layouts(plan: Values, device: Device) -> list[str]:
         return [f"no layout: nothing divides {plan['gpus']} GPUs"]
     fitting = any(each["fits"] for each in found)
     none = f"no layout fits {plan['gpus']} {plan['gpu']}; the smallest, by formula"
-    lines = ["best layouts by formula" if fitting else none]
+    best = f"best layouts by formula; of two within {TIES:.0%} the one that cuts the model less comes first"
+    lines = [best if fitting else none]
     lines.append(f"{'step s':>8s} {'MFU':>6s} {'GiB':>7s}  set; beside products")
     for each in found:
         said = " ".join(f"{key}={value}" for key, value in each["set"].items())

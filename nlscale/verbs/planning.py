@@ -18,6 +18,7 @@ from nlscale.config.devices import DEVICES, ROOM, Device, device
 from nlscale.config.errors import USER_ERROR, UserError, require
 from nlscale.config.nesting import learners, nesting
 from nlscale.config.optim import STATES
+from nlscale.config.read import tables_for
 from nlscale.config.run import Run, replicas
 from nlscale.model.count import parameters
 from nlscale.plan.estimate import Estimate
@@ -54,25 +55,39 @@ def check(options: argparse.Namespace) -> int:
     on = device(named) if named else None
     require(options.gpus is None or options.gpus >= 1, f"--gpus {options.gpus} must be at least 1")
     world = options.gpus or run.parallel.ranks
-    count = replicas(run, world)
+    count = replicas_on(run, world, named, options)
     writable(options.json)
     wrong = list(problems(run, world, on))
     if options.json:
-        Path(options.json).write_text(json.dumps(needs(run, world) | {"problems": wrong}, indent=1) + "\n")
+        layout = {**vars(run.parallel), "replicas": count, "ranks": world, "gpu": named}
+        found = {"ok": not wrong, "problems": wrong, "layout": layout, **needs(run, world)}
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     print(f"{options.recipe}: {'ok' if not wrong else 'will not do'}")
     around = f" x context {run.parallel.context}" if run.parallel.context > 1 else ""
     degrees = f"tensor {run.parallel.tensor} x pipeline {run.parallel.pipeline}{around}"
-    print(f"layout       {degrees} x {count} replicas = {world} ranks")
+    print(f"layout       {degrees} x {count} replica{'s' * (count > 1)} = {world} rank{'s' * (world > 1)}")
     print(
         f"step         {run.train.global_batch} rows of {run.data.sequence} tokens, {run.train.micro_batch} a forward pass"
     )
     show_levels(run)
-    show_needs(run, world)
+    show_needs(run, world, named)
     if missing:
         print(f"data         {missing}")
     for each in wrong:
         print(fill(each, 110, initial_indent="!            ", subsequent_indent=" " * 13, break_on_hyphens=False))
     return USER_ERROR if wrong else 0
+
+
+def replicas_on(run: Run, world: int, gpu: str, options: argparse.Namespace) -> int:
+    """Data-parallel degree; where the world does not fit, the error also names the tables that have a layout for it."""
+    try:
+        return replicas(run, world)
+    except UserError as error:
+        tables = tables_for(options.recipe, options.overrides)
+        exact = [name for name in tables if name.endswith(f"-{world}") and name.startswith(gpu)]
+        some = exact or [name for name in tables if name.startswith(gpu)] or tables
+        hint = f"; use.layout={' or '.join(some)} has a layout for this model" if some else ""
+        raise UserError(f"{error}{hint}") from None
 
 
 def show_levels(run: Run) -> None:
@@ -101,11 +116,13 @@ def needs(run: Run, world: int) -> dict[str, Any]:
     return {"parameters": held, "memory": parts, "resident": most.resident, "checkpoint": size, "save_seconds": save}
 
 
-def show_needs(run: Run, world: int) -> None:
-    """The same for a person."""
+def show_needs(run: Run, world: int, gpu: str) -> None:
+    """The same for a person; `gpu`: what the memory is held against, nothing if empty."""
     found = needs(run, world)
     said = ", ".join(f"{name} {value / GIB:.2f}" for name, value in found["memory"].items() if value >= 0.005 * GIB)
     print(f"memory       {found['resident'] / GIB:.2f} GiB a rank at most, by formula: {said}")
+    if not gpu and not run.cluster.least_gpu_memory:
+        print(f"             held against no GPU's memory; --gpu {'|'.join(DEVICES)} or cluster.gpu names one")
     print(f"checkpoint   {found['checkpoint'] / GIB:.2f} GiB; a save takes about {found['save_seconds']:.0f} s")
 
 
@@ -203,7 +220,7 @@ def plan(options: argparse.Namespace) -> int:
     run, missing = foreseen(options.recipe, options.overrides)
     require(options.gpus >= 1, f"--gpus {options.gpus} must be at least 1")
     on = device(options.gpu or run.cluster.gpu or "h100")
-    replicas(run, options.gpus)
+    replicas_on(run, options.gpus, on.name, options)
     writable(options.json)
     quiet()
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of pretended groups that have no backend

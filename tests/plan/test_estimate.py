@@ -199,7 +199,19 @@ def test_check_refuses_what_makes_no_sense(tmp_path: Path, capsys: pytest.Captur
     assert "known are a100, h100, h200, b200" in capsys.readouterr().err
     main(["check", "125m-plain", "--gpus", "1", "--json", str(tmp_path / "x.json")])
     found = json.loads((tmp_path / "x.json").read_text())
-    assert found["resident"] > found["checkpoint"] / 4 > 0 and isinstance(found["problems"], list)
+    assert found["resident"] > found["checkpoint"] / 4 > 0 and found["ok"] == (found["problems"] == [])
+    assert found["layout"]["ranks"] == found["layout"]["replicas"] == 1
+    assert "held against no GPU's memory; --gpu a100|h100" in capsys.readouterr().out
+
+
+def test_where_a_layout_does_not_suit_the_gpus_a_table_is_named_that_does(capsys: pytest.CaptureFixture) -> None:
+    assert main(["check", "7b-hope-attention", "--gpus", "1024", "--gpu", "h100"]) == 78
+    said = capsys.readouterr().err
+    assert "train.global_batch=256 is no multiple of 512" in said and "use.layout=h100-1024 has a layout" in said
+    main(["check", "7b-hope-attention", "--gpus", "1024", "--gpu", "h100", "use.layout=h100-1024"])
+    assert "= 1024 ranks" in capsys.readouterr().out
+    assert main(["plan", "70b-plain", "--gpus", "8", "--gpu", "h200"]) == 78  # no table of 8 has it
+    assert "use.layout=h200-64 or h200-512 or h200-1024 has a layout" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["--gpus", "64"], ["--gpus", "8", "use.layout=null"]])
