@@ -23,6 +23,15 @@ def check_dtypes(operator: str, allowed: Sequence[torch.dtype], **tensors: Tenso
         )
 
 
+def check_devices(operator: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """Raises ValueError where a tensor is on another device."""
+    for name, tensor in tensors.items():
+        check(
+            tensor is None or tensor.device == device,
+            f"{operator}: {name} is on {tensor is not None and tensor.device}; move it to {device}",
+        )
+
+
 def check_alike(operator: str, like: str, tensors: Mapping[str, Tensor | None]) -> None:
     """Raises ValueError where a tensor is not laid out like `like`: its shape, on its device, contiguous."""
     model = tensors[like]

@@ -166,6 +166,10 @@ def test_compiles_whole(kind: str) -> None:
         (lambda: op.active(numbers(2, 3), "swiglu"), "halves 3 columns"),
         (lambda: op.active(numbers(2, 3).int(), "silu"), "before is torch.int32"),
         (lambda: op.returned(numbers(2, 3), numbers(2, 4), None, "silu"), "inward is torch.float64 \\(2, 4\\)"),
+        (
+            lambda: op.returned(numbers(2, 3), numbers(2, 3), numbers(1, 3), "silu"),
+            "beside is torch.float64 \\(1, 3\\)",
+        ),
         (lambda: op.errors(numbers(2, 3), numbers(2, 3), None, numbers(2)), "it takes \\(B, H, N, C, O\\)"),
         (lambda: read(Net(numbers(1, 1, 1, 3, 2), numbers(1, 1, 1, 2, 3)), numbers(1, 1, 2, 2), "tanh"), "tanh"),
     ],

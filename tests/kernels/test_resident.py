@@ -184,3 +184,19 @@ def test_only_a_gpu_with_room_takes_the_operator() -> None:
 def test_bad_arguments_are_named(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         resident.resident(*given(True, True, False, False)._replace(**change))
+
+
+@pytest.mark.parametrize(
+    ("q", "up", "words"),
+    [
+        (numbers(1, 1, 4, 8), numbers(1, 1, 8, 8), "q is torch.float64; on a GPU it takes torch.float32"),
+        (
+            numbers(1, 1, 4, 80).float(),
+            numbers(1, 1, 80, 80).float(),
+            r"up is \(80, 80\); heads and units of at most 64",
+        ),
+    ],
+)
+def test_what_the_kernels_cannot_take_is_named(q: Tensor, up: Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        resident._check_on_gpu(q, up)

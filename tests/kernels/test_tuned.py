@@ -4,8 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
-from nlscale_kernels import tune
+from nlscale_kernels import tune, tuned
 from nlscale_kernels.newton_schulz import reference, triton
 from nlscale_kernels.self_modifying import triton_backward as walk_kernels
 from nlscale_kernels.triton_build import Config
@@ -32,6 +33,14 @@ def test_files_are_named_after_device_and_version(tmp_path: Path) -> None:
     assert file_of("NVIDIA H200", "3.6.0") == "nvidia_h200.triton36.json"
     (tmp_path / "a.json").write_text(json.dumps({"kernel": KNOWN}))
     assert entries("a.json", tmp_path)["kernel"] == KNOWN and entries("b.json", tmp_path) == {}
+
+
+def test_a_device_too_small_for_every_config_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "device_facts", lambda index: ("NVIDIA A100", 80))
+    device = torch.device("cuda", 0)
+    with pytest.raises(ValueError, match="walk: NVIDIA A100 is of sm_80, too small for its configs; it needs sm_90"):
+        tuned.chosen("walk", [replace(CONFIGS[0], least=90)], device, rows=1)
+    assert tuned.chosen("walk", [replace(CONFIGS[0], least=90), CONFIGS[1]], device, rows=1) == CONFIGS[1]
 
 
 def test_tuning_takes_the_fastest_config_that_is_right() -> None:

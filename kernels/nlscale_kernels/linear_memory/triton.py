@@ -4,6 +4,8 @@ Tiles: C tokens of a chunk (padded), K key width (padded), V a part of the value
 float32 as tf32; the inverse and the states in float32.
 """
 
+import itertools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -346,13 +348,19 @@ def inverses_of(
     return found
 
 
+def for_chunk(config: Config, chunk: int) -> Config:
+    """A wider chunk's inverse takes twice the warps: with fewer, its registers spill on sm_80."""
+    return replace(config, warps=8) if chunk > BLOCK else config
+
+
 def apply(
     x: Tensor, scale: Tensor | None, inverses: Tensor | None, out: Tensor, count: int, turned: bool, config: Config
 ) -> None:
     """apply_kernel of a tensor (B, H, T, V or K) in `count` chunks."""
     B, H, T, width = x.shape
     grid = (count, triton.cdiv(width, config.tiles["V"]), B * H)
-    constants = {"C": padded(T // count), "TURNED": turned, "UPCAST": INTERPRET, **config.options()}
+    chunk = padded(T // count)
+    constants = {"C": chunk, "TURNED": turned, "UPCAST": INTERPRET, **for_chunk(config, chunk).options()}
     apply_kernel[grid](x, scale, inverses, out, count, T // count, width, **constants)
 
 
@@ -419,11 +427,11 @@ def forward_launches() -> list[Launch]:
         for kernel, arguments in ((invert_kernel, (*given, 2)), (merge_kernel, given)):
             short = kernel.__name__.removesuffix("_kernel")
             found.append(Launch(f"{short} {name}", kernel, arguments, constants, [INVERT], product=True, spills=1024))
-        for turned in (False, True):
-            given = (narrow, None if turned else wide, wide, narrow, *shapes[2:5])
-            constants = {"C": 64, "TURNED": turned, "UPCAST": False}
-            way = f"apply{' turned' * turned} {name}"
-            found.append(Launch(way, apply_kernel, given, constants, APPLY, product=True, spills=128))
+        for turned, chunk in itertools.product((False, True), (64, 128)):
+            given = (narrow, None if turned else wide, wide, narrow, shapes[2], chunk, width)
+            constants = {"C": chunk, "TURNED": turned, "UPCAST": False}
+            way, configs = f"apply {chunk}{' turned' * turned} {name}", [for_chunk(each, chunk) for each in APPLY]
+            found.append(Launch(way, apply_kernel, given, constants, configs, product=True, spills=128))
         given = (narrow, wide, wide, wide, wide, narrow, narrow, narrow, narrow, wide, *shapes)
         constants = {**tiles, "DOCUMENTS": True}
         found.append(Launch(f"states {name}", states_kernel, given, constants, STATES, product=True))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import NARROW, check, check_dtypes
+from nlscale_kernels.arguments import NARROW, check, check_devices, check_dtypes
 from nlscale_kernels.mlp_memory import glue
 from nlscale_kernels.mlp_memory.glue import ACTIVATIONS, TORCH, Glue, Second
 
@@ -23,7 +23,7 @@ def _active(before: Tensor, kind: str) -> Tensor:
 
 def _returned(before: Tensor, inward: Tensor, beside: Tensor | None, kind: str) -> Tensor:
     """J^T inward, + beside: (..., I)."""
-    _check_inner(kind, before, inward=inward)
+    _check_returned(before, inward, beside, kind)
     found = ACTIVATIONS[kind].returned(before, inward.clone())
     return found if beside is None else found.add_(beside)
 
@@ -97,6 +97,12 @@ def _check_inner(kind: str, before: Tensor, **tensors: Tensor) -> None:
     _check_like("mlp_memory", before, (*before.shape[:-1], _units(kind, before)), **tensors)
 
 
+def _check_returned(before: Tensor, inward: Tensor, beside: Tensor | None, kind: str) -> None:
+    _check_inner(kind, before, inward=inward)
+    if beside is not None:
+        _check_like("mlp_memory", before, before.shape, beside=beside)
+
+
 def _check_second(before: Tensor, inward: Tensor, d_back: Tensor, kind: str) -> None:
     _check_inner(kind, before, inward=inward)
     _check_like("mlp_memory", before, before.shape, d_back=d_back)
@@ -116,6 +122,7 @@ def _check_errors(heard: Tensor, target: Tensor, key: Tensor | None, weights: Te
     B, H, N, C, width = heard.shape
     check_dtypes("mlp_errors", (*NARROW, torch.float64), heard=heard)
     check_dtypes("mlp_errors", (heard.dtype,), target=target, key=key, weights=weights)
+    check_devices("mlp_errors", heard.device, target=target, key=key, weights=weights)
     check(
         target.shape in ((B, H, N, C, width), (B, H, 1, C, width)),
         f"mlp_errors: target has shape {tuple(target.shape)}; it must have {(B, H, N, C, width)}, or 1 for N",
@@ -133,20 +140,7 @@ def _check_errors(heard: Tensor, target: Tensor, key: Tensor | None, weights: Te
 def _check_of_errors(heard: Tensor, error: Tensor, weights: Tensor, through: Tensor) -> None:
     _check_errors(error, error, None, weights)
     _check_like("mlp_of_errors", error, error.shape, through=through)
-    wide = (*error.shape[:-1], error.shape[-1] * weights.shape[-1])
-    check(
-        heard.shape == wide and heard.dtype == error.dtype,
-        f"mlp_of_errors: heard is {heard.dtype} {tuple(heard.shape)}; it must be {error.dtype} {wide}",
-    )
-
-
-CHECKS: dict[str, Callable[..., None]] = {
-    "active": lambda before, kind: _check_kind(kind, before),
-    "returned": lambda before, inward, beside, kind: _check_inner(kind, before, inward=inward),
-    "second": lambda before, inward, d_back, kind: _check_inner(kind, before, inward=inward),
-    "errors": _check_errors,
-    "of_errors": _check_of_errors,
-}
+    _check_like("mlp_of_errors", error, (*error.shape[:-1], error.shape[-1] * weights.shape[-1]), heard=heard)
 
 
 def _on_gpu(operator: Any, name: str, plain: Callable[..., Any], fits: Callable[..., None]) -> None:
@@ -164,7 +158,7 @@ def _on_gpu(operator: Any, name: str, plain: Callable[..., Any], fits: Callable[
 
 
 _on_gpu(active, "active", _active, lambda before, kind: _check_kind(kind, before))
-_on_gpu(returned, "returned", _returned, lambda before, inward, beside, kind: _check_inner(kind, before, inward=inward))
+_on_gpu(returned, "returned", _returned, _check_returned)
 _on_gpu(second, "second", _second, _check_second)
 _on_gpu(errors, "errors", _errors, _check_errors)
 _on_gpu(of_errors, "of_errors", _of_errors, _check_of_errors)

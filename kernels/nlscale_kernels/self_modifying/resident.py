@@ -167,6 +167,7 @@ def _forward_on_gpu(*arguments: Any) -> Walked:
 
     given = Given(*arguments)
     _check(given)
+    _check_on_gpu(given.q, given.up)
     return triton_backward.walked(given)
 
 
@@ -237,6 +238,21 @@ def _check(given: Given) -> None:
         or (given.fresh.shape == (B, T) and given.fresh.dtype == torch.bool and given.fresh.device == given.q.device),
         f"resident: fresh is {given.fresh is not None and (given.fresh.dtype, tuple(given.fresh.shape))}; it must be "
         f"{(torch.bool, (B, T))}, on {given.q.device}",
+    )
+
+
+def _check_on_gpu(q: Tensor, up: Tensor) -> None:
+    """What the kernels can take; `walk` asks before."""
+    check(q.dtype == torch.float32, f"resident: q is {q.dtype}; on a GPU it takes torch.float32")
+    check(
+        max(up.shape[-2:]) <= WIDEST,
+        f"resident: up is {tuple(up.shape[-2:])}; heads and units of at most {WIDEST} stay on chip, "
+        "the walk chunk by chunk takes any",
+    )
+    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else ROOM[0]
+    check(
+        major in ROOM,
+        f"resident: {q.device} is of sm_{major}0; sm_90 and sm_100 have room, the walk chunk by chunk needs none",
     )
 
 

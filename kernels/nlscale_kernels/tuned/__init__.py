@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 
+from nlscale_kernels.arguments import check
 from nlscale_kernels.triton_build import Config
 
 FOLDER = Path(__file__).parent
@@ -43,7 +44,10 @@ def device_facts(index: int) -> tuple[str, int]:
 def chosen(kernel: str, configs: Sequence[Config], device: torch.device, **shape: int) -> Config:
     """The config for a shape on a device."""
     name, arch = device_facts(device.index or 0)
-    return nearest(entries(file_of(name)).get(kernel, []), [each for each in configs if each.least <= arch], shape)
+    able = [each for each in configs if each.least <= arch]
+    least = min(each.least for each in configs)
+    check(bool(able), f"{kernel}: {name} is of sm_{arch}, too small for its configs; it needs sm_{least}")
+    return nearest(entries(file_of(name)).get(kernel, []), able, shape)
 
 
 def nearest(known: Sequence[Mapping[str, Any]], configs: Sequence[Config], shape: Mapping[str, int]) -> Config:
