@@ -26,7 +26,7 @@ def on_gpu(contestants: Sequence[Callable[[], object]]) -> list[float]:
 
     def seconds(run: Callable[[], object]) -> float:
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(3):
+        for _ in range(12):
             flush.zero_()
         began.record()
         run()
@@ -46,11 +46,15 @@ def levels(elements: int, device: str, timer: Timer) -> list[Row]:
     """level_step on a shard of a bfloat16 model: bytes a second of those of a copy; against torch's two optimizers."""
     master = torch.randn(elements, device=device)
     gradient, copy = torch.randn_like(master), master.bfloat16()
+    narrow = gradient.bfloat16()
     first, second = torch.zeros_like(master), torch.zeros_like(master)
     rows = level_step.table([level_step.AdamW.at(1, 1e-3, (0.9, 0.95), 1e-8, 0.1, 0.5)], master)
 
     def fused() -> None:
         level_step.adamw(master, gradient, first, second, copy, rows)
+
+    def fused_narrow() -> None:
+        level_step.adamw(master, narrow, first, second, copy, rows)
 
     def theirs(**how: bool) -> Callable[[], None]:
         parameter = torch.nn.Parameter(torch.randn(elements, device=device))
@@ -70,11 +74,15 @@ def levels(elements: int, device: str, timer: Timer) -> list[Row]:
         level_step.adamw(master, gradient, first, second, copy, resting, quarter)
 
     source, target = torch.empty_like(master), torch.empty_like(master)
-    runs = [fused, theirs(foreach=True), theirs(fused=True), one_of_four, lambda: target.copy_(source)]
-    own, foreach, fused_torch, one, copied = timer(runs)
-    rate, copying = 30 * elements / own, 8 * elements / copied
+    runs = [fused, fused_narrow, theirs(foreach=True), theirs(fused=True), one_of_four, lambda: target.copy_(source)]
+    own, own_narrow, foreach, fused_torch, one, copied = timer(runs)
+    copying = 8 * elements / copied
+    rates = {"float32 gradients": 30 * elements / own, "bfloat16 gradients": 28 * elements / own_narrow}
     return [
-        at_least("level_step, bytes a second / a copy's", rate / 1e12, "TB/s", copying / 1e12, 0.9),
+        *(
+            at_least(f"level_step, {name}, bytes a second / a copy's", rate / 1e12, "TB/s", copying / 1e12, 0.9)
+            for name, rate in rates.items()
+        ),
         at_least("level_step, foreach AdamW, scale, cast / own", foreach, "s", own, 3.0),
         at_least("level_step, fused AdamW, scale, cast / own", fused_torch, "s", own, 1.35),
         at_least("level_step, all levels / one of four due", own, "s", one, 3.0),
@@ -108,13 +116,21 @@ def orthogonalisation(side: int, device: str, timer: Timer) -> list[Row]:
     ]
 
 
+def products(side: int, device: str, timer: Timer) -> float:
+    """Multiplications a second of torch's product of two square matrices: what a device gives at most."""
+    square = torch.randn(side, side, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    (seconds,) = timer([lambda: square @ square])
+    return side**3 / seconds
+
+
 def tables(elements: int, side: int, device: str, timer: Timer) -> list[Row]:
     """All of them; sizes of memories follow `side`."""
     found = levels(elements, device, timer) + orthogonalisation(side, device, timer)
     found += matrix_memories(Shape(4, 16, side, 128), device, timer)
     found += walks(Shape(4, 16, side // 8, 64), device, timer)
+    fastest = products(2 * side, device, timer)
     for chunk in (side // 16, side // 4, side // 2):
-        found += mlp_memories(chunk, side // 4, device, timer)
+        found += mlp_memories(chunk, side // 4, device, timer, fastest)
     return found
 
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from nlscale_kernels.linear_memory import matrix_memory, reference
+import torch.nn.functional as F
+from nlscale_kernels.linear_memory import Tokens, fla, matrix_memory, reference
 from nlscale_kernels.linear_memory.reference import Given
 from nlscale_kernels.mlp_memory import Net, gathered
 from nlscale_kernels.mlp_memory import reference as plain
@@ -54,6 +55,7 @@ def matrix_memories(shape: Shape, device: str, timer: Timer) -> list[Row]:
     own, eager, fast, own_both, eager_both, fast_both = timer(
         [make(form) for make in (forward, both) for form in forms]
     )
+    beside = [by_fla(shape, device)] if device == "cuda" and fla.available() else []
     name = f"delta rule, {rows} x {heads} x {tokens} x {width}"
     multiplied = rows * heads * tokens * (3 * width**2 + 5 * CHUNK * width + CHUNK**2)
     said = f" ({multiplied / own / 1e12:.0f}T multiplications/s)"
@@ -62,11 +64,30 @@ def matrix_memories(shape: Shape, device: str, timer: Timer) -> list[Row]:
         at_least(f"{name}, torch.compile / own", fast, "s", own, 4.0),
         at_least(f"{name}, with backward, torch / own", eager_both, "s", own_both, 8.0),
         at_least(f"{name}, with backward, torch.compile / own", fast_both, "s", own_both, 3.0),
+        *(at_least(f"{name}, flash-linear-attention / own", theirs, "s", own, 0.95) for theirs in timer(beside)),
     ]
 
 
-def mlp_memories(chunk: int, width: int, device: str, timer: Timer) -> list[Row]:
-    """What a chunk of 4 heads writes into SwiGLU memories of a width as large as theirs."""
+def by_fla(shape: Shape, device: str, kernel: fla.Kernel | None = None) -> Callable[[], Any]:
+    """The delta rule forward as flash-linear-attention has it; `kernel`: its function, None: as installed."""
+    rows, heads, tokens, width = shape
+    q, k, v = torch.randn(3, rows, heads, tokens, width, device=device).unbind(0)
+    rate, log_keep = torch.rand(2, rows, heads, tokens, device=device).unbind(0)
+    given = Tokens(q, F.normalize(k, dim=-1), v, rate, -log_keep / 16)
+    initial = torch.zeros(heads, width, width, device=device)
+
+    def run() -> Any:
+        with torch.no_grad():
+            return fla.by_fla("delta", given, CHUNK, initial, kernel=kernel)
+
+    return run
+
+
+def mlp_memories(chunk: int, width: int, device: str, timer: Timer, fastest: float) -> list[Row]:
+    """What a chunk of 4 heads writes into SwiGLU memories of a width as large as theirs; forward, and with backward.
+
+    `fastest`: multiplications a second of one large product.
+    """
     narrow = torch.bfloat16 if device == "cuda" else torch.float32
 
     def numbers(*shape: int) -> Tensor:
@@ -81,15 +102,27 @@ def mlp_memories(chunk: int, width: int, device: str, timer: Timer) -> list[Row]
     def eager() -> Any:
         return write(net, plain.gathered)
 
+    def both(form: Callable[..., Any]) -> Callable[[], Any]:
+        """The double backward: gradients through a write, which is a gradient."""
+
+        def run() -> Any:
+            first, (second,) = write(net, form)
+            return torch.autograd.grad((first, second), leaves, (first.detach(), second.detach()))
+
+        return run
+
     compiled = torch.compile(eager) if device == "cuda" else eager
     with torch.no_grad():
         own, plainly, fast = timer([lambda: write(net, gathered), eager, compiled])
-    name = f"writes of {chunk} tokens, SwiGLU memory {width} x {width}"
-    multiplied = 4 * chunk * 9 * width**2
-    said = f" ({multiplied / own / 1e12:.0f}T multiplications/s)"
+    leaves = [x.requires_grad_() for x in (*net, key, target, weight)]
+    own_both, plainly_both = timer([both(gathered), both(plain.gathered)])
+    name, rate = f"writes of {chunk} tokens, SwiGLU memory {width} x {width}", 4 * chunk * 9 * width**2 / own
+    share = at_least(f"{name}, share of a product's rate", rate / 1e12, "T/s", fastest / 1e12, 0.45)
     return [
-        at_least(f"{name}, torch / own{said}", plainly, "s", own, 1.8 if chunk <= 1024 else 1.4),
+        at_least(f"{name}, torch / own", plainly, "s", own, 1.8 if chunk <= 1024 else 1.4),
         at_least(f"{name}, torch.compile / own", fast, "s", own, 1.10),
+        at_least(f"{name}, with backward, torch / own", plainly_both, "s", own_both, 1.0),
+        *([share] if chunk >= 1024 else []),
     ]
 
 

@@ -5,6 +5,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -95,6 +96,8 @@ def show(title: str, rows: Sequence[Row], target: str | None) -> int:
             "cpu": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
+            "gpu": torch.cuda.get_device_name() if gpu_here() else None,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         installed = {each.metadata["Name"]: each.version for each in metadata.distributions()}
         versions = {name: installed.get(name, "not installed") for name in PACKAGES}

@@ -14,6 +14,7 @@ from nlscale_kernels.tuned import entries, file_of, nearest
 from triton import OutOfResources
 
 from nlscale.bench import kernels as bench
+from nlscale.bench import memory_kernels
 
 CONFIGS = [Config({"TILE": 128}, 8, 4), Config({"TILE": 64})]
 KNOWN = [
@@ -85,4 +86,17 @@ def test_kernels_of_the_walk_are_tuned() -> None:
 
 def test_the_bench_runs_its_contestants() -> None:
     rows = bench.tables(5000, 16, "cpu", bench.on_cpu)
-    assert len(rows) == 19 and all(row.value > 0 and row.ratio for row in rows)
+    assert len(rows) == 23 and all(row.value > 0 and row.ratio for row in rows)
+
+
+def test_the_bench_gives_flash_linear_attention_what_it_takes() -> None:
+    """As in tests/kernels/test_fla.py, a form of its published rule stands for it."""
+    seen = {}
+
+    def kernel(**given: object) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.update(given)
+        return given["v"], given["initial_state"]  # type: ignore[return-value]
+
+    o, state = memory_kernels.by_fla(memory_kernels.Shape(2, 3, 128, 8), "cpu", kernel)()
+    assert seen["k"].shape == (2, 128, 3, 8) and seen["g"].shape == seen["beta"].shape == (2, 128, 3)
+    assert bool((seen["g"] <= 0).all()) and o.shape == (2, 3, 128, 8) and state.shape == (2, 3, 8, 8)
