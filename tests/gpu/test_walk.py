@@ -5,7 +5,7 @@ import torch
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import Gates, Memories, Tokens, resident, self_modifying
 from nlscale_kernels.self_modifying import triton_backward as kernels
-from nlscale_kernels.self_modifying.resident import DIFFERENTIABLE, Given
+from nlscale_kernels.self_modifying.given import DIFFERENTIABLE, Given
 from nlscale_kernels.switch import kernels as switch
 from nlscale_kernels.tune import walk_of
 from nlscale_kernels.tuned import device_facts

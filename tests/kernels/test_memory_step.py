@@ -68,9 +68,12 @@ def test_gradients_written_out_are_autograds(kind: str, limit: float) -> None:
     assert all(not getattr(mine, name).numel() for name in set(step.Moved._fields) - set(names))
 
 
+@pytest.mark.parametrize("slices", [1, 3])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("kind", "limit"), WAYS)
-def test_kernels(kind: str, limit: float, dtype: torch.dtype) -> None:
+def test_kernels(kind: str, limit: float, dtype: torch.dtype, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memory of 77 elements as one slice, and as three whose norm is found before."""
+    monkeypatch.setattr(triton, "SLICE", {1: 96, 3: 32}[slices])
     this = cast(given(kind, limit), dtype)
     d_after, d_then = (x.to(dtype) for x in ends(this))
     exact = cast(this, torch.float64)

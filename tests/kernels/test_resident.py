@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import Gates, Memories, Tokens, resident, self_modifying, triton_backward
-from nlscale_kernels.self_modifying.resident import DIFFERENTIABLE, Given
+from nlscale_kernels.self_modifying.given import DIFFERENTIABLE, Given, check_on_gpu
 from nlscale_kernels.switch import kernels
 from torch import Tensor
 
@@ -199,4 +199,4 @@ def test_bad_arguments_are_named(change: dict[str, Any], words: str) -> None:
 )
 def test_what_the_kernels_cannot_take_is_named(q: Tensor, up: Tensor, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        resident._check_on_gpu(q, up)
+        check_on_gpu(q, up)

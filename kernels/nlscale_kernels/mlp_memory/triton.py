@@ -1,5 +1,8 @@
 """What lies between a memory's products, each in one pass: bytes in, float32, bytes out."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +14,7 @@ from nlscale_kernels.triton_build import INTERPRET, Config, Launch
 TILE = 1024  # elements of a program
 STEP = Config({}, warps=4, stages=2)
 WIDTH = 32 if INTERPRET else 1024  # elements of a memory's weight at a time
+SLICE = 64 if INTERPRET else 16384  # of a program: a memory of width 1024 is 64 of them
 
 
 @triton.jit
@@ -216,6 +220,59 @@ def sums(speed, written, held, at, mask, carry, left, sign):
 
 
 @triton.jit
+def lengths(speed, written, held, d_after, d_then, memory, size, begin, end, carry, left, sign, WIDTH: tl.constexpr):
+    """Of elements begin ... end of a memory: the sum of squares of what is added, and its product with the gradients."""
+    square, along = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+    for first in range(begin, end, WIDTH):
+        place = first + tl.arange(0, WIDTH)
+        mask, at = place < end, memory * size + place
+        add, then = sums(speed, written, held, at, mask, carry, left, sign)
+        square += add * add
+        if d_after is not None:
+            along += add * tl.load(d_after + at, mask=mask, other=0.0).to(tl.float32)
+            if speed is not None:
+                along += then * tl.load(d_then + at, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(square), tl.sum(along)
+
+
+@triton.jit
+def lengths_kernel(
+    speed,
+    written,
+    held,
+    d_after,
+    d_then,
+    carry,
+    left,
+    found,
+    memories,
+    size,
+    slices,
+    sign,
+    SLICE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A program a memory and slice of it: its two sums, found (2, all memories, slices)."""
+    memory, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    carried, remains = factor(carry, memory // memories), factor(left, memory // memories)
+    begin = part * SLICE
+    end = tl.minimum(begin + SLICE, size)
+    square, along = lengths(
+        speed, written, held, d_after, d_then, memory, size, begin, end, carried, remains, sign, WIDTH
+    )
+    tl.store(found + memory * slices + part, square)
+    if d_after is not None:
+        tl.store(found + (tl.num_programs(0) + memory) * slices + part, along)
+
+
+@triton.jit
+def added_up(found, memory, slices, PARTS: tl.constexpr):
+    """The sum over a memory's slices, in one order."""
+    part = tl.arange(0, PARTS)
+    return tl.sum(tl.load(found + memory * slices + part, mask=part < slices, other=0.0))
+
+
+@triton.jit
 def step_kernel(
     state,
     speed,
@@ -224,31 +281,36 @@ def step_kernel(
     keep,
     carry,
     left,
+    found,
     after,
     momentum,
     memories,
     size,
+    slices,
     sign,
     limit,
     LIMITS: tl.constexpr,
+    SLICE: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A program a memory: step.stepped."""
-    memory = tl.program_id(0).to(tl.int64)
-    head = memory // memories
+    """A program a memory and slice: step.stepped. `found`: of lengths_kernel; None: a memory is one slice."""
+    memory, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * SLICE
+    head, end = memory // memories, tl.minimum(begin + SLICE, size)
     narrow: tl.constexpr = after.dtype.element_ty
     kept, carried, remains = factor(keep, head), factor(carry, head), factor(left, head)
     share = 1.0
     if LIMITS:
-        square = tl.zeros((WIDTH,), tl.float32)
-        for first in range(0, size, WIDTH):
-            place = first + tl.arange(0, WIDTH)
-            add, _ = sums(speed, written, held, memory * size + place, place < size, carried, remains, sign)
-            square += add * add
-        share = limit / tl.maximum(tl.sqrt(tl.sum(square)), limit)
-    for first in range(0, size, WIDTH):
+        if found is not None:
+            total = added_up(found, memory, slices, PARTS)
+        else:
+            total, _ = lengths(
+                speed, written, held, None, None, memory, size, begin, end, carried, remains, sign, WIDTH
+            )
+        share = limit / tl.maximum(tl.sqrt(total), limit)
+    for first in range(begin, end, WIDTH):
         place = first + tl.arange(0, WIDTH)
-        mask, at = place < size, memory * size + place
+        mask, at = place < end, memory * size + place
         add, then = sums(speed, written, held, at, mask, carried, remains, sign)
         value = kept * tl.load(state + at, mask=mask, other=0.0).to(tl.float32) + share * add
         tl.store(after + at, value.to(narrow), mask=mask)
@@ -265,6 +327,7 @@ def step_gradients_kernel(
     keep,
     carry,
     left,
+    found,
     d_after,
     d_then,
     d_state,
@@ -276,35 +339,36 @@ def step_gradients_kernel(
     d_left,
     memories,
     size,
+    slices,
     sign,
     limit,
     LIMITS: tl.constexpr,
+    SLICE: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A program a memory: step.gradients; those of factors a memory."""
-    memory = tl.program_id(0).to(tl.int64)
-    head = memory // memories
+    """A program a memory and slice: step.gradients; those of factors a memory and slice. `found` as step_kernel's."""
+    memory, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin, head = part * SLICE, memory // memories
+    end, spot = tl.minimum(begin + SLICE, size), memory * slices + part
     narrow: tl.constexpr = d_state.dtype.element_ty
     kept, carried, remains = factor(keep, head), factor(carry, head), factor(left, head)
     share, turn = 1.0, 0.0
     if LIMITS:
-        square, along = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
-        for first in range(0, size, WIDTH):
-            place = first + tl.arange(0, WIDTH)
-            mask, at = place < size, memory * size + place
-            add, then = sums(speed, written, held, at, mask, carried, remains, sign)
-            square += add * add
-            along += add * tl.load(d_after + at, mask=mask, other=0.0).to(tl.float32)
-            if speed is not None:
-                along += then * tl.load(d_then + at, mask=mask, other=0.0).to(tl.float32)
-        total = tl.sum(square)
+        if found is not None:
+            total = added_up(found, memory, slices, PARTS)
+            along = added_up(found, tl.num_programs(0) + memory, slices, PARTS)
+        else:
+            total, along = lengths(
+                speed, written, held, d_after, d_then, memory, size, begin, end, carried, remains, sign, WIDTH
+            )
         share = limit / tl.maximum(tl.sqrt(total), limit)
-        turn = tl.where(share < 1.0, tl.sum(along) * share / tl.maximum(total, 1e-30), 0.0)
+        turn = tl.where(share < 1.0, along * share / tl.maximum(total, 1e-30), 0.0)
     of_keep = tl.zeros((WIDTH,), tl.float32)
     of_carry, of_left = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
-    for first in range(0, size, WIDTH):
+    for first in range(begin, end, WIDTH):
         place = first + tl.arange(0, WIDTH)
-        mask, at = place < size, memory * size + place
+        mask, at = place < end, memory * size + place
         add, _ = sums(speed, written, held, at, mask, carried, remains, sign)
         of = tl.load(d_after + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(d_state + at, (kept * of).to(narrow), mask=mask)
@@ -324,35 +388,60 @@ def step_gradients_kernel(
             of_carry += was * of_add
         tl.store(d_written + at, (sign * of_add).to(narrow), mask=mask)
     if keep is not None:
-        tl.store(d_keep + memory, tl.sum(of_keep))
+        tl.store(d_keep + spot, tl.sum(of_keep))
     if speed is not None:
-        tl.store(d_carry + memory, tl.sum(of_carry))
+        tl.store(d_carry + spot, tl.sum(of_carry))
         if held is not None:
-            tl.store(d_left + memory, tl.sum(of_left))
+            tl.store(d_left + spot, tl.sum(of_left))
+
+
+def slices_of(step: Step) -> tuple[tuple[int, int], dict[str, Any]]:
+    """The grid, memories by slices of each, and the kernels' constants."""
+    like = step.written
+    slices = triton.cdiv(like.shape[3] * like.shape[4], SLICE)
+    parts = triton.next_power_of_2(slices)
+    return (like.shape[:3].numel(), slices), {"SLICE": SLICE, "PARTS": parts, "WIDTH": WIDTH, **STEP.options()}
+
+
+def lengths_of(
+    tensors: Sequence[Tensor | None], d: Sequence[Tensor | None], step: Step, grid: tuple[int, int]
+) -> Tensor | None:
+    """What lengths_kernel finds, where there is a limit and a memory is more than one slice."""
+    if step.limit <= 0 or grid[1] == 1:
+        return None
+    _, speed, written, held, _, carry, left = tensors
+    found = torch.empty(2, *grid, dtype=torch.float32, device=step.written.device)
+    sizes = (step.written.shape[2], step.written.shape[3] * step.written.shape[4], grid[1], float(step.sign))
+    lengths_kernel[grid](
+        speed, written, held, *d, carry, left, found, *sizes, SLICE=SLICE, WIDTH=WIDTH, **STEP.options()
+    )
+    return found
 
 
 def stepped(step: Step) -> tuple[Tensor, Tensor]:
     """As step.forward."""
     tensors = [x if x is None else x.contiguous() for x in step[:7]]
-    like = step.written
+    like, (grid, constants) = step.written, slices_of(step)
     after, then = like.new_empty(like.shape), like.new_empty(like.shape if step.speed is not None else (0,))
-    sizes = (like.shape[2], like.shape[3] * like.shape[4], float(step.sign), float(step.limit))
-    grid = (like.shape[:3].numel(),)
-    step_kernel[grid](*tensors, after, then, *sizes, LIMITS=step.limit > 0, WIDTH=WIDTH, **STEP.options())
+    found = lengths_of(tensors, (None, None), step, grid)
+    sizes = (like.shape[2], like.shape[3] * like.shape[4], grid[1], float(step.sign), float(step.limit))
+    step_kernel[grid](*tensors, found, after, then, *sizes, LIMITS=step.limit > 0, **constants)
     return after, then
 
 
 def step_gradients(step: Step, d_after: Tensor, d_then: Tensor) -> Moved:
     """As step.gradients."""
     tensors = [x if x is None else x.contiguous() for x in step[:7]]
+    (grid, constants), of = slices_of(step), (d_after.contiguous(), d_then.contiguous())
     like, memories = step.written, step.written.shape[:3]
+    found = lengths_of(tensors, of, step, grid)
     whole = [like.new_empty(0 if x is None else like.shape) for x in step[:4]]
-    each = [torch.empty(0 if x is None else memories, dtype=torch.float32, device=like.device) for x in step[4:7]]
-    sizes = (like.shape[2], like.shape[3] * like.shape[4], float(step.sign), float(step.limit))
-    given = (*tensors, d_after.contiguous(), d_then.contiguous(), *whole, *each, *sizes)
-    options = {"LIMITS": step.limit > 0, "WIDTH": WIDTH, **STEP.options()}
-    step_gradients_kernel[(memories.numel(),)](*given, **options)
-    factors = [x if step[4 + place] is None else x.sum(2).to(like.dtype) for place, x in enumerate(each)]
+    wide = (*memories, grid[1])
+    each = [torch.empty(0 if x is None else wide, dtype=torch.float32, device=like.device) for x in step[4:7]]
+    sizes = (like.shape[2], like.shape[3] * like.shape[4], grid[1], float(step.sign), float(step.limit))
+    given = (*tensors, found, *of, *whole, *each, *sizes)
+    step_gradients_kernel[grid](*given, LIMITS=step.limit > 0, **constants)
+    factors = [x if step[4 + place] is None else x.sum((2, 3)).to(like.dtype) for place, x in enumerate(each)]
     return Moved(*whole, *factors)
 
 
@@ -444,14 +533,14 @@ def launches() -> list[Launch]:
             found.append(Launch(f"errors {name}", errors_kernel, given, weights, [config], stream=width > 1))
             given = (*[narrow] * 4, torch.float32, narrow, narrow, 2**20, 2, 512, width)
             found.append(Launch(f"of_errors {name}", of_errors_kernel, given, weights, [config], stream=width > 1))
-        constants = {"LIMITS": True, "WIDTH": 1024}
-        sizes_of_step = (2, 256 * 64, -1.0, 0.5)
-        found.append(
-            Launch(
-                f"step {str(narrow)[6:]}", step_kernel, (*[narrow] * 9, *sizes_of_step), constants, [STEP], stream=True
-            )
-        )
-        given = (*[narrow] * 13, *[torch.float32] * 3, *sizes_of_step)
-        name = f"step_gradients {str(narrow)[6:]}"
-        found.append(Launch(name, step_gradients_kernel, given, constants, [STEP], stream=True))
+        for slices, lengths in ((1, None), (64, torch.float32)):  # memories of 128 x 128, and of 1024 x 1024
+            constants = {"LIMITS": True, "SLICE": SLICE, "PARTS": slices, "WIDTH": WIDTH}
+            sizes_of_step, name = (2, slices * SLICE, slices, -1.0, 0.5), f"{slices} {str(narrow)[6:]}"
+            given = (*[narrow] * 7, lengths, narrow, narrow, *sizes_of_step)
+            found.append(Launch(f"step {name}", step_kernel, given, constants, [STEP], stream=True))
+            given = (*[narrow] * 7, lengths, *[narrow] * 6, *[torch.float32] * 3, *sizes_of_step)
+            found.append(Launch(f"step_gradients {name}", step_gradients_kernel, given, constants, [STEP], stream=True))
+        given = (*[narrow] * 7, torch.float32, 2, 64 * SLICE, 64, -1.0)
+        constants = {"SLICE": SLICE, "WIDTH": WIDTH}
+        found.append(Launch(f"lengths {str(narrow)[6:]}", lengths_kernel, given, constants, [STEP]))
     return found

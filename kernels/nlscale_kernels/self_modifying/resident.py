@@ -4,58 +4,26 @@ B rows, H heads, T tokens, N chunks that write (the first ones), C tokens of a c
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nlscale_kernels.arguments import check
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import walk as by_chunks
+from nlscale_kernels.self_modifying.given import (
+    DIFFERENTIABLE,
+    ROOM,
+    WIDEST,
+    Given,
+    Walked,
+    check_given,
+    check_on_gpu,
+)
 from nlscale_kernels.self_modifying.parts import Made, Moving, Tokens
 from nlscale_kernels.self_modifying.writes import Scalars, Writes
-
-WIDEST = 64  # head width and units: both matrices and what a chunk adds to them must fit in a processor's registers
-ROOM = (9, 10)  # compute capabilities (major) whose registers and shared memory hold it
-
-
-class Given(NamedTuple):
-    """What the operator is given, all of one dtype."""
-
-    q: Tensor  # (B, H, T, K), as the two after it
-    k: Tensor
-    v: Tensor
-    rate: Tensor  # (B, H, T)
-    reach: Tensor  # (B, H, N C, K)
-    write: Tensor  # (B, H, N C)
-    hold: Tensor | None  # the same; None: no momentum
-    turn: Tensor  # (B, H, N, K, K)
-    factors: Tensor  # (B, H, N, 4): whole, how much of W2's momentum goes on; carry and left of W1's
-    fresh: Tensor | None  # (B, T): the token's anchor is the initial state; None: no document begins
-    up: Tensor  # (B, H, M, K)
-    down: Tensor  # (B, H, K, M)
-    up_speed: Tensor | None
-    down_speed: Tensor | None
-    first_up: Tensor  # (H, M, K), the initial state
-    first_down: Tensor  # (H, K, M)
-    chunk: int
-    clip: float
-
-
-DIFFERENTIABLE = tuple(name for name in Given._fields if name not in ("fresh", "chunk", "clip"))
-
-
-class Walked(NamedTuple):
-    """What it gives; the momentum is empty where there is none."""
-
-    said: Tensor  # (B, H, T, K)
-    up: Tensor
-    down: Tensor
-    up_speed: Tensor
-    down_speed: Tensor
-    kept: Tensor  # what the kernels' backward wants of forward; empty without them; no gradient goes through it
 
 
 def looped(given: Given) -> tuple[Tensor, ...]:
@@ -113,7 +81,7 @@ def resident(
     """See Walked. Raises ValueError for arguments that do not fit."""
     tokens, weights = (q, k, v, rate, reach, write, hold, turn, factors, fresh), (up, down, up_speed, down_speed)
     given = Given._make((*tokens, *weights, first_up, first_down, chunk, clip))
-    _check(given)
+    check_given(given)
     said, *state = looped(given)
     none = [q.new_empty(0)] * (4 - len(state))
     up, down, up_speed, down_speed = (x.clone() for x in (*state, *none))
@@ -166,8 +134,8 @@ def _forward_on_gpu(*arguments: Any) -> Walked:
     from nlscale_kernels.self_modifying import triton_backward
 
     given = Given(*arguments)
-    _check(given)
-    _check_on_gpu(given.q, given.up)
+    check_given(given)
+    check_on_gpu(given.q, given.up)
     return triton_backward.walked(given)
 
 
@@ -207,53 +175,6 @@ def _backward(ctx: Any, *of: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 resident.register_autograd(_backward, setup_context=_save)
-
-
-def _check(given: Given) -> None:
-    (B, H, T, K), N, M = given.q.shape, given.turn.shape[2], given.up.shape[2]
-    written, kept, speed = N * given.chunk, given.turn.shape[:3], given.hold is not None
-    check(
-        0 < written <= T and T % given.chunk == 0,
-        f"resident: turn is of {N} chunks of {given.chunk} tokens; there are {T} tokens, which must be whole chunks",
-    )
-    wanted = {
-        **dict.fromkeys(("q", "k", "v"), (B, H, T, K)),
-        **{"rate": (B, H, T), "reach": (B, H, written, K), "write": (B, H, written), "turn": (B, H, N, K, K)},
-        **{"hold": (B, H, written) if speed else None, "factors": (*kept, 4)},
-        **{"up": (B, H, M, K), "down": (B, H, K, M), "first_up": (H, M, K), "first_down": (H, K, M)},
-        **{"up_speed": (B, H, M, K) if speed else None, "down_speed": (B, H, K, M) if speed else None},
-    }
-    for name, shape in wanted.items():
-        tensor = getattr(given, name)
-        fits_in = (tensor is None) == (shape is None)
-        if tensor is not None and shape is not None:
-            fits_in = tensor.shape == shape and tensor.dtype == given.q.dtype and tensor.device == given.q.device
-        check(
-            fits_in,
-            f"resident: {name} is {None if tensor is None else (tensor.dtype, tuple(tensor.shape))}; it must be "
-            f"{None if shape is None else (given.q.dtype, shape)}, on {given.q.device}",
-        )
-    check(
-        given.fresh is None
-        or (given.fresh.shape == (B, T) and given.fresh.dtype == torch.bool and given.fresh.device == given.q.device),
-        f"resident: fresh is {given.fresh is not None and (given.fresh.dtype, tuple(given.fresh.shape))}; it must be "
-        f"{(torch.bool, (B, T))}, on {given.q.device}",
-    )
-
-
-def _check_on_gpu(q: Tensor, up: Tensor) -> None:
-    """What the kernels can take; `walk` asks before."""
-    check(q.dtype == torch.float32, f"resident: q is {q.dtype}; on a GPU it takes torch.float32")
-    check(
-        max(up.shape[-2:]) <= WIDEST,
-        f"resident: up is {tuple(up.shape[-2:])}; heads and units of at most {WIDEST} stay on chip, "
-        "the walk chunk by chunk takes any",
-    )
-    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else ROOM[0]
-    check(
-        major in ROOM,
-        f"resident: {q.device} is of sm_{major}0; sm_90 and sm_100 have room, the walk chunk by chunk needs none",
-    )
 
 
 def fits(q: Tensor, net: Net, count: int) -> bool:

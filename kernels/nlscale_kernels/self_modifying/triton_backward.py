@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nlscale_kernels.mlp_memory.triton import curve
-from nlscale_kernels.self_modifying.resident import DIFFERENTIABLE, Given, Walked, kept_by
+from nlscale_kernels.self_modifying.given import DIFFERENTIABLE, Given, Walked
+from nlscale_kernels.self_modifying.resident import kept_by
 from nlscale_kernels.triton_build import INTERPRET, Config, Launch, dot
 from nlscale_kernels.tuned import chosen
 
