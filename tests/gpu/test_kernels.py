@@ -248,9 +248,10 @@ def test_mlp_memory_operators(kind: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("limit", [0.0, 20.0])
-def test_memory_step(limit: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("units", [200, 700])  # one slice of a memory, and three
+def test_memory_step(units: int, limit: float, dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
-    weights = [torch.randn(2, 3, 2, 200, 64, generator=generator, device="cuda").to(dtype) for _ in range(6)]
+    weights = [torch.randn(2, 3, 2, units, 64, generator=generator, device="cuda").to(dtype) for _ in range(6)]
     keep, carry, left = (torch.rand(2, 3, generator=generator, device="cuda").to(dtype) for _ in range(3))
     this = Step(*weights[:4], keep, carry, left, -1.0, limit)
     exact = Step._make(x.double() if isinstance(x, Tensor) else x for x in this)

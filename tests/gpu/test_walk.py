@@ -56,7 +56,10 @@ def test_the_walk_by_every_config(width: int, momentum: bool, clip: bool, last: 
         for name, found, twice in zip(DIFFERENTIABLE, first, second, strict=True):
             right = theirs[name]
             assert torch.equal(found, twice)
-            assert name == "factors" or float((found - right).norm()) <= LIMIT * float(right.norm()), name
+            if name == "factors" and this.fresh is not None:  # those of zeros: nothing goes on where a document begins
+                alive = (~this.fresh[:, 63::64])[:, None, : right.shape[2], None]
+                found, right = (torch.cat([d[..., :1], d[..., 1:] * alive], -1) for d in (found, right))
+            assert float((found - right).norm()) <= LIMIT * float(right.norm()), name
 
 
 def test_memories_on_chip_are_memories_by_chunks() -> None:

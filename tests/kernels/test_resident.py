@@ -1,7 +1,6 @@
 """The walk with its memory on chip: the kernels, interpreted, against the chunks one by one in float64, and the operator."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -66,15 +65,6 @@ def ends(said: tuple[Tensor, ...]) -> list[Tensor]:
     return [numbers(*x.shape, seed=20) for x in said]
 
 
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Memory that nobody wrote is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("momentum", "documents", "clip", "last"), CASES)
 def test_kernels(momentum: bool, documents: bool, clip: bool, last: bool) -> None:
     this = given(momentum, documents, clip, last)
