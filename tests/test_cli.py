@@ -79,7 +79,7 @@ def test_check_says_what_it_would_do_without_torch(prepared: str) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "tensor 2 x pipeline 1 x 1 replicas = 2 ranks" in result.stdout
+    assert "tensor 2 x pipeline 1 x 1 replica = 2 ranks" in result.stdout
 
 
 @pytest.mark.parametrize("content", [None, "", "- a list\n", "model: [unclosed\n", "\xff"])

@@ -1,0 +1,176 @@
+"""What a second domain takes of the first, and how soon that comes back: a stream A, B, A of two languages of bigrams.
+
+Both languages have the same symbols and other successors, so that the weights that say what follows a symbol must change or
+hold both; which language a row is in, its first tokens tell. Arms are one level at several rates, one level that moves
+seldom (accumulation), continua of four levels, and the families of continual learning. Arms learn B at different speeds, so
+the loss on A is compared where the loss on B is the same: what the slowest arm ends with. As in experiment E1 of the
+continual-learning protocol, the single level's rate is swept: a lower rate forgets less, too.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from nlscale.bench.drill import Rows, alone, trained
+from nlscale.bench.table import Row, show
+from nlscale.config.read import read
+from nlscale.optim.build import Optimizer
+from nlscale.optim.tasks import IMPORTANCE, held
+from nlscale.parallel.apply import Parallelized
+from nlscale.runtime.quiet import quiet
+
+SYMBOLS, SUCCESSORS, TOKENS, ROWS, HELD_OUT = 64, 4, 64, 32, 128
+FIRST, SECOND, AGAIN, EVERY = 384, 384, 128, 8  # steps of A, of B, of A once more at most; steps between looks
+NEAR = 0.05  # A is learnt again when its loss is so near to what it was
+RATE = 3e-3
+MODEL = (
+    *("model.layers=2", "model.width=64", "model.heads=4", "model.kv_heads=4", "model.hidden=256", "model.tied=false"),
+    *(f"model.vocabulary={SYMBOLS}", "model.attention=causal", f"data.sequence={TOKENS}", "optim.weight_decay=0"),
+    *(
+        "optim.warmup=0.02",
+        "optim.schedule=wsd",
+        "optim.decay=0.001",
+        "train.precision=fp32",
+        "parallel.tensor=1",
+        "cluster.threads=1",
+    ),
+    *(f"train.micro_batch={ROWS}", f"train.global_batch={ROWS}"),
+)
+ONE, FOUR = "use.levels=plain", "use.levels=four"
+
+
+def all_of(what: str) -> str:
+    """One level with a switch of continual learning."""
+    return f"levels=[{{name: all, {what}}}]"
+
+
+ARMS = {
+    **{f"one level, rate x {factor:g}": [ONE, f"optim.lr={factor * RATE}"] for factor in (0.3, 1.0, 2.0, 4.0)},
+    "one level that moves every 16 steps": [all_of("period: 16"), f"optim.lr={3 * RATE}"],
+    "four levels, independent": [FOUR, f"optim.lr={RATE}"],
+    "four levels, sequential": [FOUR, "model.variant=sequential", f"optim.lr={RATE}"],
+    "four levels, nested": [FOUR, "model.variant=nested", f"optim.lr={RATE}"],
+    "elastic weight consolidation": [all_of("anchor: 10.0"), f"optim.lr={RATE}"],
+    "orthogonal moves": [all_of("project: 16"), f"optim.lr={RATE}"],
+    "replay, an eighth of the rows": [ONE, f"optim.lr={RATE}"],
+}
+SWEPT = [name for name in ARMS if name.startswith("one level, rate")]
+SEEDS = (1, 2)
+
+
+def language(seed: int) -> Tensor:
+    """Successors of every symbol (SYMBOLS, SUCCESSORS), all equally likely."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(SYMBOLS, SYMBOLS, generator=generator).argsort(1)[:, :SUCCESSORS]
+
+
+def rows_of(successors: Tensor, count: int, generator: torch.Generator) -> Rows:
+    """Tokens and the tokens after them (count, TOKENS)."""
+    tokens = [torch.randint(0, SYMBOLS, (count,), generator=generator)]
+    for _ in range(TOKENS):
+        choice = torch.randint(0, SUCCESSORS, (count,), generator=generator)
+        tokens.append(successors[tokens[-1], choice])
+    whole = torch.stack(tokens, 1)
+    return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
+
+
+@dataclass(frozen=True)
+class Course:
+    """Held-out losses (nats a token): on A after A, on both at every look while B is learnt; steps to learn A again."""
+
+    learnt: float
+    looks: list[tuple[float, float]]  # on B, on A
+    again: int
+
+    def at(self, level: float) -> float:
+        """Loss on A when that on B first is no more than `level`."""
+        return next((first for second, first in self.looks if second <= level), self.looks[-1][1])
+
+
+@torch.no_grad()
+def loss(model: Parallelized, rows: Rows) -> float:
+    """Nats a token."""
+    tokens, targets = rows
+    return float(model.chunks[0](tokens, targets, torch.zeros_like(tokens, dtype=torch.bool))) / targets.numel()
+
+
+def end_task(optimizer: Optimizer) -> None:
+    """What anchors and projections keep, they keep of A; before a task has ended an anchor does not pull."""
+    optimizer.tasks.end([group.level.name for group in optimizer.tasks.groups])
+
+
+def unanchored(optimizer: Optimizer) -> None:
+    """While no task has ended, nothing pulls to where the run began."""
+    for mover in optimizer.tasks.movers.values():
+        for rule, _ in held(mover):
+            if IMPORTANCE in rule.state:
+                rule.state[IMPORTANCE].zero_()
+
+
+def course(name: str, seed: int, steps: tuple[int, int, int] = (FIRST, SECOND, AGAIN)) -> Course:
+    """An arm through the stream."""
+    quiet()
+    run, generator = read("demo", [*MODEL, f"train.seed={seed}", *ARMS[name]]), torch.Generator().manual_seed(seed)
+    a, b = language(2 * seed), language(2 * seed + 1)
+    tests = [rows_of(each, HELD_OUT, torch.Generator().manual_seed(0)) for each in (a, b)]
+    first, second, _ = steps
+    looks: list[tuple[float, float]] = []
+    back: list[tuple[float, float]] = []
+    share = ROWS // 8 if name.startswith("replay") else 0
+
+    def made(step: int) -> Rows:
+        if first < step <= first + second:
+            pieces = rows_of(b, ROWS - share, generator), rows_of(a, share, generator)
+            return torch.cat([pieces[0][0], pieces[1][0]]), torch.cat([pieces[0][1], pieces[1][1]])
+        return rows_of(a, ROWS, generator)
+
+    with alone(run, sum(steps)) as (model, optimizer):
+        unanchored(optimizer)
+
+        def seen(step: int, _: float) -> None:
+            if step == first:
+                end_task(optimizer)
+            if step == first or step % EVERY == 0 and step > first:
+                on_a, on_b = (loss(model, rows) for rows in tests)
+                (looks if step <= first + second else back).append((on_b, on_a))
+
+        trained(model, optimizer, sum(steps), made, seen)
+    learnt = looks.pop(0)[1]
+    soon = next((place for place, (_, on_a) in enumerate(back, 1) if on_a <= learnt + NEAR), len(back) + 1)
+    return Course(learnt, looks, EVERY * soon)
+
+
+def main(target: str | None) -> int:
+    """Prints the table; 0 if an arm beside the swept ones forgets less than all of them at the same loss on B."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        jobs = {(name, seed): pool.submit(course, name, seed) for name in ARMS for seed in SEEDS}
+        found = {key: job.result() for key, job in jobs.items()}
+    levels = {seed: max(min(second for second, _ in found[name, seed].looks) for name in ARMS) for seed in SEEDS}
+    control = min(mean(found[name, seed].at(levels[seed]) for seed in SEEDS) for name in SWEPT)
+    table = [row for name in ARMS for row in rows_for(name, [found[name, s] for s in SEEDS], levels.values(), control)]
+    said = ", ".join(f"{level:.3f}" for level in levels.values())
+    return show(f"loss on A where the loss on B is {said}; baseline: one level at the best of its rates", table, target)
+
+
+def rows_for(name: str, courses: Sequence[Course], levels: object, control: float) -> list[Row]:
+    """An arm's loss on A at the matched loss on B, and how soon A is learnt again: means over the seeds."""
+    value = mean(each.at(level) for each, level in zip(courses, levels, strict=True))  # type: ignore[call-overload]
+    again = mean(each.again for each in courses)
+    return [
+        Row(
+            name,
+            value,
+            f"nats; {mean(each.learnt for each in courses):.3f} after A",
+            control,
+            value / control,
+            "",
+            True,
+        ),
+        Row(f"{name}: A again", again, "steps", None, None, "", True),
+    ]

@@ -1,0 +1,39 @@
+"""The stream of two languages (experiment E1 in small): what its rows are, what is read off a course, that arms differ."""
+
+import torch
+
+from nlscale.bench.forgetting import ARMS, SUCCESSORS, SWEPT, SYMBOLS, TOKENS, Course, course, language, rows_of
+from nlscale.config.read import read
+from nlscale.testing import ranks
+
+
+def test_rows_follow_their_language() -> None:
+    a, b = language(2), language(3)
+    assert a.shape == (SYMBOLS, SUCCESSORS) and not torch.equal(a, b)
+    assert all(len(set(row)) == SUCCESSORS for row in a.tolist())
+    tokens, targets = rows_of(a, 8, torch.Generator().manual_seed(0))
+    assert tokens.shape == targets.shape == (8, TOKENS) and torch.equal(tokens[:, 1:], targets[:, :-1])
+    assert bool((a[tokens] == targets[..., None]).any(-1).all())
+
+
+def test_losses_are_compared_where_the_second_language_is_known_equally_well() -> None:
+    seen = Course(1.4, [(5.0, 1.5), (2.0, 4.0), (1.5, 6.0), (1.45, 7.0)], 40)
+    assert (seen.at(2.1), seen.at(1.5), seen.at(1.0)) == (4.0, 6.0, 7.0)
+
+
+def test_every_arm_is_a_recipe_of_its_own() -> None:
+    runs = {name: read("demo", said) for name, said in ARMS.items()}
+    assert len({runs[name].optim.lr for name in SWEPT}) == len(SWEPT) >= 4
+    assert runs["elastic weight consolidation"].levels[0].anchor and runs["orthogonal moves"].levels[0].project
+    assert runs["four levels, nested"].model.variant == "nested" and len(runs["four levels, nested"].levels) == 4
+
+
+def test_a_second_language_takes_the_first_and_an_anchor_holds_it() -> None:
+    """A short stream: one level forgets A while it learns B; replay of A keeps some, and what is anchored moves less."""
+    arms = ("one level, rate x 1", "elastic weight consolidation", "replay, an eighth of the rows")
+    plain, anchored, replayed = (ranks(1, course, name, 1, (48, 16, 8))[0] for name in arms)
+    for each in (plain, anchored, replayed):
+        assert len(each.looks) == 2 and each.learnt < 4.3
+    assert plain.looks[-1][1] > plain.learnt + 0.1 and plain.looks[-1][0] < plain.looks[0][0]
+    assert replayed.looks[-1][1] < plain.looks[-1][1]
+    assert anchored.looks[-1][1] - anchored.learnt < plain.looks[-1][1] - plain.learnt
