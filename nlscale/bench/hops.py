@@ -78,11 +78,16 @@ def main(target: str | None) -> int:
             print(
                 f"{name}, seed {seed}: {two:.1%} after two hops, {one:.1%} after one", flush=True
             )  # should it be cut short
+    title = "right answers after two hops (one of two ends guessed: 50 %); baseline: after one"
+    return show(title, table(found), target)
+
+
+def table(found: dict[tuple[str, int], tuple[float, float]]) -> list[Row]:
+    """Every arm with every seed, then what is held to a target."""
     seeds = [
         Row(f"{name}, seed {seed}", two, "share", one, None, "", True) for (name, seed), (one, two) in found.items()
     ]
-    title = "right answers after two hops (one of two ends guessed: 50 %); baseline: after one"
-    return show(title, [*seeds, *(row(name, found) for name in ARMS)], target)
+    return [*seeds, *(row(name, found) for name in ARMS)]
 
 
 def row(name: str, found: dict[tuple[str, int], tuple[float, float]]) -> Row:

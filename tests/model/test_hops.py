@@ -2,7 +2,7 @@
 
 import torch
 
-from nlscale.bench.hops import ARMS, CHAINS, MODEL, SEEDS, SYMBOLS, TOKENS, WHOLE, chains, learnt, row
+from nlscale.bench.hops import ARMS, CHAINS, MODEL, SEEDS, SYMBOLS, TOKENS, WHOLE, chains, learnt, row, table
 from nlscale.config.read import read
 from nlscale.testing import ranks
 
@@ -37,6 +37,13 @@ def test_parts_are_held_to_what_they_are_worth() -> None:
     assert not row(WHOLE, whole | {(WHOLE, SEEDS[1]): (1.0, 0.9)}).ok
     for shares, ok in (((0.5, 0.9, 0.89), True), ((0.5, 0.96, 0.9), False)):  # the whole's mean: 0.8167
         assert row(part, whole | {(part, s): (1.0, share) for s, share in zip(SEEDS, shares, strict=True)}).ok is ok
+
+
+def test_the_table_has_every_arm_and_seed() -> None:
+    found = {(name, seed): (1.0, 1.0 if name == WHOLE else 0.9) for name in ARMS for seed in SEEDS}
+    rows = table(found)
+    assert len(rows) == len(ARMS) * (len(SEEDS) + 1) and all(each.ok for each in rows)
+    assert {each.target for each in rows} == {"", ">= 0.95", "<= 0.950"}
 
 
 def test_a_model_learns_what_is_asked_of_it() -> None:
