@@ -43,6 +43,7 @@ MODEL = (
     *(f"train.micro_batch={ROWS}", f"train.global_batch={ROWS}"),
 )
 ONE, FOUR = "use.levels=plain", "use.levels=four"
+NESTED = "four levels, nested"
 
 
 def all_of(what: str) -> str:
@@ -55,7 +56,7 @@ ARMS = {
     "one level that moves every 16 steps": [all_of("period: 16"), f"optim.lr={3 * RATE}"],
     "four levels, independent": [FOUR, f"optim.lr={RATE}"],
     "four levels, sequential": [FOUR, "model.variant=sequential", f"optim.lr={RATE}"],
-    "four levels, nested": [FOUR, "model.variant=nested", f"optim.lr={RATE}"],
+    NESTED: [FOUR, "model.variant=nested", f"optim.lr={RATE}"],
     "elastic weight consolidation": [all_of("anchor: 10.0"), f"optim.lr={RATE}"],
     "orthogonal moves": [all_of("project: 16"), f"optim.lr={RATE}"],
     "replay, an eighth of the rows": [ONE, f"optim.lr={RATE}"],
@@ -147,7 +148,7 @@ def course(name: str, seed: int, steps: tuple[int, int, int] = (FIRST, SECOND, A
 
 
 def main(target: str | None) -> int:
-    """Prints the table; 0 if an arm beside the swept ones forgets less than all of them at the same loss on B."""
+    """Prints the table; 0 if the nested continuum forgets less than one level does at any of its rates."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         jobs = {(name, seed): pool.submit(course, name, seed) for name in ARMS for seed in SEEDS}
         found = {key: job.result() for key, job in jobs.items()}

@@ -2,7 +2,19 @@
 
 import torch
 
-from nlscale.bench.forgetting import ARMS, SUCCESSORS, SWEPT, SYMBOLS, TOKENS, Course, course, language, rows_of
+from nlscale.bench.forgetting import (
+    ARMS,
+    NESTED,
+    SUCCESSORS,
+    SWEPT,
+    SYMBOLS,
+    TOKENS,
+    Course,
+    course,
+    language,
+    rows_for,
+    rows_of,
+)
 from nlscale.config.read import read
 from nlscale.testing import ranks
 
@@ -19,6 +31,14 @@ def test_rows_follow_their_language() -> None:
 def test_losses_are_compared_where_the_second_language_is_known_equally_well() -> None:
     seen = Course(1.4, [(5.0, 1.5), (2.0, 4.0), (1.5, 6.0), (1.45, 7.0)], 40)
     assert (seen.at(2.1), seen.at(1.5), seen.at(1.0)) == (4.0, 6.0, 7.0)
+
+
+def test_the_nested_continuum_is_held_to_the_best_single_level() -> None:
+    courses = [Course(1.4, [(2.0, 4.0)], 40), Course(1.4, [(2.0, 5.0)], 48)]
+    for control, ok in ((4.6, True), (4.4, False)):
+        nested, again = rows_for(NESTED, courses, [2.0, 2.0], control)
+        assert (nested.value, nested.ok, again.value) == (4.5, ok, 44)
+    assert rows_for(SWEPT[0], courses, [2.0, 2.0], 4.0)[0].ok
 
 
 def test_every_arm_is_a_recipe_of_its_own() -> None:
