@@ -45,6 +45,7 @@ class Watchdog:
         if self.seconds:
             self.alive.mkdir(parents=True, exist_ok=True)
             self.last, self.begun = time.monotonic(), time.time()
+            self.sign(0)  # a rank that stops before its thread's first sign is known, too
             self.thread.start()
         return self
 
