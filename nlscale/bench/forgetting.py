@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nlscale.bench.drill import Rows, alone, trained
-from nlscale.bench.table import Row, show
+from nlscale.bench.table import Row, at_most, show
 from nlscale.config.read import read
 from nlscale.optim.build import Optimizer
 from nlscale.optim.tasks import IMPORTANCE, held
