@@ -96,7 +96,7 @@ def laid_out(layout: str | None, model: str, mixer: str) -> DictConfig:
         f"use.layout={layout}: choose from {', '.join(shipped('layout'))}, or a YAML file",
     )
     rows = load(Path(layout) if by_path else CONFIGS / "layout" / f"{layout}.yaml")
-    others = [name for name in shipped("layout") if model in load(CONFIGS / "layout" / f"{name}.yaml")]
+    others = tables_with(model)
     require(
         model in rows,
         f"use.layout={layout} has no layout for {model or 'a recipe that names no model file'}, only for "
@@ -110,6 +110,11 @@ def tables_for(recipe: str, overrides: Sequence[str]) -> list[str]:
     """Names of the shipped tables of layouts that have a row for the recipe's model."""
     said = OmegaConf.from_dotlist([override.removeprefix("--") for override in overrides])
     model = OmegaConf.select(OmegaConf.merge(load(find(recipe)), said), "use.model", default="")
+    return tables_with(model)
+
+
+def tables_with(model: str) -> list[str]:
+    """Names of the shipped tables of layouts that have a row for a model, fewest GPUs first."""
     tables = sorted(shipped("layout"), key=lambda name: int(name.rsplit("-", 1)[1]))
     return [name for name in tables if model in load(CONFIGS / "layout" / f"{name}.yaml")]
 

@@ -219,9 +219,9 @@ def flat(
     fresh = None if tokens.starts is None else torch.cat([part for part in parts if part is not None], 1)
     return Given(
         q=tokens.q,
-        k=F.pad(said.k, (0, 0, 0, missing)),
-        v=F.pad(said.v, (0, 0, 0, missing)),
-        rate=F.pad(said.rate, (0, missing)),
+        k=F.pad(said.k, (0, 0, 0, missing)) if missing else said.k,
+        v=F.pad(said.v, (0, 0, 0, missing)) if missing else said.v,
+        rate=F.pad(said.rate, (0, missing)) if missing else said.rate,
         reach=torch.cat([each.reach for each in all_writes], 2),
         write=torch.cat([s.write_BHC for s in scalars], 2),
         hold=None if speed is None else torch.cat([s.hold_BHC for s in scalars], 2),
