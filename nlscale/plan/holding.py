@@ -19,13 +19,13 @@ BESIDE = 20.0
 # ... by the mixer, on this rank's heads. Attention: without and for its keys and values.
 KEPT = {
     "attention": 7.4,
-    "linear": 68.5,
-    "delta": 71.5,
-    "titans": 82.7,
-    "titans_mac": 54.0,
-    "titans_mag": 118.0,
-    "titans_mal": 105.0,
-    "self_modifying": 57.7,  # and what chunks add (`by_chunks`)
+    "linear": 58.6,
+    "delta": 65.8,
+    "titans": 73.0,
+    "titans_mac": 40.1,
+    "titans_mag": 104.3,
+    "titans_mal": 90.1,
+    "self_modifying": 40.5,  # and what chunks add (`by_chunks`)
 }
 PAIRS = 4.6
 # Projections of all heads' width that one product computes together, beside keys and values of attention.
@@ -263,8 +263,10 @@ def by_chunks(run: Run) -> float:
     settings, width = run.model.self_modifying, run.model.head_width
     went_on = 1 - settings.makers / run.data.sequence if run.model.reset == "row" else 1.0
     states = (64.0 if settings.momentum else 32.0) * (settings.hidden or width) / settings.makers * went_on
-    extra = 8.0 * settings.gate - 4.6 * (not settings.momentum) + 177.0 * (not settings.recompute)
-    return 2.6 * width / settings.chunk + states + extra
+    extra = 8.0 * settings.gate - 1.1 * (not settings.momentum)
+    if not settings.recompute:
+        extra += 41.0 + 17.0 * width / settings.chunk + 96.0 * went_on
+    return 4.6 * width / settings.chunk + states + extra
 
 
 def beat(level: Level) -> float:

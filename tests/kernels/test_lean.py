@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from nlscale_kernels.mlp_memory import Net, gathered, lean, read, reference
-from nlscale_kernels.mlp_memory.bounded import bounded
+from nlscale_kernels.mlp_memory import Net, gathered, lean, read, reference, self_taught
 from nlscale_kernels.unit import unit
 from torch import Tensor
 
@@ -37,28 +36,30 @@ def test_gradients_are_the_references(rows: int, count: int, out: int, activatio
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("rows", [1, B])
+@pytest.mark.parametrize(("count", "out"), [(2, K), (2, 1), (1, K)])
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_a_memory_that_answers_itself_is_taught_its_own_answers(
+    rows: int, count: int, out: int, activation: str, kinds: int
+) -> None:
+    inner = 2 * M if activation == "swiglu" else M
+    net = Net(numbers(rows, H, count, inner, K), numbers(rows, H, count, out, M))
+    key, value, reach = numbers(B, H, C, K), numbers(B, H, C, K), numbers(B, H, C, 3)
+    share, weights = numbers(B, H, C), [numbers(B, H, C), numbers(B, H, C) + 1][:kinds]
+    value = value.detach().flip(2).requires_grad_()
+    given, results = [*net, key, value, reach, share, *weights[:1]], []
+    for form in (lean, reference):
+        first, second = form.self_taught(net, key, value, reach, share, weights, activation)
+        outputs = [first, *second]
+        total = sum((each * numbers(*each.shape).detach()).sum() for each in outputs)
+        results.append(outputs + list(torch.autograd.grad(total, given)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_what_the_package_offers_are_the_lean_forms() -> None:
-    assert read is lean.read and gathered is lean.gathered
-
-
-@pytest.mark.parametrize("limit", [0.0, 1.5, 100.0])
-@pytest.mark.parametrize("two", [False, True])
-def test_bounded_is_its_formula(limit: float, two: bool) -> None:
-    change, beside = numbers(B, H, M, K), numbers(B, H, M, K + 1)
-    given = (change, beside) if two else (change,)
-    norm = change.square().sum((-2, -1), keepdim=True).sqrt()
-    share = torch.minimum(torch.ones(()), limit / norm) if limit else torch.ones_like(norm)
-    assert limit != 1.5 or int((share < 1).sum()) > 0
-    ours, theirs = [each for each in bounded(limit, *given) if each is not None], [each * share for each in given]
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-    weights = [numbers(*each.shape).detach() + 1 for each in theirs]
-    slopes = [
-        torch.autograd.grad(sum((x * w).sum() for x, w in zip(form, weights, strict=True)), given, retain_graph=True)
-        for form in (ours, theirs)
-    ]
-    for a, b in zip(*slopes, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert read is lean.read and gathered is lean.gathered and self_taught is lean.self_taught
 
 
 def test_unit_is_torchs_normalize_and_rms_norm() -> None:

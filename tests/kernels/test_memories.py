@@ -1,6 +1,7 @@
 """Sequence memories by chunks against the same token by token, in float64; hand-over, resets, causality, gradients."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from nlscale_kernels.linear_memory import Affine, affine, compose, linear_memory, serial
 from nlscale_kernels.linear_memory import Tokens as Pairs
 from nlscale_kernels.mlp_memory import Net
-from nlscale_kernels.self_modifying import Gates, Memories, State, Still, self_modifying
+from nlscale_kernels.self_modifying import Gates, Memories, State, Still, self_modifying, walk
 from nlscale_kernels.self_modifying import Tokens as Inputs
 from nlscale_kernels.titans import Memory, titans
 from nlscale_kernels.titans import Tokens as Surprises
@@ -288,14 +289,22 @@ def test_recomputed_chunks_give_the_same_gradients(starts: Tensor | None) -> Non
 
 
 def test_gradients_agree_with_finite_differences() -> None:
+    """Of all that self-modifying Titans are given, the state they go on from included, and of all they say and hand on."""
     tokens = inputs(STARTS, True).runs(8)[0]
+    state = self_modifying(inputs(None, True), (4, 2), FIVE, GATES)[1]
+    assert state is not None and state.momentum is not None and tokens.log_momentum is not None
+    parts = [x for each in (FIVE, state.memories, state.momentum) for own in each for x in own]
 
-    def smt(x: Tensor, q: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        memories = FIVE._replace(vectors=FIVE.vectors._replace(up=up), gates=FIVE.gates._replace(down=down))
-        return self_modifying(tokens._replace(x=x, q=q), (4, 2), memories, GATES)[0]
+    def smt(x: Tensor, q: Tensor, momentum: Tensor, rate: Tensor, keep: Tensor, *parts: Tensor) -> Any:
+        nets = [Net(*parts[n : n + 2]) for n in range(0, 18, 2)]
+        initial, now, speed = (Memories(*nets[n : n + 3]) for n in (0, 3, 6))
+        gates = GATES._replace(rate_bias=rate, keep_bias=keep, clip=0.3)
+        o, left = self_modifying(Inputs(x, q, momentum, tokens.starts), (4, 2), initial, gates, State(now, speed))
+        assert left is not None and left.momentum is not None
+        return o, *(x for each in (*left.memories, *left.momentum) for x in each)
 
-    leaves = [t.detach().clone().requires_grad_() for t in (tokens.x, tokens.q, FIVE.vectors.up, FIVE.gates.down)]
-    assert torch.autograd.gradcheck(smt, leaves, fast_mode=True)
+    given = (tokens.x, tokens.q, tokens.log_momentum, GATES.rate_bias, GATES.keep_bias, *parts)
+    assert torch.autograd.gradcheck(smt, [t.detach().clone().requires_grad_() for t in given], fast_mode=True)
 
     def lmm(k: Tensor, v: Tensor, up: Tensor) -> Tensor:
         each = surprises()
@@ -337,6 +346,35 @@ def test_the_last_chunk_writes_only_where_the_state_is_wanted() -> None:
     assert state is None and torch.equal(o, self_modifying(inputs(), (4, 2), FIVE, GATES)[0])
     assert isinstance(self_modifying(inputs(), (4, 2), FIVE, GATES)[1], State)
     assert isinstance(titans(surprises(), 4, net(1))[1], Memory)
+
+
+@pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
+@pytest.mark.parametrize("chunks", [(4, 2), (4, 4), (12, 4), (24, 8), (24, 24)])
+def test_momentum_that_nobody_asks_for_is_not_made(
+    chunks: tuple[int, int], starts: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last writes' part in it is left out where the state is not handed on; outputs and gradients are the same."""
+    found, real = [], walk.lesson
+    for hand_on in (True, False):
+        alone: list[bool] = []
+
+        def noted(*given: Any, seen: list[bool] = alone) -> Any:
+            said = real(*given)
+            seen.append(len(said.weights) == 1)
+            return said
+
+        monkeypatch.setattr(walk, "lesson", noted)
+        tokens = inputs(starts, True)
+        leaves = [t.requires_grad_() for t in (tokens.x, tokens.q, *FIVE.vectors, *FIVE.gates, *FIVE.main)]
+        o, _ = self_modifying(tokens, chunks, FIVE, GATES._replace(clip=0.3), None, hand_on)
+        grads = torch.autograd.grad((o * numbers(*o.shape, seed=50)).sum(), leaves, allow_unused=True)
+        found.append([o, *(torch.zeros(()).double() if each is None else each for each in grads)])
+        anchors = 1 if starts is None else 2
+        assert sum(alone) == (0 if hand_on else anchors * sum(size < T for size in chunks))
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a.expand_as(b), b, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])

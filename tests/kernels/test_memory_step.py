@@ -68,6 +68,21 @@ def test_gradients_written_out_are_autograds(kind: str, limit: float) -> None:
     assert all(not getattr(mine, name).numel() for name in set(step.Moved._fields) - set(names))
 
 
+@pytest.mark.parametrize("rows", [1, B])
+@pytest.mark.parametrize(("kind", "limit"), WAYS)
+def test_on_a_cpu_gradients_come_of_what_is_left(kind: str, limit: float, rows: int) -> None:
+    """`moved` keeps neither what was written nor what was added; a state that all rows share gets their sum."""
+    whole = given(kind, limit)
+    this = whole._replace(state=whole.state[:rows], speed=None if whole.speed is None else whole.speed[:rows])
+    leaves = [x.requires_grad_() for x in this if isinstance(x, Tensor)]
+    found = []
+    for form in (moved, step.stepped):
+        outputs = [x for x in form(this) if x is not None]
+        found.append([*outputs, *torch.autograd.grad(outputs, leaves, ends(whole)[: len(outputs)])])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("slices", [1, 3])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("kind", "limit"), WAYS)

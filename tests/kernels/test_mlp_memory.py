@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from nlscale_kernels.mlp_memory import Net, gathered, glue, lean, op, read, triton
+from nlscale_kernels.mlp_memory import Net, gathered, glue, lean, op, read, self_taught, triton
 from nlscale_kernels.mlp_memory.glue import ACTIVATIONS, TORCH, Second
 from torch import Tensor
 
@@ -90,7 +90,7 @@ def test_kernels_of_errors(width: int, targets: int, adds: bool, dtype: torch.dt
 
 
 def test_flows_by_operators_are_those_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward of both functions, with kernels where a GPU would run them."""
+    """Forward and backward of all three functions, with kernels where a GPU would run them."""
     for kind in ACTIVATIONS:
         wide = 2 * M if kind == "swiglu" else M
         net = Net(0.3 * numbers(B, H, N, wide, K), 0.3 * numbers(B, H, N, K, M))
@@ -102,6 +102,8 @@ def test_flows_by_operators_are_those_by_torch(monkeypatch: pytest.MonkeyPatch) 
                 monkeypatch.setattr(lean, "glue_for", lambda x, activation: interpreted(activation))
             first, second = gathered(Net(*leaves[:2]), *leaves[2:5], leaves[5:], kind)
             outputs = [first, *second, read(Net(*leaves[:2]), leaves[2], kind)]
+            own = self_taught(Net(*leaves[:2]), leaves[2], leaves[3].squeeze(2), leaves[4], leaves[5], leaves[5:], kind)
+            outputs += [own[0], *own[1]]
             loss = sum((x * numbers(*x.shape, seed=9).float()).sum() for x in outputs)
             found.append([*outputs, *torch.autograd.grad(loss, leaves)])
         monkeypatch.undo()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from nlscale_kernels.self_modifying.writes import Writes, joined, writes_of
+from nlscale_kernels.self_modifying.writes import Erased, Writes, joined, writes_of
+from nlscale_kernels.span import filtered, span_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -87,3 +88,23 @@ def test_joining_takes_one_product_a_chunk() -> None:
         return counter.get_total_flops()
 
     assert operations(17) == 16 * operations(2)
+
+
+@pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
+def test_what_is_made_anew_in_backward_has_autograds_gradients(starts: Tensor | None) -> None:
+    keep = F.logsigmoid(numbers(B, H, N * C)).requires_grad_()
+
+    def scalars(log_keep: Tensor, log_momentum: Tensor) -> list[Tensor]:
+        found = filtered(span_of(log_keep, starts), log_momentum)
+        return [found.write_BHC, found.hold_BHC, found.carry_BH, found.left_BH]
+
+    leaves = keep, LOG_MOMENTUM.clone().requires_grad_()
+    assert torch.autograd.gradcheck(scalars, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(scalars, leaves, fast_mode=True)
+    erased = [numbers(B, H, C, K), numbers(B, H, C, 1), numbers(B, H, C, K).flip(2)]
+    torch.testing.assert_close(
+        Erased.apply(*erased), torch.einsum("bhck,bhc,bhca->bhka", erased[0], erased[1][..., 0], erased[2])
+    )
+    leaves = [x.requires_grad_() for x in erased]
+    assert torch.autograd.gradcheck(Erased.apply, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(Erased.apply, leaves, fast_mode=True)

@@ -58,16 +58,17 @@ class Silu:
         return gradient
 
     def rise(self, before: Tensor) -> tuple[Tensor, Tensor]:
-        """s'(h) = g + s (1 - g)."""
+        """s'(h) = g + h u, u = g (1 - g)."""
         gate = torch.sigmoid(before)
-        active = before * gate
-        return active, torch.addcmul(active, active, gate, value=-1).add_(gate)
+        slope = torch.addcmul(gate, gate, gate, value=-1)
+        return before * gate, torch.addcmul(gate, before, slope)
 
-    def bend(self, before: Tensor, active: Tensor) -> Tensor:
-        """s''(h) = g (1 - g) (2 + h - 2 s)."""
+    def curve(self, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """s, s' and s''(h) = u (2 + h - 2 s)."""
         gate = torch.sigmoid(before)
-        rest = torch.sub(before, active, alpha=2).add_(2)
-        return torch.addcmul(gate, gate, gate, value=-1).mul_(rest)
+        slope, active = torch.addcmul(gate, gate, gate, value=-1), before * gate
+        rise = gate.addcmul_(before, slope)
+        return active, rise, torch.sub(before, active, alpha=2).add_(2).mul_(slope)
 
     def pulled(self, rise: Tensor, inward: Tensor) -> Tensor:
         """See Activation."""
@@ -75,9 +76,9 @@ class Silu:
 
     def second(self, before: Tensor, inward: Tensor, d_back: Tensor) -> Second:
         """See Activation."""
-        active, rise = self.rise(before)
+        active, rise, bend = self.curve(before)
         pulled, pushed = inward * rise, d_back * rise
-        return Second(active, pulled, pushed, d_back.mul_(inward).mul_(self.bend(before, active)), rise)
+        return Second(active, pulled, pushed, d_back.mul_(inward).mul_(bend), rise)
 
     def last(self, kept: Tensor, d_active: Tensor, bent: Tensor) -> Tensor:
         """See Activation."""
@@ -101,9 +102,9 @@ class Gelu(Silu):
         below = torch.erf(before / sqrt(2)).add_(1).mul_(0.5)
         return before * below, below.addcmul_(before, density(before))
 
-    def bend(self, before: Tensor, active: Tensor) -> Tensor:
-        """s''(h) = p (2 - h^2)."""
-        return density(before).mul_(2 - before.square())
+    def curve(self, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """s, s' and s''(h) = p (2 - h^2)."""
+        return *self.rise(before), density(before).mul_(2 - before.square())
 
 
 class Swiglu:
@@ -133,11 +134,11 @@ class Swiglu:
 
     def second(self, before: Tensor, inward: Tensor, d_back: Tensor) -> Second:
         """See Activation."""
-        active, jacobian = self.rise(before)
         (gate, up), (d_gate, d_up) = before.chunk(2, -1), d_back.chunk(2, -1)
-        value, rise = self.gate.rise(gate)
+        value, rise, bend = self.gate.curve(gate)
+        active, jacobian = value * up, torch.cat([rise * up, value], -1)
         pushed = (jacobian * d_back).unflatten(-1, (2, -1)).sum(-2)
-        of_gate = (self.gate.bend(gate, value) * up * d_gate + rise * d_up) * inward
+        of_gate = (bend * up * d_gate + rise * d_up) * inward
         bent = torch.cat([of_gate, rise * d_gate * inward], -1)
         return Second(active, self.pulled(jacobian, inward), pushed, bent, jacobian)
 

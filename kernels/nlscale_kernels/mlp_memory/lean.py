@@ -29,17 +29,33 @@ def gathered(
     return first, list(second.split(net.down.shape[-2], -2))
 
 
+def self_taught(
+    net: Net,
+    key: Tensor,
+    value: Tensor,
+    reach: Tensor,
+    share: Tensor,
+    weights: Sequence[Tensor],
+    activation: str = "silu",
+) -> tuple[Tensor, list[Tensor]]:
+    """gathered with the memories' own answers to values (B, H, C, K) as targets, and share (B, H, C) times reach arriving:
+    gathered(net, key, read(net, value), share reach, weights).
+    """
+    given = (key, value, reach, share.unsqueeze(-1), torch.stack(list(weights), -1), *net, net.adds, activation)
+    first, second = SelfTaught.apply(*given)
+    return first, list(second.split(net.down.shape[-2], -2))
+
+
 class Read(torch.autograd.Function):
-    """read, keeping W2 z and its activation."""
+    """read, keeping W2 z."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, up: Tensor, down: Tensor, adds: bool, activation: str) -> Tensor:
         """(B, H, N, C, O)."""
         glue = glue_for(z, activation)
         before = z.unsqueeze(2) @ up.mT
-        active = glue.active(before)
-        said = active @ down.mT
-        ctx.save_for_backward(z, up, down, before, active)
+        said = glue.active(before) @ down.mT
+        ctx.save_for_backward(z, up, down, before)
         ctx.adds, ctx.activation = adds, activation
         return said.add_(z.unsqueeze(2)) if adds else said
 
@@ -47,9 +63,10 @@ class Read(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of z, W2 and W1."""
-        z, up, down, before, active = ctx.saved_tensors
-        d_down = summed(of.mT @ active, down.shape)
-        d_before = glue_for(z, ctx.activation).returned(before, of @ down)
+        z, up, down, before = ctx.saved_tensors
+        glue = glue_for(z, ctx.activation)
+        d_down = summed(of.mT @ glue.active(before), down.shape)
+        d_before = glue.returned(before, of @ down)
         d_up = summed(d_before.mT @ z.unsqueeze(2), up.shape)
         d_z = (d_before @ up).add_(of) if ctx.adds else d_before @ up
         return over_memories(d_z), d_up, d_down, None, None
@@ -96,6 +113,58 @@ class Gathered(torch.autograd.Function):
         d_key = d_before @ up
         d_key = over_memories(d_key.add_(d_error) if ctx.adds else d_key)
         return d_key, summed(d_error.neg_(), target.shape), d_arrives, d_weights, d_up, d_down, None, None
+
+
+class SelfTaught(torch.autograd.Function):
+    """self_taught, keeping W2 k, W2 v and the errors, which are M(k) - M(v): W1 is multiplied once, by the difference."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        key: Tensor,
+        value: Tensor,
+        reach: Tensor,
+        share: Tensor,
+        weights: Tensor,
+        up: Tensor,
+        down: Tensor,
+        adds: bool,
+        activation: str,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, H, N, I, A) and (B, H, N, W O, M)."""
+        glue = glue_for(key, activation)
+        before, goal = key.unsqueeze(2) @ up.mT, value.unsqueeze(2) @ up.mT
+        active, rise = glue.rise(before)
+        heard = (active - glue.active(goal)) @ down.mT
+        target = value.unsqueeze(2) if adds else heard.new_zeros(()).expand(*key.shape[:2], 1, *heard.shape[3:])
+        error, weighed = glue.errors(heard, target, key if adds else None, weights)
+        back = glue.pulled(rise, error @ down)
+        ctx.save_for_backward(key, value, reach, share, weights, up, down, before, goal, error)
+        ctx.adds, ctx.activation = adds, activation
+        return back.mT @ (share * reach).unsqueeze(2), weighed.mT @ active
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of all tensors."""
+        key, value, reach, share, weights, up, down, before, goal, error = ctx.saved_tensors
+        glue, width = glue_for(key, ctx.activation), down.shape[-2]
+        active, pulled, pushed, bent, kept = glue.second(
+            before, error @ down, (share * reach).unsqueeze(2) @ d_first.mT
+        )
+        d_arrives = over_memories(pulled @ d_first)
+        d_share = (d_arrives * reach).sum(-1, keepdim=True)
+        d_weights, d_error, spread = glue.of_errors(active @ d_second.mT, error, weights, pushed @ down.mT)
+        through = d_error @ down  # what s(W2 k) hears of the errors, and s(W2 v) with the other sign
+        d_active = (spread[..., :-width] @ d_second).add_(through)
+        d_down = summed(error.mT @ pushed + d_error.mT @ (active - glue.active(goal)), down.shape)
+        d_before, d_goal = glue.last(kept, d_active, bent), glue.returned(goal, through)
+        d_up = summed(d_before.mT @ key.unsqueeze(2) - d_goal.mT @ value.unsqueeze(2), up.shape)
+        d_key, d_value = d_before @ up, d_goal @ up
+        if ctx.adds:
+            d_key, d_value = d_key.add_(d_error), d_value.add_(d_error)
+        of_tokens = over_memories(d_key), over_memories(d_value).neg_(), d_arrives * share, d_share, d_weights
+        return *of_tokens, d_up, d_down, None, None
 
 
 def over_memories(gradient: Tensor) -> Tensor:

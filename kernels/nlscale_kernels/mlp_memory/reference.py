@@ -61,3 +61,16 @@ def gathered(
     back = torch.func.vjp(ACTIVATIONS[activation], before)[1](error @ net.down)[0]
     first = back.mT @ arrives.unsqueeze(2)
     return first, [(error * weight.unsqueeze(2).unsqueeze(-1)).mT @ active for weight in weights]
+
+
+def self_taught(
+    net: Net,
+    key: Tensor,
+    value: Tensor,
+    reach: Tensor,
+    share: Tensor,
+    weights: Sequence[Tensor],
+    activation: str = "silu",
+) -> tuple[Tensor, list[Tensor]]:
+    """gathered, the targets being the memories' own answers to values (B, H, C, K); share (B, H, C) of reach arrives."""
+    return gathered(net, key, read(net, value, activation), share.unsqueeze(-1) * reach, weights, activation)

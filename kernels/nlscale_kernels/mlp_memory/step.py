@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nlscale_kernels.arguments import NARROW, check, check_dtypes
-from nlscale_kernels.mlp_memory.bounded import bounded
 
 
 class Step(NamedTuple):
@@ -45,11 +45,23 @@ def wide(factor: Tensor) -> Tensor:
 
 def stepped(step: Step) -> tuple[Tensor, Tensor | None]:
     """keep state + add, and the momentum after it."""
+    return ended(step, *added(step)[:2])
+
+
+def added(step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What is added to the state and, where that differs, what the momentum is then; their share that the limit leaves."""
     add, then = signed(step, step.speed, step.carry, step.written), None
     if step.held is not None:
         then = signed(step, step.speed, step.left, step.held)
-    add, then = bounded(step.limit, add, then)
-    after = step.state + add if step.keep is None else step.state * wide(step.keep) + add
+    if not step.limit:
+        return add, then, None
+    share = step.limit / torch.linalg.vector_norm(add, dim=(-2, -1), keepdim=True).clamp(min=step.limit)
+    return add * share, None if then is None else then * share, share
+
+
+def ended(step: Step, add: Tensor, then: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """State and momentum."""
+    after = (step.state if step.keep is None else step.state * wide(step.keep)) + add
     return after, None if step.speed is None else add if then is None else then
 
 
@@ -96,35 +108,49 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `gradients`."""
     step = Step(state, speed, written, held, keep_BH, carry_BH, left_BH, sign, limit)
-    found = gradients(step, d_after, d_then)
-    return Moved._make(x if x.numel() else x.clone() for x in found)  # an operator's results are no aliases
+    return Moved._make(x.clone() for x in gradients(step, d_after, d_then))  # an operator's results are no aliases
 
 
 def gradients(step: Step, d_after: Tensor, d_then: Tensor) -> Moved:
     """From those of the state after the step and of its momentum; nothing but the inputs was kept."""
-    nothing, axes = d_after.new_empty(0), (-2, -1)
-    signed = step.sign * step.written
-    add = signed if step.speed is None or step.carry is None else signed + wide(step.carry) * step.speed
-    then = add
-    if step.held is not None and step.speed is not None and step.left is not None:
-        then = step.sign * step.held + wide(step.left) * step.speed
-    square, share = add.square().sum(axes, keepdim=True), torch.ones_like(add[..., :1, :1])
-    of_then = torch.zeros_like(d_after) if step.speed is None else d_then
-    d_add, d_share = d_after, (add * d_after + then * of_then).sum(axes, keepdim=True)
-    if step.limit:
-        share = step.limit / square.sqrt().clamp(min=step.limit)
-    d_add = share * d_after - torch.where(share < 1, d_share * share / square, 0) * add
-    d_then = share * of_then
-    d_add = d_add + d_then if step.held is None else d_add
+    nothing, of_then = d_after.new_empty(0), None if step.speed is None else d_then
+    d_add, d_then = within(step, d_after, of_then)
     d_state = d_after if step.keep is None else wide(step.keep) * d_after
-    d_keep = nothing if step.keep is None else (step.state * d_after).sum((2, 3, 4))
+    d_keep = nothing if step.keep is None else summed(step.state, d_after)
     d_speed = d_carry = d_left = d_held = nothing
+    if step.held is None and of_then is not None:
+        d_add = d_add + d_then
     if step.speed is not None and step.carry is not None:
-        d_speed, d_carry = wide(step.carry) * d_add, (step.speed * d_add).sum((2, 3, 4))
+        d_speed, d_carry = wide(step.carry) * d_add, summed(step.speed, d_add)
     if step.held is not None and step.speed is not None and step.left is not None:
-        d_speed, d_left = d_speed + wide(step.left) * d_then, (step.speed * d_then).sum((2, 3, 4))
+        d_speed, d_left = torch.addcmul(d_speed, wide(step.left), d_then), summed(step.speed, d_then)
         d_held = step.sign * d_then
-    return Moved(d_state.clone(), d_speed, step.sign * d_add, d_held, d_keep, d_carry, d_left)
+    return Moved(d_state, d_speed, d_add if step.sign == 1 else step.sign * d_add, d_held, d_keep, d_carry, d_left)
+
+
+def within(step: Step, d_after: Tensor, of_then: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of what is added to state and momentum, before the limit; of_then None: there is no momentum."""
+    if not step.limit:
+        return d_after, d_after if of_then is None else of_then
+    add = then = signed(step, step.speed, step.carry, step.written)
+    if step.held is not None:
+        then = signed(step, step.speed, step.left, step.held)
+    square, along = dot(add, add), dot(add, d_after)
+    if of_then is not None:
+        along = along + dot(then, of_then)
+    share = step.limit / square.sqrt().clamp(min=step.limit)
+    d_add = torch.addcmul(share * d_after, torch.where(share < 1, -along * share / square, 0), add)
+    return d_add, d_after if of_then is None else share * of_then
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sums of products (..., 1, 1) over the last two axes."""
+    return a.flatten(-2).unsqueeze(-2) @ b.flatten(-2).unsqueeze(-1)
+
+
+def summed(a: Tensor, b: Tensor) -> Tensor:
+    """Products (B, H, N, O, I) summed over what a factor (B, H) multiplies."""
+    return (a * b).sum((2, 3, 4))
 
 
 def _forward_on_gpu(*given: Any) -> tuple[Tensor, Tensor]:
@@ -194,10 +220,51 @@ def _backward(ctx: Any, d_after: Tensor, d_then: Tensor) -> tuple[Tensor | None,
 forward.register_autograd(_backward, setup_context=_save)
 
 
+class Plainly(torch.autograd.Function):
+    """`stepped` without an operator's dispatch; it keeps states and momenta, as others do, and not what was written."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor | None]:
+        """See `stepped`."""
+        step = Step._make(given)
+        add, then, share = added(step)
+        after, then = ended(step, add, then)
+        ctx.same, ctx.sign, ctx.limit = step.held is None and step.speed is not None, step.sign, step.limit
+        apart = bool(step.limit) and not ctx.same  # what was added is the difference of states
+        state = step.state if apart or step.keep is not None else None
+        ends = after if apart else None, then if step.limit else None, share
+        ctx.save_for_backward(state, step.speed, step.keep, step.carry, step.left, *ends)
+        return after, then
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_after: Tensor, d_then: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """See `gradients`; with share s = limit / |add| below 1, d_add = s (d - a (a . d) / limit^2), a = s add."""
+        state, speed, keep, carry, left, after, then, share = ctx.saved_tensors
+        d_state = d_after if keep is None else wide(keep) * d_after
+        d_keep = None if keep is None else summed(state, d_after)
+        d_add = d_after + d_then if ctx.same else d_after
+        if share is not None:
+            added = then if ctx.same else after - (state if keep is None else wide(keep) * state)
+            along = dot(added, d_add)
+            if left is not None:
+                along, d_then = along + dot(then, d_then), share * d_then
+            d_add = torch.addcmul(d_add, torch.where(share < 1, along / -(ctx.limit**2), 0), added) * share
+        d_speed = d_held = d_carry = d_left = None
+        if speed is not None:
+            d_speed, d_carry = wide(carry) * d_add, summed(speed, d_add)
+            if left is not None:
+                d_speed, d_left = torch.addcmul(d_speed, wide(left), d_then), summed(speed, d_then)
+                d_held = d_then if ctx.sign == 1 else ctx.sign * d_then
+        d_written = d_add if ctx.sign == 1 else ctx.sign * d_add
+        return d_state, d_speed, d_written, d_held, d_keep, d_carry, d_left, None, None
+
+
 def moved(step: Step) -> tuple[Tensor, Tensor | None]:
-    """State and momentum after a step: the operator on a GPU and where torch.compile traces; else `stepped`."""
-    if step.written.is_cpu and not torch.compiler.is_compiling():
-        return stepped(step)
+    """State and momentum after a step: the operator on a GPU and where torch.compile traces; else `Plainly`."""
     state, speed = (None if x is None else x.expand_as(step.written) for x in step[:2])
+    if step.written.is_cpu and not torch.compiler.is_compiling():
+        found: tuple[Tensor, Tensor | None] = Plainly.apply(state, speed, *step[2:])
+        return found
     after, then = forward(state, speed, *step[2:])
     return after, None if speed is None else then

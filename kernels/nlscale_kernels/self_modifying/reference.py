@@ -36,7 +36,7 @@ from nlscale_kernels.self_modifying.parts import (
     directly,
 )
 from nlscale_kernels.self_modifying.resident import walk
-from nlscale_kernels.self_modifying.walk import look, whole, write
+from nlscale_kernels.self_modifying.walk import lessons, look, whole, write
 from nlscale_kernels.self_modifying.writes import Writes, joined, writes_of
 from nlscale_kernels.unit import unit
 
@@ -57,13 +57,15 @@ def held(still: Tensor | bool | None, old: Net, new: Net) -> Net:
 
 
 def block(
-    tokens: Tokens, state: State, initial: Memories, gates: Gates, chunk: int, last: bool, call: Caller
+    tokens: Tokens, state: State, initial: Memories, gates: Gates, chunk: int, left: int | None, call: Caller
 ) -> tuple[Tensor, State]:
-    """One chunk of the makers, and in it the chunks of the main memory; the `last` chunk writes nothing.
+    """One chunk of the makers, and in it the chunks of the main memory.
 
+    `left`: how many more come, of which the last chunk writes nothing; None: the state is handed on.
     `call` runs the parts that are worth computing again in backward: not the writes, which are slow to find and small.
     """
-    writing = tokens.x.shape[2] - chunk * last  # what is said of tokens that write nothing would be heard by nobody
+    size, last = tokens.x.shape[2], left == 0
+    writing = size - chunk * last  # what is said of tokens that write nothing would be heard by nobody
     said, all_writes = Made.nothing(tokens), []
     if writing:
         writers = tokens.first(writing)
@@ -73,26 +75,35 @@ def block(
             for part, own in zip(writers.runs(chunk), said.runs(chunk), strict=True)
         ]
     speeds = state.momentum or (None, None, None)
-    main_writes = [] if gates.still.main else all_writes
+    main_writes = [] if gates.still.main else list(all_writes)
+    if main_writes and (last or left == 1 and size == chunk):
+        main_writes[-1] = main_writes[-1]._replace(ends=True)
     before = state.memories.main, speeds[2]
     outputs, main = call(walk, tokens, said, main_writes, before, initial.main, gates.clip, chunk)
     makers: list[Moving] = [(state.memories.vectors, speeds[0]), (state.memories.gates, speeds[1])]
     if not last:
-        makers = call(move, said, all_writes, makers, initial, gates, chunk)
+        makers = call(move, said, all_writes, makers, initial, gates, chunk, left == 1)
     memories, momenta = (Memories(*each) for each in zip(*makers, main, strict=True))
     return outputs, State(memories, momenta if state.momentum else None)
 
 
 def move(
-    said: Made, all_writes: Sequence[Writes], makers: list[Moving], initial: Memories, gates: Gates, piece: int
+    said: Made,
+    all_writes: Sequence[Writes],
+    makers: list[Moving],
+    initial: Memories,
+    gates: Gates,
+    piece: int,
+    ends: bool,
 ) -> list[Moving]:
-    """The makers after their chunk, the writes of whose pieces are given."""
-    writes, moved_on = joined(all_writes), []
+    """The makers after their chunk, the writes of whose pieces are given; `ends`: see Writes."""
+    writes, moved_on = joined(all_writes)._replace(ends=ends), []
+    taught = lessons(said, writes)
     for (net, speed), first, still in zip(makers, initial[:2], gates.still[:2], strict=True):
         if still is True:
             moved_on.append((net, speed))
             continue
-        new, then = write(net, speed, first, said, writes, piece, gates.clip)
+        new, then = write(net, speed, first, taught, writes, piece, gates.clip)
         moved_on.append((held(still, net, new), then))
     return moved_on
 
@@ -121,6 +132,6 @@ def self_modifying(
     call: Caller = recomputed if recompute and torch.is_grad_enabled() else directly
     outputs, pieces = [], tokens.runs(outer)
     for place, piece in enumerate(pieces, 1):
-        o, state = block(piece, state, initial, gates, inner, not hand_on and place == len(pieces), call)
+        o, state = block(piece, state, initial, gates, inner, None if hand_on else len(pieces) - place, call)
         outputs.append(o)
     return whole(outputs), state if hand_on else None

@@ -4,11 +4,12 @@ B rows, H heads, T tokens, C tokens of a chunk, K head width.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nlscale_kernels.mlp_memory import Net, Step, gathered, moved, read
+from nlscale_kernels.mlp_memory import Net, Step, moved, read, self_taught
 from nlscale_kernels.self_modifying.parts import Made, Moving, Tokens
 from nlscale_kernels.self_modifying.writes import Writes
 from nlscale_kernels.span import anchored
@@ -20,35 +21,55 @@ def look(fresh: Tensor | None, initial: Net, net: Net, z: Tensor) -> Tensor:
     return said if fresh is None else torch.where(fresh[:, None, None, :, None], read(initial, z), said)
 
 
-def gradients(net: Net, said: Made, writes: Writes, mark: Tensor | float, piece: int) -> list[Tensor]:
-    """What tokens write on W2 and, once for each kind of weight, on W1, where `mark` (B, 1, T) is not zero.
+class Lesson(NamedTuple):
+    """What tokens teach a memory whose state is their anchor: to answer their keys as it answers their values."""
 
-    `piece` tokens are worked on at a time.
-    """
+    k: Tensor  # (B, H, C, K)
+    v: Tensor  # (B, H, C, K)
+    reach: Tensor  # (B, H, C, K): where each token's write on W2 arrives
+    share: Tensor  # (B, H, C): and how much of it
+    weights: list[Tensor]  # (B, H, C): how much of each token's write is in W1 and, where one asks, in its momentum
+
+    def runs(self, size: int) -> list["Lesson"]:
+        """Runs of `size` tokens."""
+        if self.k.shape[2] <= size:
+            return [self]
+        parts = [x.split(size, 2) for x in (*self[:4], *self.weights)]
+        return [Lesson(k, v, reach, share, weights) for k, v, reach, share, *weights in zip(*parts, strict=True)]
+
+
+def lesson(said: Made, writes: Writes, mark: Tensor | float = 1.0) -> Lesson:
+    """Of the tokens where `mark` (B, 1, T) is not zero."""
     rate = said.rate * mark
-    shares = [rate * writes.scalars.write_BHC]
-    shares += [] if writes.momentum is None else [rate * writes.scalars.hold_BHC]
-    reach = -rate.unsqueeze(-1) * writes.reach
+    weights = [rate * writes.scalars.write_BHC]
+    weights += [] if writes.momentum is None or writes.ends else [rate * writes.scalars.hold_BHC]
+    return Lesson(said.k, said.v, writes.reach, -rate, weights)
+
+
+def lessons(said: Made, writes: Writes) -> list[Lesson]:
+    """Of tokens whose anchor is the memory's state, and where documents begin of those whose anchor is the initial one."""
+    if writes.fresh_BC is None:
+        return [lesson(said, writes)]
+    fresh = writes.fresh_BC.to(said.rate.dtype).unsqueeze(1)
+    return [lesson(said, writes, 1 - fresh), lesson(said, writes, fresh)]
+
+
+def gradients(net: Net, given: Lesson, piece: int) -> list[Tensor]:
+    """What is written on W2 and, once for each kind of weight, on W1; `piece` tokens are worked on at a time."""
     total: list[Tensor] = []
-    given = (said.k, said.v, reach, *shares)
-    pieces = zip(*(x.split(piece, 2) for x in given), strict=True) if said.k.shape[2] > piece else [given]
-    for k, v, arrives, *weights in pieces:
-        first, second = gathered(net, k, read(net, v), arrives, weights)
+    for part in given.runs(piece):
+        first, second = self_taught(net, *part)
         each = [first, *second]
         total = [a + b for a, b in zip(total, each, strict=True)] if total else each
     return total
 
 
 def write(
-    net: Net, speed: Net | None, initial: Net, said: Made, writes: Writes, piece: int, clip: float
+    net: Net, speed: Net | None, initial: Net, taught: list[Lesson], writes: Writes, piece: int, clip: float
 ) -> tuple[Net, Net | None]:
-    """Memories and momentum after a chunk; see `Gates.clip`."""
-    if writes.fresh_BC is None:
-        learnt, written, *rest = gradients(net, said, writes, 1.0, piece)
-    else:  # a gradient is taken at the token's anchor
-        fresh = writes.fresh_BC.to(said.rate.dtype).unsqueeze(1)
-        apart = (gradients(initial, said, writes, fresh, piece), gradients(net, said, writes, 1 - fresh, piece))
-        learnt, written, *rest = (a + b for a, b in zip(*apart, strict=True))
+    """Memories and, if one asks for it, momentum after a chunk; see `Gates.clip`."""
+    apart = [gradients(each, given, piece) for each, given in zip((net, initial), taught, strict=False)]
+    learnt, written, *rest = apart[0] if len(apart) == 1 else (a + b for a, b in zip(*apart, strict=True))
     left = Net(*(anchored(writes.renewed_B, first, part) for first, part in zip(initial, net, strict=True)))
     turned = (left.up.flatten(2, 3) @ writes.turn).unflatten(2, left.up.shape[2:4])
     scalars, carried = writes.scalars, writes.carried
@@ -56,8 +77,8 @@ def write(
     down = Step(left.down, None, written, None, scalars.whole_BH, None, None, -1.0, clip)
     if speed is not None:
         up = up._replace(speed=speed.up, carry=carried)
-        carry, remains = scalars.carry_BH, scalars.left_BH
-        down = down._replace(speed=speed.down, held=rest[0], carry=carry, left=remains)
+        down = down._replace(speed=speed.down, carry=scalars.carry_BH)
+        down = down._replace(held=rest[0], left=scalars.left_BH) if rest else down
     (after_up, then_up), (after_down, then_down) = moved(up), moved(down)
     momentum = None if then_up is None or then_down is None else Net(then_up, then_down)
     return Net(after_up, after_down), momentum
@@ -75,7 +96,9 @@ def walk(
     for place, part in enumerate(tokens.runs(chunk)):
         outputs.append(look(part.fresh, initial, net, part.q)[:, :, 0])
         if place < len(all_writes):
-            net, speed = write(net, speed, initial, makers[place], all_writes[place], chunk, clip)
+            net, speed = write(
+                net, speed, initial, lessons(makers[place], all_writes[place]), all_writes[place], chunk, clip
+            )
     return whole(outputs), (net, speed)
 
 

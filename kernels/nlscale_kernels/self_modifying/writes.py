@@ -8,7 +8,7 @@ B rows, H heads, C tokens of a chunk, K head width.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Writes(NamedTuple):
     momentum: Tensor | None  # (B, H): mean momentum of the last document's tokens
     weight_B: Tensor | float  # tokens of the last document
     fresh_BC: Tensor | None  # the token's anchor is the initial state
+    ends: bool = False  # nobody asks for the momentum after it
 
     @property
     def renewed_B(self) -> Tensor | None:
@@ -60,7 +61,7 @@ def writes_of(
     span, rate = span_of(log_keep, starts), rate * erase
     arrives = reach(k, rate, span.earlier_BHC, span.total_BHC, span.after_BHC, span.document_BC)
     unit = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    turn = span.whole_BH[..., None, None] * unit - ((rate * span.before_BHC).unsqueeze(-1) * k).mT @ arrives
+    turn = span.whole_BH[..., None, None] * unit - Erased.apply(k, (rate * span.before_BHC).unsqueeze(-1), arrives)
     nothing = torch.zeros_like(span.whole_BH)
     scalars = Scalars(span.whole_BH, span.after_BHC, nothing, nothing, torch.zeros_like(span.after_BHC))
     mean: Tensor | None = None
@@ -76,6 +77,23 @@ def writes_of(
             count = last.sum(-1)
             mean, weight = (share * last.unsqueeze(1)).sum(-1) / count.unsqueeze(1), count
     return Writes(turn, arrives, scalars, mean, weight, span.fresh_BC)
+
+
+class Erased(torch.autograd.Function):
+    """(share k)^T reach (B, H, K, K), share (B, H, C, 1); nothing but the three is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, share: Tensor, reach: Tensor) -> Tensor:
+        """What a chunk takes out of W2, but for the sign."""
+        ctx.save_for_backward(k, share, reach)
+        return (share * k).mT @ reach
+
+    @staticmethod
+    def backward(ctx: Any, of: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Of the three; differentiable in turn."""
+        k, share, reach = ctx.saved_tensors
+        along = reach @ of.mT
+        return share * along, (along * k).sum(-1, keepdim=True), (share * k) @ of
 
 
 class Onward(NamedTuple):

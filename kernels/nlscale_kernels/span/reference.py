@@ -9,11 +9,13 @@ B rows, H heads, C tokens of a chunk; tokens are counted inside the chunk.
 
 from dataclasses import dataclass
 from math import log
+from typing import Any
 
 import torch
 from torch import Tensor
 
-LOG2E = 1 / log(2)  # powers of 2 are faster than powers of e
+LN2 = log(2)
+LOG2E = 1 / LN2  # powers of 2 are faster than powers of e
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,9 @@ class Filter:
 def filtered(span: Span, log_momentum_BHC: Tensor) -> Filter:
     """The scalars of a chunk with momentum, from log c_t (at most 0): one scan, no token's state is ever made [V11]."""
     total = (log_momentum_BHC * LOG2E).cumsum(-1)
-    tokens = total.shape[-1]
-    later = torch.ones(tokens, tokens, dtype=torch.bool, device=total.device).triu()  # token i's write, seen at t >= i
     # A write of an earlier document is kept out by after_BHC, which is zero for all tokens before the last begin.
-    spread = (total.unsqueeze(-2) + floor(later, total.dtype) - total.unsqueeze(-1)).exp2()
     ends = 1.0 if span.last_BC is None else span.last_BC.unsqueeze(1).to(total.dtype)
-    write = (spread * span.after_BHC.unsqueeze(-2)).sum(-1) * ends
+    write = Seen.apply(total, span.after_BHC) * ends
     hold = (total[..., -1:] - total).exp2() * ends
     old = (span.after_BHC * total.exp2()).sum(-1)
     left = total[..., -1].exp2()
@@ -121,3 +120,28 @@ def filtered(span: Span, log_momentum_BHC: Tensor) -> Filter:
         kept = (~span.fresh_BC[:, -1:]).to(total.dtype)
         old, left = old * kept, left * kept
     return Filter(write, hold, old, left)
+
+
+def ahead(total_BHC: Tensor) -> Tensor:
+    """2^(total_t - total_i) for token t (column) no earlier than token i (row), else 0: (B, H, C, C)."""
+    tokens = total_BHC.shape[-1]
+    later = torch.ones(tokens, tokens, dtype=torch.bool, device=total_BHC.device).triu()
+    return (total_BHC.unsqueeze(-2) + floor(later, total_BHC.dtype) - total_BHC.unsqueeze(-1)).exp2()
+
+
+class Seen(torch.autograd.Function):
+    """sum_t 2^(total_t - total_i) after_t over t >= i, (B, H, C); backward makes the C x C shares anew."""
+
+    @staticmethod
+    def forward(ctx: Any, total_BHC: Tensor, after_BHC: Tensor) -> Tensor:
+        """For every token i."""
+        seen = (ahead(total_BHC) * after_BHC.unsqueeze(-2)).sum(-1)
+        ctx.save_for_backward(total_BHC, after_BHC, seen)
+        return seen
+
+    @staticmethod
+    def backward(ctx: Any, of: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Of totals and of what is after a token; differentiable in turn."""
+        total, after, seen = ctx.saved_tensors
+        d_after = (of.unsqueeze(-2) @ ahead(total)).squeeze(-2)
+        return LN2 * (after * d_after - of * seen), d_after

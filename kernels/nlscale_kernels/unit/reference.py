@@ -11,26 +11,31 @@ def unit(x: Tensor, length: float = 1.0, eps: float = 1e-12) -> Tensor:
 
     Differentiable as often as one likes.
     """
-    return Unit.apply(x, length, eps)
+    y: Tensor = Unit.apply(x, length, eps)[0]
+    return y
 
 
 class Unit(torch.autograd.Function):
-    """x over its length."""
+    """x over its length, and what it was multiplied by; these two alone are kept, so that backward needs no x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, length: float, eps: float) -> Tensor:
-        """The scaled vectors; they and the scales are kept."""
+    def forward(ctx: Any, x: Tensor, length: float, eps: float) -> tuple[Tensor, Tensor]:
+        """The scaled vectors, and their scales (..., 1)."""
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(eps).rsqrt_().mul_(length)
         y = x * scale
-        ctx.save_for_backward(x, y, scale)
-        ctx.length, ctx.eps = length, eps
-        return y
+        ctx.save_for_backward(y, scale)
+        ctx.length = length
+        ctx.set_materialize_grads(False)
+        return y, scale
 
     @staticmethod
-    def backward(ctx: Any, of: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        """(of - y (of . y) / length^2) scale."""
-        x, y, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody differentiates this in turn
-            scale = ctx.length * (x.square().sum(-1, keepdim=True) + ctx.eps).rsqrt()
-        along = (of * y).sum(-1, keepdim=True) / ctx.length**2
-        return torch.addcmul(of, y, along, value=-1) * scale, None, None
+    def backward(ctx: Any, of: Tensor | None, of_scale: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        """scale (of - y (of . y + of_scale scale) / length^2): the scale's own gradient is -scale^2 y / length^2."""
+        y, scale = ctx.saved_tensors
+        if of is None and of_scale is None:
+            return None, None, None
+        along = scale.new_zeros(()) if of is None else (of * y).sum(-1, keepdim=True)
+        along = along if of_scale is None else along + of_scale * scale
+        along = along / ctx.length**2
+        back = -y * along if of is None else torch.addcmul(of, y, along, value=-1)
+        return back * scale, None, None
