@@ -43,8 +43,12 @@ def trained(model: Parallelized, optimizer: Optimizer, steps: int, made: Made, s
 
 @torch.no_grad()
 def right(model: Parallelized, rows: Rows) -> Tensor:
-    """Whether each answer is the target (B, T)."""
-    tokens, targets = rows
-    hope = model.chunks[0]
-    x_TBD, _ = hope.walk(hope.enter(tokens), hope.scene(torch.zeros_like(tokens, dtype=torch.bool)))
-    return (hope.head.norm(x_TBD) @ hope.head.weight.t()).argmax(-1).t() == targets
+    """Whether each answer is the target (B, T); levels that move inside a row learn from its targets as they read."""
+    (tokens, targets), hope = rows, model.chunks[0]
+    heard: list[Tensor] = []  # by the head, a chunk at a time where levels move inside the row
+    hook = hope.head.register_forward_pre_hook(lambda _, given: heard.append(given[0]))
+    try:
+        hope.onward((tokens, targets, torch.zeros_like(tokens, dtype=torch.bool)))
+    finally:
+        hook.remove()
+    return (hope.head.norm(torch.cat(heard)) @ hope.head.weight.t()).argmax(-1).t() == targets

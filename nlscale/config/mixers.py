@@ -44,6 +44,7 @@ class Titans:
 
     chunk: int = 64  # tokens between two moves of the memory; MAC: of a segment
     hidden: int | None = None  # units of a head's memory; unset: the head's width
+    activation: Literal["silu", "gelu", "swiglu"] = "silu"  # of these units
     convolution: int = 4
     rate: float = 0.02  # largest inner rate; rate x chunk below 2, as tokens add up; 0: the memory stays as it began
     persistent: int = 4  # learned tokens that attention always sees
@@ -64,6 +65,7 @@ class SelfModifying:
     chunk: int = 64  # tokens between two moves of the main memory
     maker_chunk: int | None = None  # of the memories that make keys, values and gates; unset: chunk
     hidden: int | None = None  # units of a memory; unset: the head's width
+    activation: Literal["silu", "gelu", "swiglu"] = "silu"  # of these units
     convolution: int = 4
     rate: float = 0.02  # largest inner rate; rate x chunk below 2, as tokens add up; 0: the memory stays as it began
     keep: float = 0.99  # share of a memory that a token keeps, at the start of training
@@ -152,13 +154,21 @@ def convolutions(model: "Model", taps: int, *parts: str) -> Shapes:
     return {f"convolution.{part}": (model.heads * model.head_width, taps) for part in parts}
 
 
-def memory(model: "Model", hidden: int | None, vectors: tuple[str, ...], gate: tuple[str, ...] = ()) -> Shapes:
+def units_of(settings: Titans | SelfModifying, width: int) -> tuple[int, int]:
+    """Rows of a memory's W2 and columns of its W1: for SwiGLU gates and units, else both its units."""
+    units = settings.hidden or width
+    return (2 if settings.activation == "swiglu" else 1) * units, units
+
+
+def memory(
+    model: "Model", settings: Titans | SelfModifying, vectors: tuple[str, ...], gate: tuple[str, ...] = ()
+) -> Shapes:
     """Initial states of memories: all heads one below the other."""
     heads, width = model.heads, model.head_width
-    units = hidden or width
+    inward, units = units_of(settings, width)
     shapes: Shapes = {}
     for name in (*vectors, *gate):
-        shapes[f"memory.{name}.up"] = (heads * units, width)
+        shapes[f"memory.{name}.up"] = (heads * inward, width)
         shapes[f"memory.{name}.down"] = (heads * width, units) if name in vectors else (heads, units)
     return shapes
 
@@ -197,7 +207,7 @@ def titans(model: "Model") -> Shapes:
         **projections(model, "q", "k", "v", "gate"),
         **gates(model, "rate", "momentum", "keep"),
         **convolutions(model, model.titans.convolution, "q", "k", "v"),
-        **memory(model, model.titans.hidden, ("main",)),
+        **memory(model, model.titans, ("main",)),
     }
 
 
@@ -225,7 +235,7 @@ def titans_mac(model: "Model") -> Shapes:
         **projections(model, "q", "k", "v", "recall"),
         **gates(model, "rate", "momentum", "keep"),
         **inside,
-        **memory(model, model.titans.hidden, ("main",)),
+        **memory(model, model.titans, ("main",)),
         **persistent(model),
         **gains,
     }
@@ -248,7 +258,7 @@ def self_modifying(model: "Model") -> Shapes:
         **projections(model, "input", "q", *(["gate"] if settings.gate else [])),
         **(gates(model, "momentum") if settings.momentum else {}),
         **convolutions(model, settings.convolution, "input"),
-        **memory(model, settings.hidden, ("key", "value", "main"), ("rate", "keep")),
+        **memory(model, settings, ("key", "value", "main"), ("rate", "keep")),
         "rate.bias": (model.heads,),
         "keep.bias": (model.heads,),
     }

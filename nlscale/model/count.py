@@ -11,7 +11,7 @@ from collections.abc import Callable
 from math import prod
 
 from nlscale.config.levels import Level, Levels, learning, level_of, parameter_names
-from nlscale.config.mixers import mixer_shapes
+from nlscale.config.mixers import mixer_shapes, units_of
 from nlscale.config.model import Model
 
 
@@ -54,16 +54,17 @@ def linear_flops(model: Model, tokens: int) -> float:
 
 
 def titans_flops(model: Model, tokens: int) -> float:
-    """Five passes of a two-layer network, writes of weights and of momentum (spec 3.5)."""
-    hidden = model.titans.hidden or model.head_width
-    return float(model.heads * 18 * model.head_width * hidden)
+    """Five passes of a two-layer network, two kinds of writes (spec 3.5): four products by W2, five by W1."""
+    inward, units = units_of(model.titans, model.head_width)
+    return 2.0 * model.heads * model.head_width * (4 * inward + 5 * units)
 
 
 def mac_flops(model: Model, tokens: int) -> float:
     """The memory, read twice, five matrices a head, attention inside a segment."""
     width, chunk = model.head_width, model.titans.chunk
     inside = 10 * width * width + 4 * (2 * chunk + model.titans.persistent) * width
-    return titans_flops(model, tokens) + model.heads * (inside + 4.0 * width * (model.titans.hidden or width))
+    again = 2.0 * width * sum(units_of(model.titans, width))
+    return titans_flops(model, tokens) + model.heads * (inside + again)
 
 
 def beside_flops(model: Model, tokens: int) -> float:
@@ -72,10 +73,14 @@ def beside_flops(model: Model, tokens: int) -> float:
 
 
 def self_modifying_flops(model: Model, tokens: int) -> float:
-    """Spec 3.4: 70 K M a head, keys against keys and one solve a chunk of each size."""
+    """Of a head: three memories of vectors are asked for answers, for keys and for values, and written; two of gates, whose
+    W1 is a row; keys against keys and one solve a chunk of each size (spec 3.4, with W1 multiplied once for two answers).
+    """
     settings, width = model.self_modifying, model.head_width
+    inward, units = units_of(settings, width)
     solves = {settings.makers, settings.chunk}
-    return float(model.heads * (70 * width * (settings.hidden or width) + sum(3 * chunk * width for chunk in solves)))
+    each = 3 * 8 * (inward + units) + 2 * 8 * inward
+    return float(model.heads * (width * each + sum(3 * chunk * width for chunk in solves)))
 
 
 FLOPS: dict[str, Callable[[Model, int], float]] = {

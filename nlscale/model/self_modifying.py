@@ -11,7 +11,7 @@ from nlscale_kernels.self_modifying import Gates, Memories, State, Still, Tokens
 from nlscale_kernels.unit import unit
 from torch import Tensor, nn
 
-from nlscale.config.mixers import MEMORIES
+from nlscale.config.mixers import MEMORIES, units_of
 from nlscale.config.model import Model
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, Heads, exact, stacked
@@ -36,8 +36,8 @@ class SelfModifyingMixer(HeadMixer):
         parts |= ({"momentum": 1} if settings.momentum else {}) | ({"gate": width} if settings.gate else {})
         local = ("gate",) if settings.gate else ()
         super().__init__(model, config, exchange, parts, settings.convolution, ("input",), local)
-        self.settings, hidden = settings, settings.hidden or width
-        self.up = nn.ParameterDict({name: self.made(self.held * hidden, width) for name in MEMORIES})
+        self.settings, (inward, hidden) = settings, units_of(settings, width)
+        self.up = nn.ParameterDict({name: self.made(self.held * inward, width) for name in MEMORIES})
         shapes = dict.fromkeys(("key", "value", "main"), (self.held * width, hidden))
         shapes |= dict.fromkeys(("rate", "keep"), (self.held, hidden))
         self.down = nn.ParameterDict({name: self.made(*shape) for name, shape in shapes.items()})
@@ -65,7 +65,7 @@ class SelfModifyingMixer(HeadMixer):
         rate, keep = (exact(self.exchange.mine(self.squash[name])) for name in ("rate", "keep"))
         keep = keep if settings.rate else keep + torch.inf
         erase, values = float(settings.erase), settings.unit_values
-        return Gates(rate, keep, settings.rate, erase, values, settings.clip, self.still())
+        return Gates(rate, keep, settings.rate, erase, values, settings.clip, self.still(), settings.activation)
 
     def still(self) -> Still:
         """Which memories stay as they began."""

@@ -22,6 +22,7 @@ from nlscale_kernels.titans import Memory, Tokens, begin, look, step, titans
 from nlscale_kernels.unit import unit
 from torch import Tensor, nn
 
+from nlscale.config.mixers import Titans, units_of
 from nlscale.config.model import Model
 from nlscale.model.attention import Attention, Context, Persistent, attend
 from nlscale.model.exchange import Exchange
@@ -51,7 +52,7 @@ class TitansMixer(HeadMixer):
         local = ("gate",) if self.gated else ()
         super().__init__(model, config, exchange, parts, model.titans.convolution, ("q", "k", "v"), local)
         self.settings = model.titans
-        self.up, self.down = initial(self, model.titans.hidden or model.head_width)
+        self.up, self.down = initial(self, model.titans)
 
     @property
     def start(self) -> Net:
@@ -73,6 +74,7 @@ class TitansMixer(HeadMixer):
             self.start,
             before and before.memory,
             self.settings.recompute,
+            self.settings.activation,
         )
         return self.finish(o, x_TBD, heads), Left(memory, tail) if scene.hand_on else None
 
@@ -87,9 +89,10 @@ class TitansMixer(HeadMixer):
         yield Leaf("memory.main.down", self.down, shard=0)
 
 
-def initial(mixer: HeadMixer, hidden: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """The parameters of one memory a head: (H M, K) and (H K, M)."""
-    return mixer.made(mixer.held * hidden, mixer.width), mixer.made(mixer.held * mixer.width, hidden)
+def initial(mixer: HeadMixer, settings: Titans) -> tuple[nn.Parameter, nn.Parameter]:
+    """The parameters of one memory a head: (H I, K) and (H K, M)."""
+    inward, units = units_of(settings, mixer.width)
+    return mixer.made(mixer.held * inward, mixer.width), mixer.made(mixer.held * mixer.width, units)
 
 
 def net_of(exchange: Exchange, up: Tensor, down: Tensor, held: int) -> Net:
@@ -142,9 +145,9 @@ class TitansGate(TitansMixer):
         """(T, B, D) -> (T, B, D), and what attention and memory hand on."""
         heads, tail = self.project(x_TBD, scene, before and before.tail)
         memory = before and before.memory
-        recalled, memory = titans(
-            self.tokens(heads, scene), self.settings.chunk, self.start, memory, self.settings.recompute
-        )
+        settings = self.settings
+        written = settings.chunk, self.start, memory, settings.recompute, settings.activation
+        recalled, memory = titans(self.tokens(heads, scene), *written)
         q, k, v = (heads[name] for name in self.attention)
         q, k = (turned(part, scene.rotary) for part in (q, k))
         if before is not None and before.context is not None:
@@ -206,7 +209,7 @@ class TitansContext(HeadMixer):
         parts = dict.fromkeys(("q", "k", "v", "recall"), model.head_width) | {"rate": 1, "momentum": 1, "keep": 1}
         super().__init__(model, config, exchange, parts)
         self.settings = model.titans
-        self.up, self.down = initial(self, model.titans.hidden or model.head_width)
+        self.up, self.down = initial(self, model.titans)
         self.inside = nn.ParameterDict({name: self.made(self.held * self.width, self.width) for name in INSIDE})
         count = model.titans.persistent
         self.persistent = Persistent(self.held, count, self.width, config) if count else None
@@ -251,7 +254,7 @@ class TitansContext(HeadMixer):
     ) -> tuple[Tensor, Memory]:
         """One segment: recall, attend, ask, write."""
         span = span_of(part["keep"], starts_BC)
-        recalled = look(span, start, memory.net, part["recall"])
+        recalled = look(span, start, memory.net, part["recall"], self.settings.activation)
         q, k = (turned(each, places) for each in (part["q"], part["k"]))
         k = torch.cat([turned(recalled @ inside["context_k"].mT, places), k], 2)
         v = torch.cat([recalled @ inside["context_v"].mT, part["v"]], 2)
@@ -261,10 +264,11 @@ class TitansContext(HeadMixer):
             own = own & (document_BC[:, :, None] == document_BC[:, None])[:, None]
         y = attend(q, k, v, torch.cat([own, own], -1), self.persistent, self.exchange)
         asked = unit(y @ inside["read_q"].mT)
-        answer = look(span, start, memory.net, asked)
+        answer = look(span, start, memory.net, asked, self.settings.activation)
         keys = unit(y @ inside["write_k"].mT)
         written = Tokens(asked, keys, y @ inside["write_v"].mT, part["rate"], part["momentum"], part["keep"], starts_BC)
-        return self.gains(y, answer, self.exchange), step(memory, start, written, span)
+        after = step(memory, start, written, span, self.settings.activation)
+        return self.gains(y, answer, self.exchange), after
 
     def leaves(self) -> Iterator[Leaf]:
         """Projections, the memory's initial state, the matrices inside, attention's learned tokens, gains."""

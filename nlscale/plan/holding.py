@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from nlscale.config.levels import Level, Levels, learning, level_of, parameter_names
+from nlscale.config.mixers import units_of
 from nlscale.config.model import Model
 from nlscale.config.optim import STATES
 from nlscale.config.run import Run, replicas
@@ -245,12 +246,12 @@ def state_elements(model: Model) -> int:
     if model.mixer in ("linear", "delta"):
         return width * width + 3 * width * (model.linear.convolution - 1)
     if model.mixer == "self_modifying":
-        hidden = settings.hidden or width
-        nets = 8 * width * hidden + 2 * hidden
+        inward, units = units_of(settings, width)
+        nets = 5 * width * inward + 3 * width * units + 2 * units
         return (2 if settings.momentum else 1) * nets + width * (settings.convolution - 1)
     if model.mixer.startswith("titans"):
         tail = 0 if model.mixer == "titans_mac" else 3 * width * (model.titans.convolution - 1)
-        return 4 * width * (model.titans.hidden or width) + tail
+        return 2 * width * sum(units_of(model.titans, width)) + tail
     return 0
 
 
@@ -262,7 +263,7 @@ def by_chunks(run: Run) -> float:
         return 0.0
     settings, width = run.model.self_modifying, run.model.head_width
     went_on = 1 - settings.makers / run.data.sequence if run.model.reset == "row" else 1.0
-    states = (64.0 if settings.momentum else 32.0) * (settings.hidden or width) / settings.makers * went_on
+    states = (64.0 if settings.momentum else 32.0) * sum(units_of(settings, width)) / 2 / settings.makers * went_on
     extra = 8.0 * settings.gate - 1.1 * (not settings.momentum)
     if not settings.recompute:
         extra += 41.0 + 17.0 * width / settings.chunk + 96.0 * went_on

@@ -1,20 +1,37 @@
 """The sequence memories token by token, one row and one head, from the interface of associative memory alone."""
 
 import torch
-import torch.nn.functional as F
 from nlscale_kernels.associative import MOMENTUM, Associative, Gates, mlp, square
 from nlscale_kernels.mlp_memory import Net
+from nlscale_kernels.mlp_memory.reference import ACTIVATIONS
 from nlscale_kernels.self_modifying import Memories
 from torch import Tensor
 
 TITANS = Associative(mlp, square, MOMENTUM)
 
 
+def of(activation: str) -> Associative:
+    """Titans whose memory has other units."""
+
+    def answer(weights: dict[str, Tensor], z: Tensor) -> Tensor:
+        return z + weights["down"] @ ACTIVATIONS[activation](weights["up"] @ z)
+
+    return Associative(answer, square, MOMENTUM)
+
+
 def titans_row(
-    net: Net, head: int, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, starts: Tensor, chunk: int
+    net: Net,
+    head: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    starts: Tensor,
+    chunk: int,
+    memory: Associative = TITANS,
 ) -> Tensor:
     """Readings (T, K) of one head over one row; gates (3, T): rate, momentum, keep. Gradients and readings at anchors."""
-    initial = TITANS.begin({"up": net.up[0, head, 0], "down": net.down[0, head, 0]})
+    initial = memory.begin({"up": net.up[0, head, 0], "down": net.down[0, head, 0]})
     state = anchor = initial
     outputs = []
     for t in range(len(q)):
@@ -22,8 +39,8 @@ def titans_row(
             anchor = state
         if starts[t]:
             state = anchor = initial
-        outputs.append(TITANS.read(anchor, q[t]))
-        state = TITANS.write(state, k[t], v[t], Gates(gates[0, t], gates[2, t], gates[1, t]), at=anchor)
+        outputs.append(memory.read(anchor, q[t]))
+        state = memory.write(state, k[t], v[t], Gates(gates[0, t], gates[2, t], gates[1, t]), at=anchor)
     return torch.stack(outputs)
 
 
@@ -39,6 +56,7 @@ class Five:
         still: str = "",
         unit_values: bool = True,
         clip: float = 0.0,
+        activation: str = "silu",
     ) -> None:
         """`erase`: whether writes erase along their key; `still`: a memory that is never written; else as in `Gates`."""
         names = (("key", "value"), ("rate", "keep"), ("main",))
@@ -48,11 +66,10 @@ class Five:
             for place, name in enumerate(group)
         }
         self.biases, self.erase, self.unwritten, self.unit_values = biases, erase, still, unit_values
-        self.clip = clip or float("inf")
+        self.clip, self.units = clip or float("inf"), ACTIVATIONS[activation]
 
-    @staticmethod
-    def say(name: str, weights: dict[str, Tensor], z: Tensor) -> Tensor:
-        said = weights["down"] @ F.silu(weights["up"] @ z)
+    def say(self, name: str, weights: dict[str, Tensor], z: Tensor) -> Tensor:
+        said = weights["down"] @ self.units(weights["up"] @ z)
         return said if name in ("rate", "keep") else z + said
 
     def row(self, x: Tensor, q: Tensor, starts: Tensor, chunks: tuple[int, int], share: Tensor | None = None) -> Tensor:

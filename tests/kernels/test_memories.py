@@ -15,7 +15,7 @@ from nlscale_kernels.titans import Memory, titans
 from nlscale_kernels.titans import Tokens as Surprises
 from torch import Tensor
 
-from tests.kernels.oracles import Five, titans_row
+from tests.kernels.oracles import Five, of, titans_row
 
 B, H, T, K, M = 2, 2, 24, 4, 5
 STARTS = torch.zeros(B, T, dtype=torch.bool)
@@ -108,6 +108,27 @@ def test_i13_self_modifying_by_chunks_is_the_recurrence(
             share = None if tokens.log_momentum is None else tokens.log_momentum[b, h].exp()
             row = Five(FIVE, h, BIASES).row(tokens.x[b, h], tokens.q[b, h], marks[b], chunks, share)
             torch.testing.assert_close(o[b, h], row, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_memories_of_other_units_are_the_recurrence(activation: str) -> None:
+    wide = (2 if activation == "swiglu" else 1) * M
+
+    def other(count: int, out: int, seed: int) -> Net:
+        return Net(0.3 * numbers(1, H, count, wide, K, seed=seed), 0.3 * numbers(1, H, count, out, M, seed=seed + 1))
+
+    tokens, five = inputs(STARTS, True), Memories(other(2, K, 20), other(2, 1, 30), other(1, K, 40))
+    o, _ = self_modifying(tokens, (8, 4), five, GATES._replace(activation=activation))
+    taught, initial = surprises(STARTS), other(1, K, 50)
+    said, _ = titans(taught, 4, initial, activation=activation)
+    gates = torch.stack([taught.rate, taught.log_momentum.exp(), taught.log_keep.exp()])
+    for b in range(B):
+        share = tokens.log_momentum[b, 1].exp()  # type: ignore[index]
+        row = Five(five, 1, BIASES, activation=activation).row(tokens.x[b, 1], tokens.q[b, 1], STARTS[b], (8, 4), share)
+        torch.testing.assert_close(o[b, 1], row, rtol=1e-10, atol=1e-12)
+        q, k, v = (part[b, 1] for part in (taught.q, taught.k, taught.v))
+        row = titans_row(initial, 1, q, k, v, gates[:, b, 1], STARTS[b], 4, of(activation))
+        torch.testing.assert_close(said[b, 1], row, rtol=1e-10, atol=1e-12)
 
 
 LEFT_OUT = {

@@ -26,6 +26,9 @@ CASES = {name: [f"model.mixer={name}"] for name in MIXERS}
 CASES["attention-window"] = ["model.window=5"]
 CASES["titans_mag-window"] = ["model.mixer=titans_mag", "model.window=5"]
 CASES["self_modifying-gate"] = ["model.mixer=self_modifying", "model.self_modifying.gate=true"]
+CASES["self_modifying-swiglu"] = ["model.mixer=self_modifying", "model.self_modifying.activation=swiglu"]
+CASES["titans_mac-gelu"] = ["model.mixer=titans_mac", "model.titans.activation=gelu"]
+CASES["titans_mag-swiglu"] = ["model.mixer=titans_mag", "model.titans.activation=swiglu"]
 CASES["self_modifying-plain"] = ["model.mixer=self_modifying", "model.self_modifying.momentum=false"]
 
 

@@ -69,6 +69,13 @@ Moving = tuple[Net, Net | None]  # memories and their momentum
 Caller = Callable[..., Any]  # runs a function on arguments
 
 
+class Kind(NamedTuple):
+    """What all memories have in common; see Gates."""
+
+    clip: float = 0.0
+    activation: str = "silu"
+
+
 class Gates(NamedTuple):
     """Slow constants of a head, each (H,), and what is left out of the rule."""
 
@@ -79,6 +86,12 @@ class Gates(NamedTuple):
     unit_values: bool = True  # values of length one; false: as the memory says them
     clip: float = 0.0  # largest Frobenius norm of what a chunk adds to a matrix; 0: any
     still: Still = Still()
+    activation: str = "silu"  # of the memories' units; gelu, or swiglu, whose W2 has gates and then units
+
+    @property
+    def kind(self) -> Kind:
+        """Of the memories."""
+        return Kind(self.clip, self.activation)
 
 
 class Made(NamedTuple):

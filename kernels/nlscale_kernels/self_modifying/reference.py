@@ -43,8 +43,8 @@ from nlscale_kernels.unit import unit
 
 def made(tokens: Tokens, initial: Memories, now: Memories, gates: Gates) -> Made:
     """What the makers say."""
-    k, v = look(tokens.fresh, initial.vectors, now.vectors, tokens.x).unbind(2)
-    rate, keep = look(tokens.fresh, initial.gates, now.gates, tokens.x).squeeze(-1).unbind(2)
+    k, v = look(tokens.fresh, initial.vectors, now.vectors, tokens.x, gates.activation).unbind(2)
+    rate, keep = look(tokens.fresh, initial.gates, now.gates, tokens.x, gates.activation).squeeze(-1).unbind(2)
     rate = gates.rate_max * torch.sigmoid(rate + gates.rate_bias[:, None])
     return Made(unit(k), unit(v) if gates.unit_values else v, rate, F.logsigmoid(keep + gates.keep_bias[:, None]))
 
@@ -79,7 +79,7 @@ def block(
     if main_writes and (last or left == 1 and size == chunk):
         main_writes[-1] = main_writes[-1]._replace(ends=True)
     before = state.memories.main, speeds[2]
-    outputs, main = call(walk, tokens, said, main_writes, before, initial.main, gates.clip, chunk)
+    outputs, main = call(walk, tokens, said, main_writes, before, initial.main, gates.kind, chunk)
     makers: list[Moving] = [(state.memories.vectors, speeds[0]), (state.memories.gates, speeds[1])]
     if not last:
         makers = call(move, said, all_writes, makers, initial, gates, chunk, left == 1)
@@ -103,7 +103,7 @@ def move(
         if still is True:
             moved_on.append((net, speed))
             continue
-        new, then = write(net, speed, first, taught, writes, piece, gates.clip)
+        new, then = write(net, speed, first, taught, writes, piece, gates.kind)
         moved_on.append((held(still, net, new), then))
     return moved_on
 

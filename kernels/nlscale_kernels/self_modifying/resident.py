@@ -22,7 +22,7 @@ from nlscale_kernels.self_modifying.given import (
     check_given,
     check_on_gpu,
 )
-from nlscale_kernels.self_modifying.parts import Made, Moving, Tokens
+from nlscale_kernels.self_modifying.parts import Kind, Made, Moving, Tokens
 from nlscale_kernels.self_modifying.writes import Scalars, Writes
 
 
@@ -46,7 +46,7 @@ def looped(given: Given) -> tuple[Tensor, ...]:
         Net(given.up.unsqueeze(2), given.down.unsqueeze(2)),
         Net(given.first_up[None, :, None], given.first_down[None, :, None]),
     )
-    out, (net, then) = by_chunks.walk(tokens, said, writes, (main, speed), first, given.clip, chunk)
+    out, (net, then) = by_chunks.walk(tokens, said, writes, (main, speed), first, Kind(given.clip), chunk)
     return (out, *(part.squeeze(2) for part in (*net, *(then or ()))))
 
 
@@ -186,13 +186,13 @@ def fits(q: Tensor, net: Net, count: int) -> bool:
 
 
 def walk(
-    tokens: Tokens, said: Made, all_writes: Sequence[Writes], main: Moving, initial: Net, clip: float, chunk: int
+    tokens: Tokens, said: Made, all_writes: Sequence[Writes], main: Moving, initial: Net, kind: Kind, chunk: int
 ) -> tuple[Tensor, Moving]:
     """As walk.walk: the operator where it has a kernel."""
     net, speed = main
-    if not fits(tokens.q, net, len(all_writes)):
-        return by_chunks.walk(tokens, said, all_writes, main, initial, clip, chunk)
-    given = flat(tokens, said, all_writes, main, initial, clip, chunk)
+    if kind.activation != "silu" or not fits(tokens.q, net, len(all_writes)):
+        return by_chunks.walk(tokens, said, all_writes, main, initial, kind, chunk)
+    given = flat(tokens, said, all_writes, main, initial, kind.clip, chunk)
     o, up, down, up_speed, down_speed, _ = resident(*given)
     after = None if speed is None else Net(up_speed.unsqueeze(2), down_speed.unsqueeze(2))
     return o, (Net(up.unsqueeze(2), down.unsqueeze(2)), after)

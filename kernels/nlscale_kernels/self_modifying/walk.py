@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from nlscale_kernels.mlp_memory import Net, Step, moved, read, self_taught
-from nlscale_kernels.self_modifying.parts import Made, Moving, Tokens
+from nlscale_kernels.self_modifying.parts import Kind, Made, Moving, Tokens
 from nlscale_kernels.self_modifying.writes import Writes
 from nlscale_kernels.span import anchored
 
 
-def look(fresh: Tensor | None, initial: Net, net: Net, z: Tensor) -> Tensor:
+def look(fresh: Tensor | None, initial: Net, net: Net, z: Tensor, activation: str) -> Tensor:
     """What the memories at each token's anchor say to z (B, H, N, C, O)."""
-    said = read(net, z)
-    return said if fresh is None else torch.where(fresh[:, None, None, :, None], read(initial, z), said)
+    said = read(net, z, activation)
+    return said if fresh is None else torch.where(fresh[:, None, None, :, None], read(initial, z, activation), said)
 
 
 class Lesson(NamedTuple):
@@ -54,27 +54,29 @@ def lessons(said: Made, writes: Writes) -> list[Lesson]:
     return [lesson(said, writes, 1 - fresh), lesson(said, writes, fresh)]
 
 
-def gradients(net: Net, given: Lesson, piece: int) -> list[Tensor]:
+def gradients(net: Net, given: Lesson, piece: int, activation: str) -> list[Tensor]:
     """What is written on W2 and, once for each kind of weight, on W1; `piece` tokens are worked on at a time."""
     total: list[Tensor] = []
     for part in given.runs(piece):
-        first, second = self_taught(net, *part)
+        first, second = self_taught(net, *part, activation)
         each = [first, *second]
         total = [a + b for a, b in zip(total, each, strict=True)] if total else each
     return total
 
 
 def write(
-    net: Net, speed: Net | None, initial: Net, taught: list[Lesson], writes: Writes, piece: int, clip: float
+    net: Net, speed: Net | None, initial: Net, taught: list[Lesson], writes: Writes, piece: int, kind: Kind
 ) -> tuple[Net, Net | None]:
-    """Memories and, if one asks for it, momentum after a chunk; see `Gates.clip`."""
-    apart = [gradients(each, given, piece) for each, given in zip((net, initial), taught, strict=False)]
+    """Memories and, if one asks for it, momentum after a chunk; see Gates."""
+    apart = [
+        gradients(each, given, piece, kind.activation) for each, given in zip((net, initial), taught, strict=False)
+    ]
     learnt, written, *rest = apart[0] if len(apart) == 1 else (a + b for a, b in zip(*apart, strict=True))
     left = Net(*(anchored(writes.renewed_B, first, part) for first, part in zip(initial, net, strict=True)))
     turned = (left.up.flatten(2, 3) @ writes.turn).unflatten(2, left.up.shape[2:4])
     scalars, carried = writes.scalars, writes.carried
-    up = Step(turned, None, learnt, None, None, None, None, 1.0, clip)
-    down = Step(left.down, None, written, None, scalars.whole_BH, None, None, -1.0, clip)
+    up = Step(turned, None, learnt, None, None, None, None, 1.0, kind.clip)
+    down = Step(left.down, None, written, None, scalars.whole_BH, None, None, -1.0, kind.clip)
     if speed is not None:
         up = up._replace(speed=speed.up, carry=carried)
         down = down._replace(speed=speed.down, carry=scalars.carry_BH)
@@ -85,19 +87,19 @@ def write(
 
 
 def walk(
-    tokens: Tokens, said: Made, all_writes: Sequence[Writes], main: Moving, initial: Net, clip: float, chunk: int
+    tokens: Tokens, said: Made, all_writes: Sequence[Writes], main: Moving, initial: Net, kind: Kind, chunk: int
 ) -> tuple[Tensor, Moving]:
     """What the main memory says (B, H, T, K), and where it is after the chunks that write, the first ones.
 
-    `said`: of those chunks at least. `clip`: see Gates.
+    `said`: of those chunks at least. `kind`: see Gates.
     """
     net, speed = main
     outputs, makers = [], said.runs(chunk)
     for place, part in enumerate(tokens.runs(chunk)):
-        outputs.append(look(part.fresh, initial, net, part.q)[:, :, 0])
+        outputs.append(look(part.fresh, initial, net, part.q, kind.activation)[:, :, 0])
         if place < len(all_writes):
             net, speed = write(
-                net, speed, initial, lessons(makers[place], all_writes[place]), all_writes[place], chunk, clip
+                net, speed, initial, lessons(makers[place], all_writes[place]), all_writes[place], chunk, kind
             )
     return whole(outputs), (net, speed)
 

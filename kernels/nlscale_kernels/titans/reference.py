@@ -51,19 +51,19 @@ def begin(initial: Net) -> Memory:
     return Memory(initial, Net(*(torch.zeros_like(part) for part in initial)))
 
 
-def look(span: Span, initial: Net, net: Net, q: Tensor) -> Tensor:
+def look(span: Span, initial: Net, net: Net, q: Tensor, activation: str = "silu") -> Tensor:
     """What each token's anchor says to its query (B, H, C, K)."""
-    said = read(net, q)[:, :, 0]
-    return said if span.fresh_BC is None else anchored(span.fresh_BC, read(initial, q)[:, :, 0], said)
+    said = read(net, q, activation)[:, :, 0]
+    return said if span.fresh_BC is None else anchored(span.fresh_BC, read(initial, q, activation)[:, :, 0], said)
 
 
-def step(memory: Memory, initial: Net, tokens: Tokens, span: Span) -> Memory:
+def step(memory: Memory, initial: Net, tokens: Tokens, span: Span, activation: str = "silu") -> Memory:
     """The memory after a chunk's writes."""
     scalars, renewed = filtered(span, tokens.log_momentum), None
     if span.fresh_BC is not None:
         renewed = span.fresh_BC[:, -1]
     shares = [tokens.rate * each for each in (scalars.write_BHC, scalars.hold_BHC)]
-    written, held = gradients(initial, memory.net, tokens, shares, span.fresh_BC)
+    written, held = gradients(initial, memory.net, tokens, shares, span.fresh_BC, activation)
     kept = [anchored(renewed, first, part) for first, part in zip(initial, memory.net, strict=True)]
     factors, steps = (
         (span.whole_BH, scalars.carry_BH, scalars.left_BH, -1.0),
@@ -74,23 +74,29 @@ def step(memory: Memory, initial: Net, tokens: Tokens, span: Span) -> Memory:
     return Memory(Net(up, down), Net(up_speed, down_speed))
 
 
-def gradients(initial: Net, net: Net, tokens: Tokens, shares: list[Tensor], fresh_BC: Tensor | None) -> list[Net]:
+def gradients(
+    initial: Net, net: Net, tokens: Tokens, shares: list[Tensor], fresh_BC: Tensor | None, activation: str
+) -> list[Net]:
     """All tokens' gradients at their anchors, summed with each of the weights (B, H, C)."""
     if fresh_BC is not None:
         apart = [(fresh_BC, initial), (~fresh_BC, net)]
-        parts = [gradients(anchor, anchor, tokens, [w * mark[:, None] for w in shares], None) for mark, anchor in apart]
+        parts = [
+            gradients(anchor, anchor, tokens, [w * mark[:, None] for w in shares], None, activation)
+            for mark, anchor in apart
+        ]
         return [Net(*(a + b for a, b in zip(*pair, strict=True))) for pair in zip(*parts, strict=True)]
     arrives = torch.cat([tokens.k * share.unsqueeze(-1) for share in shares], -1)
-    first, second = gathered(net, tokens.k, tokens.v.unsqueeze(2), arrives, shares)
+    first, second = gathered(net, tokens.k, tokens.v.unsqueeze(2), arrives, shares, activation)
     return [Net(up, down) for up, down in zip(first.chunk(len(shares), -1), second, strict=True)]
 
 
 def titans(
-    tokens: Tokens, chunk: int, initial: Net, memory: Memory | None = None, recompute: int = 0
+    tokens: Tokens, chunk: int, initial: Net, memory: Memory | None = None, recompute: int = 0, activation: str = "silu"
 ) -> tuple[Tensor, Memory]:
     """Readings (B, H, T, K) and the memory after the last token; raises ValueError where `chunk` does not divide T.
 
-    `recompute`: so many chunks are computed again in backward as one piece; 0: none.
+    `activation`: of the memory's units (mlp_memory). `recompute`: so many chunks are computed again in backward as one
+    piece; 0: none.
     """
     count = tokens.k.shape[2]
     if count % chunk:
@@ -101,8 +107,8 @@ def titans(
         for first in range(0, piece.k.shape[2], chunk):
             each = piece.part(first, chunk)
             span = span_of(each.log_keep, each.starts)
-            outputs.append(look(span, initial, memory.net, each.q))
-            memory = step(memory, initial, each, span)
+            outputs.append(look(span, initial, memory.net, each.q, activation))
+            memory = step(memory, initial, each, span, activation)
         return torch.cat(outputs, 2), memory
 
     memory, outputs, size = memory or begin(initial), [], recompute * chunk or count
