@@ -170,7 +170,7 @@ def test_rank_comes_from_torchruns_environment(prepared: str, tmp_path: Path) ->
     ]
     result = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr
-    assert "2 ranks, 1 replicas" in result.stdout
+    assert "2 ranks, 1 replica, " in result.stdout
 
 
 def test_help_names_every_verb() -> None:

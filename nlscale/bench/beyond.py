@@ -22,10 +22,10 @@ from nlscale.runtime.quiet import quiet
 KEYS, VALUES, FILLER, PAIRS = 16, 16, 8, 8
 WINDOW, NEAR, FAR = 16, 64, (64, 128, 256)  # tokens: what attention sees; from telling to asking, in training and after
 ROWS, STEPS, SEEDS = 32, 500, (1, 2)
-LONGEST = FAR[-1] + 2 * PAIRS
+AFTER, SEQUENCE = 2 * WINDOW, 320  # tokens from the first question on; of the longest row, in whole periods
 MODEL = (
     *("use.levels=plain", "model.layers=2", "model.width=64", "model.heads=2", "model.kv_heads=2", "model.hidden=256"),
-    *(f"model.vocabulary={KEYS + VALUES + FILLER}", "model.attention=causal", f"data.sequence={LONGEST}"),
+    *(f"model.vocabulary={KEYS + VALUES + FILLER}", "model.attention=causal", f"data.sequence={SEQUENCE}"),
     *("optim.lr=0.003", "optim.weight_decay=0", "optim.warmup=0.1", "optim.schedule=wsd", "optim.decay=0.2"),
     *("model.tied=false", "train.precision=fp32", "parallel.tensor=1", "cluster.threads=1"),
     *(f"train.micro_batch={ROWS}", f"train.global_batch={ROWS}"),
@@ -34,8 +34,9 @@ SEES = f"model.window={WINDOW}"
 
 
 def inside(*periods: int) -> list[str]:
-    """Attention over the window, and levels of equal width that move every so many tokens, in the last layer."""
-    said = [f"{{name: l{p}, period: {p}, unit: token, width: {1 / len(periods)}}}" for p in periods]
+    """Attention over the window, and levels that move every so many tokens, in the last layer; the fastest are widest."""
+    shares = [0.5 ** min(n + 1, len(periods) - 1) for n in range(len(periods))]
+    said = [f"{{name: l{p}, period: {p}, unit: token, width: {w}}}" for p, w in zip(periods, shares, strict=True)]
     return [SEES, f"levels=[{', '.join(said)}]", "model.inner.lr=1.0", "model.inner.clip=0"]
 
 
@@ -54,14 +55,14 @@ GUESSED, MORE = 0.10, 0.20  # the window's share of right answers at most, and w
 
 
 def told(rows: int, far: int, generator: torch.Generator) -> Rows:
-    """Tokens and targets (B, far + 2 PAIRS): pairs, filler that says its place, the pairs once more in another order."""
-    length = far + 2 * PAIRS
+    """Tokens and targets (B, far + AFTER): pairs, filler that says its place, the pairs in another order, filler."""
+    length = far + AFTER
     said = (torch.arange(length + 1) % FILLER + KEYS + VALUES).expand(rows, -1).clone()
     keys = torch.rand(rows, KEYS, generator=generator).argsort(1)[:, :PAIRS]
     pairs = torch.stack([keys, KEYS + torch.randint(VALUES, (rows, PAIRS), generator=generator)], -1)
     order = torch.rand(rows, PAIRS, generator=generator).argsort(1)
     said[:, : 2 * PAIRS] = pairs.flatten(1)
-    said[:, far:length] = pairs.gather(1, order[..., None].expand_as(pairs)).flatten(1)
+    said[:, far : far + 2 * PAIRS] = pairs.gather(1, order[..., None].expand_as(pairs)).flatten(1)
     return said[:, :-1].contiguous(), said[:, 1:].contiguous()
 
 

@@ -137,7 +137,8 @@ def going_on(
     peak, source = peak_flops(run.log.peak_flops, PRECISIONS[run.train.precision], world.device)
     journal.event("start", state.step, world=world.size, replicas=world.replicas, peak_flops=peak, peak_source=source)
     where = f"goes on after step {state.step}" if resumed else "starts"
-    journal.say(f"{run.run.name} {where}: {world.size} ranks, {world.replicas} replicas, {world.device.type}")
+    ranks, replicas = (f"{n} {word}{'s' * (n > 1)}" for n, word in ((world.size, "rank"), (world.replicas, "replica")))
+    journal.say(f"{run.run.name} {where}: {ranks}, {replicas}, {world.device.type}")
     before_move = opening(state, model, journal)
     last = min(run.train.steps, run.train.stop_at or run.train.steps)
     watchdog = Watchdog(

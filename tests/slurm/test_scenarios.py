@@ -207,7 +207,7 @@ def plain_srun(scene: Scene) -> None:
     environment = scene.slurm.env | {"MASTER_ADDR": scene.nodes[0], "TMPDIR": f"{scene.slurm.dir}/local"}
     command = ["srun", *words, *PROGRAM, "train", scene.folder / "config.yaml"]
     said = scene.slurm.said(*command, env=environment)
-    assert "2 ranks, 1 replicas" in said and equal(run, scene.whole["two"]), said
+    assert "2 ranks, 1 replica, " in said and equal(run, scene.whole["two"]), said
     assert [event["code"] for event in events(run, "attempt ended")] == [0]
 
 

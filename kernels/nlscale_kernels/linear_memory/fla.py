@@ -1,6 +1,7 @@
 """The gated delta rule by flash-linear-attention's kernels (fla-core, MIT), where somebody prefers them on a GPU.
 
 Its rule is S <- a S (I - b k k^T) + b v k^T with tokens before heads and states (K, V): ours with b = e / a and value a v.
+Names, shapes and the scale are those of fla-core 0.6.0.
 """
 
 from collections.abc import Callable
