@@ -93,7 +93,15 @@ class Run:
         )
         for said, works in (
             (model.variant == "nested", "model.variant=independent or sequential"),
-            (parallel.context > 1, "parallel.context=1: a chunk waits for the one before"),
+            (
+                self.train.micro_batch % parallel.context > 0,
+                f"train.micro_batch={nearest(self.train.micro_batch, parallel.context)}: "
+                f"parallel.context={parallel.context} ranks trade tokens for rows, as a chunk waits for the one before",
+            ),
+            (
+                parallel.context > 1 and model.reset == "never",
+                "parallel.context=1 with model.reset=never: rows that go on stay with their rank",
+            ),
             (parallel.sequence, "parallel.sequence=false"),
             (model.loops > 1, "model.loops=1"),
             (self.optim.second_order, "optim.second_order=false"),

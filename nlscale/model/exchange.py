@@ -1,7 +1,8 @@
 """Context parallelism: each rank holds a part of every row's tokens; what must see whole rows trades tokens for heads.
 
 Two all-to-alls a mixer (spec 3.9): before it, all tokens of this rank's share of the heads come in; after it, all heads of
-this rank's tokens go back. On one rank nothing happens.
+this rank's tokens go back. Levels that move inside rows need whole ones, and trade tokens for rows, once. On one rank
+nothing happens.
 
 T tokens of a row, R ranks, B rows, F features of all heads that this tensor-parallel rank holds.
 """
@@ -45,9 +46,16 @@ class Exchange:
         received = all_to_all(self.group, part.unflatten(0, (self.ranks, -1)).contiguous())
         return received.permute(1, 2, 0, 3).flatten(2)
 
-    def mine(self, heads: Tensor) -> Tensor:
-        """This rank's share of a parameter whose first axis runs over heads: a view."""
-        return heads if self.ranks == 1 else heads.chunk(self.ranks)[self.rank]
+    def to_rows(self, part: Tensor) -> Tensor:
+        """(T/R, B, D) -> all tokens of this rank's share of the rows, (T, B/R, D)."""
+        if self.ranks == 1:
+            return part
+        shares = part.unflatten(1, (self.ranks, -1)).movedim(1, 0).contiguous()
+        return all_to_all(self.group, shares).flatten(0, 1)  # (R, T/R, B/R, D): whose tokens they were
+
+    def mine(self, shared: Tensor) -> Tensor:
+        """This rank's share of a tensor whose first axis runs over heads, or over rows: a view."""
+        return shared if self.ranks == 1 else shared.chunk(self.ranks)[self.rank]
 
     def tokens(self, row: Tensor, axis: int) -> Tensor:
         """This rank's share of a tensor with the whole row along `axis`."""

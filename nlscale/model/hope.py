@@ -85,7 +85,7 @@ class Hope(MegatronModule):
                 reduce_scatter_embeddings=config.sequence_parallel,
                 config=config,
             )
-        blocks = [self.kind_of(layer, model)(model, units, config, self.exchange) for layer in stage.layers]
+        blocks = [self.kind_of(layer, model)(model, units, config, self.around(layer, model)) for layer in stage.layers]
         self.blocks = nn.ModuleList(blocks)
         if stage.last:
             own = self.embed.weight if model.tied and stage.first else None
@@ -95,6 +95,10 @@ class Hope(MegatronModule):
             ("cosine", "sine"), rotary_table(tokens, model.head_width, model.rope_base, device), strict=True
         ):
             self.register_buffer(name, table.to(config.params_dtype), persistent=False)
+
+    def around(self, layer: int, model: Model) -> Exchange:
+        """The ranks that share a layer's rows."""
+        return self.exchange
 
     def kind_of(self, layer: int, model: Model) -> type[Block]:
         """The class of a layer."""

@@ -5,7 +5,8 @@ with what the row's own copies of the levels have learned so far, then its loss 
 loss is that of each chunk before it was learned from. Attention and memories of the mixers go on from chunk to chunk.
 
 The gradient that a level learns from is that of the chunk's loss at the level's own place, back through everything after it,
-with what earlier chunks left taken as given. It never leaves the last pipeline stage.
+with what earlier chunks left taken as given. It never leaves the last pipeline stage. Context-parallel ranks, which share
+the tokens of rows before, have whole rows here, each its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +99,10 @@ class HopeInSequence(Hope):
         """The last layers adapt."""
         return ReadingBlock if layer >= model.layers - model.inner.adaptive(model.layers) else Block
 
+    def around(self, layer: int, model: Model) -> Exchange:
+        """A rank has whole rows where they are learned from, fewer of them."""
+        return self.exchange if self.kind_of(layer, model) is Block else Exchange()
+
     def kept(self, model: Model, units: int, tokens: int) -> type[Fast]:
         """How a level's changes are kept: by pairs while a row's writes are fewer than a matrix."""
         young = model.reset == "row" and model.inner.by_factors(model.width, units, tokens - self.rhythm.chunk)
@@ -108,7 +113,7 @@ class HopeInSequence(Hope):
     ) -> tuple[Tensor, RowState]:
         """The summed loss (scalar), each chunk's before it is learned from, and what the rows leave."""
         tokens_BT, targets_BT, starts_BT = batch
-        x_TBD: Any = self.enter(tokens_BT) if self.stage.first else self.input
+        x_TBD: Any = self.enter(self.exchange.tokens(tokens_BT, 1)) if self.stage.first else self.input
         if before is not None:
             check(before, self.begin(tokens_BT.shape[0]), "state")
         mixers, place = list(before.mixers) if before else [None] * len(self.blocks), self.scene(starts_BT, 0, hand_on)
@@ -116,6 +121,7 @@ class HopeInSequence(Hope):
         for block, state in zip(self.blocks[: self.first], mixers, strict=False):
             x_TBD, after = block(x_TBD, place, state)
             left.append(after)
+        x_TBD, targets_BT, starts_BT = self.exchange.to_rows(x_TBD), *map(self.exchange.mine, (targets_BT, starts_BT))
         learning = torch.is_grad_enabled()
         with torch.enable_grad():  # the copies learn whether or not anybody else does
             own = RowState(mixers[self.first :], before.copies if before else self.untouched())

@@ -49,6 +49,12 @@ class World:
     ends: dist.ProcessGroup | None  # first and last pipeline stage of a replica; None between them
 
     @property
+    def words(self) -> str:
+        """Such as `2 ranks, 1 replica, cpu`."""
+        counts = (f"{n} {what}{'s' * (n > 1)}" for n, what in ((self.size, "rank"), (self.replicas, "replica")))
+        return ", ".join([*counts, self.device.type])
+
+    @property
     def leads(self) -> bool:
         """Whether this rank speaks for the run."""
         return self.rank == 0

@@ -137,8 +137,7 @@ def going_on(
     peak, source = peak_flops(run.log.peak_flops, PRECISIONS[run.train.precision], world.device)
     journal.event("start", state.step, world=world.size, replicas=world.replicas, peak_flops=peak, peak_source=source)
     where = f"goes on after step {state.step}" if resumed else "starts"
-    ranks, replicas = (f"{n} {word}{'s' * (n > 1)}" for n, word in ((world.size, "rank"), (world.replicas, "replica")))
-    journal.say(f"{run.run.name} {where}: {ranks}, {replicas}, {world.device.type}")
+    journal.say(f"{run.run.name} {where}: {world.words}")
     before_move = opening(state, model, journal)
     last = min(run.train.steps, run.train.stop_at or run.train.steps)
     watchdog = Watchdog(

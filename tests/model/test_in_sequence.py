@@ -227,23 +227,35 @@ LAYOUTS = {
     "pipeline": (2, ["parallel.pipeline=2"]),
     "data": (2, []),
     "tensor-pipeline": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "context": (2, ["parallel.context=2"]),
+    "tensor-context": (4, ["parallel.tensor=2", "parallel.context=2", "model.kv_heads=4"]),
+    "pipeline-context": (4, ["parallel.pipeline=2", "parallel.context=2"]),
 }
 FORMS = {
     "independent": [],
     "sequential": ["model.variant=sequential"],
     "self_modifying": ["model.mixer=self_modifying", "model.self_modifying.chunk=4"],
     "gains": ["model.gains=true"],
+    "full": ["model.inner.meta=full"],
+    "delta": ["model.mixer=delta", "model.linear.chunk=4"],
 }
 
 
-CASES = [(layout, form) for layout in LAYOUTS for form in FORMS]
+CASES = [(layout, form) for layout in LAYOUTS for form in FORMS if not ("tensor" in layout and form == "full")]
 LEFT = [("tensor", "self_modifying"), ("pipeline", "self_modifying"), ("data", "sequential"), ("tensor", "gains")]
+LEFT += [
+    ("context", "self_modifying"),
+    ("context", "delta"),
+    ("pipeline-context", "full"),
+    ("tensor-context", "sequential"),
+]
 
 
 @pytest.mark.parametrize(("layout", "form"), sampled(CASES, LEFT))
 def test_layout_equals_one_process(layout: str, form: str) -> None:
     count, overrides = LAYOUTS[layout]
-    said = [TWO, *BASE, *FORMS[form], "model.inner.clip=0.005"]
+    shape = [each for each in overrides if each.startswith("model.")]
+    said = [TWO, *BASE, *FORMS[form], *shape, "model.inner.clip=0.005"]
     loss, pieces = ranks(1, gradients, tiny(*said), torch.float64)[0]
     results = ranks(count, gradients, tiny(*said, *overrides), torch.float64)
     expected, actual = assemble([pieces]), assemble([result[1] for result in results])
@@ -264,6 +276,8 @@ def test_mode_s_two_replicas_share_one_memory() -> None:
     one = ranks(1, shared_loss, tiny(*said, "train.micro_batch=4"))[0]
     two = ranks(2, shared_loss, tiny(*said, "train.micro_batch=2"))
     torch.testing.assert_close(two[0] + two[1], one, rtol=1e-11, atol=1e-11)
+    parted = ranks(2, shared_loss, tiny(*said, "train.micro_batch=4", "parallel.context=2"))
+    torch.testing.assert_close(parted[0] + parted[1], one, rtol=1e-11, atol=1e-11)
     apart = ranks(1, shared_loss, tiny(*said, "train.micro_batch=4", "model.inner.shared=false"))[0]
     assert abs(float(apart[0] - one[0])) > 1e-6 * float(one[0])
 
@@ -358,7 +372,7 @@ REFUSED = {
     "levels=[{name: a,period: 2,width: 0.5},{name: b,period: 4,unit: token,width: 0.5}]": "so it comes before a (unit step)",
     "levels=[{name: a,period: 4,unit: token,width: 0.5},{name: b,period: 6,unit: token,width: 0.5}]": "divisibility chain",
     "model.variant=nested": "need model.variant=independent or sequential",
-    "parallel.context=2": "need parallel.context=1",
+    "parallel.context=2 train.micro_batch=1": "need train.micro_batch=2: parallel.context=2 ranks trade tokens for rows",
     "model.inner.layers=2 parallel.pipeline=2": "must lie on the last pipeline stage, which holds 1 layers",
     "model.mixer=delta model.linear.chunk=8": "period=4 must be a multiple of model.linear.chunk=8",
     "model.inner.shared=true model.inner.meta=full": "needs model.inner.meta=first_order",

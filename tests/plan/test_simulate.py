@@ -50,6 +50,7 @@ LAYOUTS = {
     "transferred": ["model.base_width=16", "parallel.pipeline=2"],
     "long": ["model.layers=8", "parallel.pipeline=2", "parallel.tensor=2"],
     "in-sequence": ["use.levels=inside", "parallel.tensor=2"],
+    "in-sequence-context": ["use.levels=inside", "parallel.context=2"],
     "context4": ["parallel.context=4", "model.kv_heads=4"],
     "context-pipeline": ["parallel.context=2", "parallel.pipeline=2"],
     "context-sequence": ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true", "model.kv_heads=4"],
