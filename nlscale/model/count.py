@@ -79,7 +79,9 @@ def self_modifying_flops(model: Model, tokens: int) -> float:
     settings, width = model.self_modifying, model.head_width
     inward, units = units_of(settings, width)
     solves = {settings.makers, settings.chunk}
-    each = 3 * 8 * (inward + units) + 2 * 8 * inward
+    each = (
+        3 * 8 * (inward + units) + 2 * 8 * inward + 3 * 2 * units * settings.momentum
+    )  # whose share of W1 is one more
     return float(model.heads * (width * each + sum(3 * chunk * width for chunk in solves)))
 
 

@@ -134,8 +134,12 @@ class Hope(MegatronModule):
         if before is not None:
             check(before, self.begin(tokens_BT.shape[0]), "state")
         x_TBD, left = self.walk(x_TBD, self.scene(starts_BT, hand_on=hand_on), before and before.mixers)
-        output = self.head(x_TBD, self.exchange.tokens(targets_BT, 1)) if self.stage.last else x_TBD
+        output = self.head(x_TBD, self.own(targets_BT)) if self.stage.last else x_TBD
         return output, RowState([between_rows(each) for each in left], [])
+
+    def own(self, batch: Tensor) -> Tensor:
+        """The part of targets (B, T) whose losses this rank sums."""
+        return self.exchange.tokens(batch, 1)
 
     def begin(self, rows: int) -> RowState:
         """What rows begin with that go on from no others."""

@@ -121,13 +121,17 @@ class HopeInSequence(Hope):
         for block, state in zip(self.blocks[: self.first], mixers, strict=False):
             x_TBD, after = block(x_TBD, place, state)
             left.append(after)
-        x_TBD, targets_BT, starts_BT = self.exchange.to_rows(x_TBD), *map(self.exchange.mine, (targets_BT, starts_BT))
+        x_TBD, targets_BT, starts_BT = self.exchange.to_rows(x_TBD), self.own(targets_BT), self.exchange.mine(starts_BT)
         learning = torch.is_grad_enabled()
         with torch.enable_grad():  # the copies learn whether or not anybody else does
             own = RowState(mixers[self.first :], before.copies if before else self.untouched())
             loss, after = self.read(x_TBD if learning else x_TBD.detach(), targets_BT, starts_BT, own, hand_on)
         left = [between_rows(each) for each in (*left, *after.mixers)]
         return loss if learning else loss.detach(), RowState(left, after.copies)
+
+    def own(self, batch: Tensor) -> Tensor:
+        """Those of this rank's rows."""
+        return self.exchange.mine(batch)
 
     def begin(self, rows: int) -> RowState:
         """What rows begin with that go on from no others."""

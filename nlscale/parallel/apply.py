@@ -143,7 +143,7 @@ def scheduled(
         batch = next(batches)
         read = goes_on.get(id(model)) if learn else None
         with clock.span("forward"):
-            output, own = read(batch) if read else model(*batch), model.exchange.tokens(batch[1], 1)
+            output, own = read(batch) if read else model(*batch), model.own(batch[1])
         gates[id(model)].guard(output, (own >= 0).sum())
         return output, partial(summed, targets=own)
 

@@ -29,6 +29,7 @@ KEPT = {
     "self_modifying": 40.5,  # and what chunks add (`by_chunks`)
 }
 PAIRS = 4.6
+ON_CHIP = 64  # width and units of a main memory whose weights stay on chip from chunk to chunk
 # Projections of all heads' width that one product computes together, beside keys and values of attention.
 FUSED = {
     "attention": 1,
@@ -266,7 +267,12 @@ def by_chunks(run: Run) -> float:
     states = (64.0 if settings.momentum else 32.0) * sum(units_of(settings, width)) / 2 / settings.makers * went_on
     extra = 8.0 * settings.gate - 1.1 * (not settings.momentum)
     if not settings.recompute:
-        extra += 41.0 + 17.0 * width / settings.chunk + 96.0 * went_on
+        inward, units = units_of(settings, width)
+        extra += (32.0 + 64.0 * inward / width) * went_on
+        if settings.activation == "silu" and max(inward, width) <= ON_CHIP:
+            extra += 41.0 + 17.0 * width / settings.chunk
+        else:
+            extra += 30.0 + 32.0 * inward / width + 24.0 * (inward + units) / settings.chunk
     return 4.6 * width / settings.chunk + states + extra
 
 

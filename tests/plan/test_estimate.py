@@ -26,6 +26,7 @@ from tests.corpus import small_run
 from tests.tiny import LEVELS
 
 TENSOR = ["parallel.tensor=4", "parallel.sequence=true"]
+KEPT, SHORT = "model.self_modifying.recompute=false", ["use.layout=null", "model.layers=4", "data.sequence=1024"]
 CASES = {
     "plain": ("1.3b-plain", 8, ["use.layout=null"]),
     "tensor": ("7b-hope-attention", 8, ["use.layout=null", *TENSOR]),
@@ -41,6 +42,10 @@ CASES = {
     "hope, as shipped": ("7b-hope", 64, ["use.layout=h100-64"]),
     "hope, tensor": ("1.3b-hope", 8, ["use.layout=null", *TENSOR]),
     "hope, recompute": ("1.3b-hope", 8, ["use.layout=null", "train.recompute=block", "model.layers=6"]),
+    "hope, kept": ("760m-hope", 8, ["use.layout=null", "model.layers=4", KEPT]),
+    "hope, kept, swiglu": ("760m-hope", 8, [*SHORT, KEPT, "model.self_modifying.activation=swiglu"]),
+    "hope, kept, wide heads": ("760m-hope", 8, [*SHORT, KEPT, "model.heads=12"]),
+    "hope, kept, plain": ("760m-hope", 8, [*SHORT, KEPT, "model.self_modifying.momentum=false"]),
     "delta": ("760m-plain", 8, ["use.layout=null", "model.mixer=delta", "data.sequence=1024"]),
     "titans": ("760m-plain", 8, ["use.layout=null", "model.mixer=titans", "data.sequence=1024"]),
     "linear": ("760m-plain", 8, ["use.layout=null", "model.mixer=linear", "data.sequence=512"]),

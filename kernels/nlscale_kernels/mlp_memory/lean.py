@@ -1,4 +1,4 @@
-"""The memories' two functions with gradients written out: they keep W2's products alone; glue.py lies between products.
+"""The memories' three functions with gradients written out: they keep W2's products alone; glue.py lies between products.
 
 Names are those of reference.py; d... is the gradient of the loss with respect to ...; once differentiable.
 """

@@ -169,7 +169,9 @@ def _backward_on_gpu(*given: Any) -> tuple[Tensor, ...]:
 
     *inputs, d_after, d_then = given
     step = Step(*inputs)
-    return (triton.step_gradients if step.written.dtype in NARROW else gradients)(step, d_after, d_then)
+    if step.written.dtype in NARROW:
+        return triton.step_gradients(step, d_after, d_then)
+    return tuple(x.clone() for x in gradients(step, d_after, d_then))
 
 
 forward.register_kernel("cuda")(_forward_on_gpu)
@@ -239,7 +241,11 @@ class Plainly(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_after: Tensor, d_then: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """See `gradients`; with share s = limit / |add| below 1, d_add = s (d - a (a . d) / limit^2), a = s add."""
+        """See `gradients`; with share s = limit / |add| below 1, d_add = s (d - a (a . d) / limit^2), a = s add.
+
+        Where a is the difference of states, it has their rounding: float32 gradients along a are off by about 1e-7
+        |state| / limit.
+        """
         state, speed, keep, carry, left, after, then, share = ctx.saved_tensors
         d_state = d_after if keep is None else wide(keep) * d_after
         d_keep = None if keep is None else summed(state, d_after)
