@@ -74,15 +74,15 @@ def beside_flops(model: Model, tokens: int) -> float:
 
 def self_modifying_flops(model: Model, tokens: int) -> float:
     """Of a head: three memories of vectors are asked for answers, for keys and for values, and written; two of gates, whose
-    W1 is a row; keys against keys and one solve a chunk of each size (spec 3.4, with W1 multiplied once for two answers).
+    W1 is a row; keys against keys and one solve a chunk of each size (spec 3.4, with W1 multiplied once for two answers);
+    what turns every W2 at a chunk's end, and the turning.
     """
     settings, width = model.self_modifying, model.head_width
     inward, units = units_of(settings, width)
-    solves = {settings.makers, settings.chunk}
-    each = (
-        3 * 8 * (inward + units) + 2 * 8 * inward + 3 * 2 * units * settings.momentum
-    )  # whose share of W1 is one more
-    return float(model.heads * (width * each + sum(3 * chunk * width for chunk in solves)))
+    each = 3 * 8 * (inward + units) + 2 * 8 * inward + 3 * 2 * units * settings.momentum  # its share of W1 is one more
+    solves = sum(3 * chunk for chunk in {settings.makers, settings.chunk})
+    turns = 2 * width + 2 * width * inward * (4 / settings.makers + 1 / settings.chunk)
+    return float(model.heads * width * (each + solves + turns))
 
 
 FLOPS: dict[str, Callable[[Model, int], float]] = {
