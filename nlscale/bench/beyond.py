@@ -6,15 +6,13 @@ Levels that move inside the row can learn the pairs as they read. Rows are new a
 four windows, and are asked at greater ones, too.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from statistics import mean
 
 import torch
 
-from nlscale.bench.drill import Rows, alone, right, trained
+from nlscale.bench.drill import Rows, alone, right, side_by_side, trained
+from nlscale.bench.memories import inside
 from nlscale.bench.table import Row, show
 from nlscale.config.read import read
 from nlscale.runtime.quiet import quiet
@@ -33,21 +31,20 @@ MODEL = (
 SEES = f"model.window={WINDOW}"
 
 
-def inside(*periods: int) -> list[str]:
+def learning(*periods: int) -> list[str]:
     """Attention over the window, and levels that move every so many tokens, in the last layer; the fastest are widest."""
     shares = [0.5 ** min(n + 1, len(periods) - 1) for n in range(len(periods))]
-    said = [f"{{name: l{p}, period: {p}, unit: token, width: {w}}}" for p, w in zip(periods, shares, strict=True)]
-    return [SEES, f"levels=[{', '.join(said)}]", "model.inner.lr=1.0", "model.inner.clip=0"]
+    return [SEES, inside(*periods, shares=shares), "model.inner.lr=1.0", "model.inner.clip=0"]
 
 
 HOPE = ["model.mixer=self_modifying", "model.self_modifying.chunk=16", "model.self_modifying.recompute=false"]
 WINDOWED, SHOWN = "attention over the window", ("attention over the row", "self-modifying Titans")
 ARMS: dict[str, list[str]] = {
     WINDOWED: [SEES],
-    "and one level moving every 16 tokens": inside(16),
-    "and one level moving every 32": inside(32),
-    "and levels moving every 16 and 32": inside(16, 32),
-    "and levels moving every 16, 32 and 64": inside(16, 32, 64),
+    "and one level moving every 16 tokens": learning(16),
+    "and one level moving every 32": learning(32),
+    "and levels moving every 16 and 32": learning(16, 32),
+    "and levels moving every 16, 32 and 64": learning(16, 32, 64),
     SHOWN[0]: [],
     SHOWN[1]: [*HOPE, "model.self_modifying.rate=0.1", "model.self_modifying.keep=0.999"],
 }
@@ -81,12 +78,11 @@ def learnt(seed: int, overrides: Sequence[str], steps: int = STEPS) -> list[floa
 
 def main(target: str | None) -> int:
     """Prints the table; 0 if the window guesses and memory inside the row does not."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        jobs = {(name, seed): pool.submit(learnt, seed, said) for seed in SEEDS for name, said in ARMS.items()}
-        found = {}
-        for (name, seed), job in jobs.items():
-            found[name, seed] = job.result()
-            print(f"{name}, seed {seed}: " + ", ".join(f"{share:.1%}" for share in found[name, seed]), flush=True)
+    found = {}
+    jobs = {(name, seed): (seed, said) for seed in SEEDS for name, said in ARMS.items()}
+    for (name, seed), shares in side_by_side(learnt, jobs):
+        found[name, seed] = shares
+        print(f"{name}, seed {seed}: " + ", ".join(f"{share:.1%}" for share in shares), flush=True)
     title = f"right answers after {', '.join(map(str, FAR))} tokens, of a window of {WINDOW}; guessed: {1 / VALUES:.1%}"
     return show(title, table(found), target)
 

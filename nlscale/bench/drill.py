@@ -1,8 +1,11 @@
 """Small models trained in this process on rows that a function makes: what the benches of memory tasks share."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any, TypeVar
 
 import torch
 from nlscale_launch.local import free_port
@@ -16,6 +19,22 @@ from nlscale.runtime.world import join, leave
 Rows = tuple[Tensor, Tensor]  # tokens and targets (B, T)
 Made = Callable[[int], Rows]  # rows of a step, from 1
 Seen = Callable[[int, float], None]  # is told of a step and its mean loss
+Key = TypeVar("Key")
+Found = TypeVar("Found")
+
+
+def side_by_side(work: Callable[..., Found], jobs: Mapping[Key, Sequence[Any]]) -> Iterator[tuple[Key, Found]]:
+    """Each job's key and what `work` makes of its arguments, in their order, in fresh processes, one a core; after an error
+    none begins.
+    """
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        waiting = {key: pool.submit(work, *given) for key, given in jobs.items()}
+        try:
+            for key, job in waiting.items():
+                yield key, job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 @contextmanager

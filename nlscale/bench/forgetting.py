@@ -7,17 +7,14 @@ the loss on A is compared where the loss on B is the same: what the slowest arm 
 continual-learning protocol, the single level's rate is swept: a lower rate forgets less, too.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from statistics import mean
 
 import torch
 from torch import Tensor
 
-from nlscale.bench.drill import Rows, alone, trained
+from nlscale.bench.drill import Rows, alone, side_by_side, trained
 from nlscale.bench.table import Row, at_most, show
 from nlscale.config.read import read
 from nlscale.optim.build import Optimizer
@@ -149,9 +146,7 @@ def course(name: str, seed: int, steps: tuple[int, int, int] = (FIRST, SECOND, A
 
 def main(target: str | None) -> int:
     """Prints the table; 0 if the nested continuum forgets less than one level does at any of its rates."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        jobs = {(name, seed): pool.submit(course, name, seed) for name in ARMS for seed in SEEDS}
-        found = {key: job.result() for key, job in jobs.items()}
+    found = dict(side_by_side(course, {(name, seed): (name, seed) for name in ARMS for seed in SEEDS}))
     levels = {seed: max(min(second for second, _ in found[name, seed].looks) for name in ARMS) for seed in SEEDS}
     control = min(mean(found[name, seed].at(levels[seed]) for seed in SEEDS) for name in SWEPT)
     table = [row for name in ARMS for row in rows_for(name, [found[name, s] for s in SEEDS], levels.values(), control)]

@@ -7,15 +7,12 @@ stands for. The parts of HOPE are left out one by one, as in the paper's ablatio
 token, trained on rows that are new at every step.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from statistics import mean, median
 
 import torch
 
-from nlscale.bench.drill import Rows, alone, right, trained
+from nlscale.bench.drill import Rows, alone, right, side_by_side, trained
 from nlscale.bench.table import Row, show
 from nlscale.config.read import read
 from nlscale.runtime.quiet import quiet
@@ -69,15 +66,13 @@ def learnt(seed: int, overrides: Sequence[str], steps: int = STEPS) -> tuple[flo
 
 def main(target: str | None) -> int:
     """Prints the table; 0 if the whole rule takes both hops, and each part is worth something."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        jobs = {(name, seed): pool.submit(learnt, seed, [said]) for seed in SEEDS for name, said in ARMS.items()}
-        found = {}
-        for (name, seed), job in jobs.items():
-            found[name, seed] = job.result()
-            one, two = found[name, seed]
-            print(
-                f"{name}, seed {seed}: {two:.1%} after two hops, {one:.1%} after one", flush=True
-            )  # should it be cut short
+    found = {}
+    jobs = {(name, seed): (seed, [said]) for seed in SEEDS for name, said in ARMS.items()}
+    for (name, seed), (one, two) in side_by_side(learnt, jobs):
+        found[name, seed] = one, two
+        print(
+            f"{name}, seed {seed}: {two:.1%} after two hops, {one:.1%} after one", flush=True
+        )  # should it be cut short
     title = "right answers after two hops (one of two ends guessed: 50 %); baseline: after one"
     return show(title, table(found), target)
 

@@ -1,7 +1,7 @@
 """What memories cost: HOPE and its kin against a plain torch Transformer of the same shape, in one process, one thread."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,10 +24,10 @@ LENGTHS = (256, 1024, 4096)  # tokens of a row for the growth of HOPE's cost
 HOPE = ["use.levels=four", "model.mixer=self_modifying", "model.self_modifying.chunk=128"]
 
 
-def inside(*periods: int) -> str:
-    """Levels of equal width that move every so many tokens."""
-    share = 1 / len(periods)
-    said = [f"{{name: l{p}, period: {p}, unit: token, width: {share}}}" for p in periods]
+def inside(*periods: int, shares: Sequence[float] = ()) -> str:
+    """Levels that move every so many tokens, of equal width or of these shares."""
+    widths = shares or [1 / len(periods)] * len(periods)
+    said = [f"{{name: l{p}, period: {p}, unit: token, width: {w}}}" for p, w in zip(periods, widths, strict=True)]
     return f"levels=[{', '.join(said)}]"
 
 

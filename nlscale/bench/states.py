@@ -8,15 +8,12 @@ written: makers that are written, too, turn a little with each token, and what i
 lost beyond them. How often is shown by the last arms.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
 
-from nlscale.bench.drill import Rows, alone, right, trained
+from nlscale.bench.drill import Rows, alone, right, side_by_side, trained
 from nlscale.bench.table import Row, show
 from nlscale.config.read import read
 from nlscale.runtime.quiet import quiet
@@ -115,9 +112,8 @@ def learnt(language: str, seed: int, overrides: Sequence[str], steps: int | None
 
 def main(target: str | None) -> int:
     """Prints the table; 0 if every language is tracked beyond the trained length, with every seed."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(learnt, arm.language, arm.seed, arm.overrides) for arm in ARMS]
-        table = [row(arm, job.result()) for arm, job in zip(ARMS, jobs, strict=True)]
+    jobs = {place: (arm.language, arm.seed, arm.overrides) for place, arm in enumerate(ARMS)}
+    table = [row(ARMS[place], found) for place, found in side_by_side(learnt, jobs)]
     title = f"right answers at tokens {TRAINED + 1} to {TESTED}; baseline: at tokens 1 to {TRAINED}"
     return show(title, table, target)
 

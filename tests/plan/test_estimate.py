@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from nlscale_kernels.self_modifying.given import WIDEST
 
 from nlscale.cli import main
 from nlscale.config.devices import DEVICES, device
@@ -16,6 +17,7 @@ from nlscale.config.errors import UserError
 from nlscale.config.read import read
 from nlscale.config.run import Run
 from nlscale.plan.estimate import Estimate
+from nlscale.plan.holding import ON_CHIP
 from nlscale.plan.search import accepted, assessed, ranked
 from nlscale.plan.simulate import stages
 from nlscale.runtime.folder import Folder
@@ -58,6 +60,10 @@ CASES = {
 def run_of(case: str) -> tuple[Run, int]:
     recipe, gpus, overrides = CASES[case]
     return read(recipe, overrides), gpus
+
+
+def test_what_stays_on_chip_is_what_the_kernel_says() -> None:
+    assert ON_CHIP == WIDEST
 
 
 @pytest.mark.parametrize("case", CASES)

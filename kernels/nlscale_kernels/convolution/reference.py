@@ -14,9 +14,7 @@ def convolve(x_TBD: Tensor, weight_DW: Tensor, before_WBD: Tensor | None, starts
     if before_WBD is None:
         before_WBD = x_TBD.new_zeros((taps - 1, *x_TBD.shape[1:]))
     padded, tokens = torch.cat([before_WBD, x_TBD]), x_TBD.shape[0]
-    y = (
-        padded[taps - 1 :] * weight_DW[:, 0]
-    )  # not x itself: backward keeps the padded alone, and x may lie in something wide
+    y = padded[taps - 1 :] * weight_DW[:, 0]  # not x, which may lie in something wide that backward would keep
     gap = None
     for j in range(1, taps):
         earlier = padded[taps - 1 - j : taps - 1 - j + tokens]
