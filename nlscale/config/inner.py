@@ -24,10 +24,6 @@ class Inner:
             require(getattr(self, name) >= 0, f"model.inner.{name}={getattr(self, name)} must not be negative")
         require(0 <= self.warmup <= 1, f"model.inner.warmup={self.warmup} is a share of the steps, from 0 to 1")
         require(
-            not self.shared or self.meta == "first_order",
-            "model.inner.shared=true needs model.inner.meta=first_order: ranks reduce the gradient as they go",
-        )
-        require(
             not self.shared or self.form != "factors",
             "model.inner.shared=true needs model.inner.form=whole: the pairs of all rows would outgrow the matrices",
         )

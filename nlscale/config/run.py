@@ -105,12 +105,7 @@ class Run:
             (parallel.sequence, "parallel.sequence=false"),
             (model.loops > 1, "model.loops=1"),
             (self.optim.second_order, "optim.second_order=false"),
-            (model.inner.meta == "full" and parallel.tensor > 1, "parallel.tensor=1 with model.inner.meta=full"),
             (model.inner.shared and parallel.pipeline > 1, "parallel.pipeline=1 with model.inner.shared"),
-            (
-                model.inner.meta == "full" and count > 1 and model.mixer not in ("attention", "linear", "delta"),
-                f"model.inner.layers=1 or model.inner.meta=first_order with model.mixer={model.mixer}",
-            ),
         ):
             require(not said, f"levels with unit: token need {works}")
 

@@ -4,7 +4,7 @@ T tokens, B rows, D width, H query heads, G key and value heads, K head width, P
 are this rank's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.rotary import rotate_both
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nlscale.config.model import Model
 from nlscale.model.exchange import Exchange
@@ -45,7 +46,7 @@ class Attention(MegatronModule):
         super().__init__(config)
         width, ranks = model.head_width, config.tensor_model_parallel_size
         groups = groups or model.key_value_heads
-        self.exchange, self.width, self.turned = exchange, width, rotate_both
+        self.exchange, self.width, self.turned, self.product = exchange, width, rotate_both, flash
         self.held = {"q": model.heads // ranks, "k": groups // ranks, "v": groups // ranks}
         self.norm = Norm(model.width, config)
         options = {"config": config, "init_method": config.init_method, "bias": False, "skip_bias_add": False}
@@ -66,7 +67,7 @@ class Attention(MegatronModule):
         if context is not None:
             k_BGTK, v_BGTK = torch.cat([context.k, k_BGTK], 2), torch.cat([context.v, v_BGTK], 2)
         left = Context(k_BGTK, v_BGTK) if scene.hand_on else None
-        o_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, scene.mask, self.persistent, self.exchange)
+        o_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, scene.mask, self.persistent, self.exchange, self.product)
         update, _ = self.out(self.exchange.to_tokens(o_BHTK.permute(2, 0, 1, 3).flatten(2)))
         return x_TBD + update, left
 
@@ -108,6 +109,27 @@ class Persistent(nn.Module):
         yield Leaf("persistent.v", self.get_parameter("v"), shard=0)
 
 
+Product = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def flash(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention by torch's fastest kernel, once differentiable; `mask` None: causal."""
+    return F.scaled_dot_product_attention(
+        q_BHTK,
+        k_BGTK,
+        v_BGTK,
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q_BHTK.shape[1] != k_BGTK.shape[1],
+    )
+
+
+def by_math(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Tensor | None) -> Tensor:
+    """The same with all weights held, differentiable as often as one likes."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return flash(q_BHTK, k_BGTK, v_BGTK, mask)
+
+
 def attend(
     q_BHTK: Tensor,
     k_BGTK: Tensor,
@@ -115,6 +137,7 @@ def attend(
     mask: Tensor | None,
     persistent: Persistent | None,
     exchange: Exchange,
+    product: Product,
 ) -> Tensor:
     """Softmax attention (B, H, T, K); `mask` None: causal over as many keys as queries."""
     if persistent is not None:
@@ -122,7 +145,4 @@ def attend(
         if mask is None:
             mask = torch.ones(q_BHTK.shape[2], q_BHTK.shape[2], dtype=torch.bool, device=q_BHTK.device).tril()
         mask = F.pad(mask, (persistent.count, 0), value=True)
-    grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
-    return F.scaled_dot_product_attention(
-        q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-    )
+    return product(q_BHTK, k_BGTK, v_BGTK, mask)

@@ -18,17 +18,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    reduce_from_tensor_model_parallel_region,
-)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.swiglu import swiglu
 from torch import Tensor, nn
 
+from nlscale.model.collectives import from_tensor_ranks, to_tensor_ranks
 from nlscale.model.fast import Fast
-from nlscale.model.layers import Down, Norm, to_tensor_ranks
+from nlscale.model.layers import Down, Norm
 from nlscale.runtime.leaf import Leaf, prefixed
 
 
@@ -132,9 +130,7 @@ class FeedForward(MegatronModule):
         ]
         said = [each for each in learned if isinstance(each, Tensor)]
         if said:
-            update = update + reduce_from_tensor_model_parallel_region(
-                sum(said[1:], said[0]).transpose(0, 1).contiguous()
-            )
+            update = update + from_tensor_ranks(sum(said[1:], said[0]).transpose(0, 1))
         traces = {
             name: Trace(copied, {part: pieces[part, name] for part in self.inward}, active[name], update)
             for name in copies

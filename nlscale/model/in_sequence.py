@@ -10,23 +10,27 @@ the tokens of rows before, have whole rows here, each its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.summed_loss import whole_loss
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
 
 from nlscale.config.inner import Inner
 from nlscale.config.levels import Level
 from nlscale.config.model import Model
+from nlscale.model.attention import by_math
+from nlscale.model.collectives import column, cross_entropy, from_tensor_ranks, row, to_tensor_ranks
 from nlscale.model.continuum import Trace
 from nlscale.model.exchange import Exchange
 from nlscale.model.fast import Factors, Fast, Pair, Whole, product
 from nlscale.model.hope import Block, Hope, Stage
+from nlscale.model.layers import Down
 from nlscale.model.loss import IGNORE
 from nlscale.model.row_state import RowState, between_rows, check
 from nlscale.model.scene import Scene
@@ -48,7 +52,6 @@ class Rhythm:
     """The levels that move inside a row, fast to slow, and what they ask of ranks."""
 
     levels: Sequence[Level]
-    over_tensor: Sum  # sums over the ranks that share a level's units
     over_data: Sum  # sums over replicas
 
     @property
@@ -94,6 +97,10 @@ class HopeInSequence(Hope):
         self.kinds = {level.name: self.kept(model, units[level.name], tokens) for level in rhythm.levels}
         if model.inner.meta == "full":
             self.head.summed = whole_loss  # it can be differentiated twice
+            if config.tensor_model_parallel_size > 1:
+                self.head.cross_entropy = cross_entropy
+            for module in (each for block in self.blocks[self.first :] for each in block.modules()):
+                differentiable(module)
 
     def kind_of(self, layer: int, model: Model) -> type[Block]:
         """The last layers adapt."""
@@ -170,16 +177,14 @@ class HopeInSequence(Hope):
         states, copies = before or RowState([None] * (len(self.blocks) - self.first), self.untouched())
         losses, chunk = [], self.rhythm.chunk
         windows = {level.name: Window() for level in self.rhythm.levels}
-        several = self.inner.meta == "full" and len(states) > 1  # attention lies between a level and its loss
         for begin in range(0, x_TBD.shape[0], chunk):
             end = begin + chunk
             place = self.scene(starts_BT[:, :end], begin, hand_on=True)
-            with sdpa_kernel(SDPBackend.MATH) if several else nullcontext():
-                x, traces, states = self.pass_on(x_TBD[begin:end], place, states, copies)
-                loss = self.head(x, targets_BT[:, begin:end])
-                goes_on = hand_on or end < x_TBD.shape[0]
-                if goes_on:
-                    self.gather(loss, traces, (targets_BT[:, begin:end] != IGNORE).sum(1), windows)
+            x, traces, states = self.pass_on(x_TBD[begin:end], place, states, copies)
+            loss = self.head(x, targets_BT[:, begin:end])
+            goes_on = hand_on or end < x_TBD.shape[0]
+            if goes_on:
+                self.gather(loss, traces, (targets_BT[:, begin:end] != IGNORE).sum(1), windows)
             losses.append(loss)
             for level in self.rhythm.due(end) if goes_on else ():
                 copies = self.move(level, copies, windows[level.name])
@@ -211,7 +216,7 @@ class HopeInSequence(Hope):
             for name, trace in block.items():
                 window = windows[name]
                 pairs = {part: Pair(rows(next(slopes)), rows(keep(trace.normed))) for part in trace.hidden}
-                pairs["down"] = Pair(rows(keep(trace.active)), rows(next(slopes)))
+                pairs["down"] = Pair(rows(keep(trace.active)), rows(to_tensor_ranks(next(slopes))))
                 for part, pair in pairs.items():
                     window.pairs.setdefault((j, part), []).append(pair)
         for window in windows.values():
@@ -229,13 +234,23 @@ class HopeInSequence(Hope):
         rate = self.pace * self.inner.lr * level.inner * mean
         if self.inner.clip:
             squares = [square(each) for each in gathered.values()]
-            norm = self.rhythm.over_tensor(torch.stack(squares).sum(0)).clamp(min=1e-24).sqrt() * mean
-            rate = rate * (self.inner.clip / (norm + 1e-6)).clamp(max=1.0)
+            norm = from_tensor_ranks(torch.stack(squares).sum(0)).clamp(min=1e-24).sqrt() * mean
+            rate = to_tensor_ranks(rate * (self.inner.clip / (norm + 1e-6)).clamp(max=1.0))
         return [
             copy
             | {level.name: {part: fast.written(gathered[j, part], rate) for part, fast in copy[level.name].items()}}
             for j, copy in enumerate(copies)
         ]
+
+
+def differentiable(module: nn.Module) -> None:
+    """Has a layer compute what can be differentiated twice, its sums over ranks included."""
+    if isinstance(module, ColumnParallelLinear):
+        module.forward = partial(column, module)
+    elif isinstance(module, RowParallelLinear):
+        module.forward = partial(row, module, torch.matmul if isinstance(module, Down) else F.linear)
+    elif hasattr(module, "product"):
+        module.product = by_math  # type: ignore[assignment]
 
 
 def rows(part_TBF: Tensor) -> Tensor:

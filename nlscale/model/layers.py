@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import RowParallelLinear
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -51,28 +50,6 @@ def transformer_config(model: Model, parallel: Parallel, dtype: torch.dtype, dev
         batch_p2p_sync=False,
         deallocate_pipeline_outputs=device.type != "cpu" or not interleaved,
     )
-
-
-class Solid(torch.autograd.Function):
-    """The same values; backward, a gradient in one piece of memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Unchanged."""
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *of: Any) -> Any:
-        """In one piece."""
-        return of[0].contiguous()
-
-
-def to_tensor_ranks(x: Tensor) -> Tensor:
-    """What all tensor-parallel ranks work on; backward, the sum of their gradients.
-
-    megatron-core's all-reduce of a gradient that does not lie in one piece sums a copy of it, and gives it back as it was.
-    """
-    return Solid.apply(copy_to_tensor_model_parallel_region(x))  # type: ignore[no-any-return]
 
 
 class Down(RowParallelLinear):

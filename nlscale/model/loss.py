@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.summed_loss import CrossEntropy, summed_loss
 from torch import Tensor, nn
 
-from nlscale.model.layers import Norm, to_tensor_ranks
+from nlscale.model.collectives import to_tensor_ranks
+from nlscale.model.layers import Norm
 
 IGNORE = -1  # a target that counts for nothing
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nlscale.config.mixers import Titans, units_of
 from nlscale.config.model import Model
-from nlscale.model.attention import Attention, Context, Persistent, attend
+from nlscale.model.attention import Attention, Context, Persistent, attend, flash
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, Heads, exact, stacked
 from nlscale.model.row_state import spread
@@ -139,7 +139,7 @@ class TitansGate(TitansMixer):
         super().__init__(model, config, exchange)
         count = model.titans.persistent
         self.persistent = Persistent(self.held, count, self.width, config) if count else None
-        self.gains = Gains(self)
+        self.gains, self.product = Gains(self), flash
 
     def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
         """(T, B, D) -> (T, B, D), and what attention and memory hand on."""
@@ -152,7 +152,7 @@ class TitansGate(TitansMixer):
         q, k = (turned(part, scene.rotary) for part in (q, k))
         if before is not None and before.context is not None:
             k, v = torch.cat([before.context.k, k], 2), torch.cat([before.context.v, v], 2)
-        attended = attend(q, k, v, scene.mask, self.persistent, self.exchange)
+        attended = attend(q, k, v, scene.mask, self.persistent, self.exchange, self.product)
         o = self.gains(attended, recalled, self.exchange)
         left = Left(memory, tail, Context(k, v)) if scene.hand_on else None
         return self.finish(o, x_TBD, {}), left
@@ -213,7 +213,7 @@ class TitansContext(HeadMixer):
         self.inside = nn.ParameterDict({name: self.made(self.held * self.width, self.width) for name in INSIDE})
         count = model.titans.persistent
         self.persistent = Persistent(self.held, count, self.width, config) if count else None
-        self.gains = Gains(self)
+        self.gains, self.product = Gains(self), flash
 
     def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
         """(T, B, D) -> (T, B, D), and the memory after the last segment."""
@@ -262,7 +262,7 @@ class TitansContext(HeadMixer):
         if starts_BC is not None:
             document_BC = starts_BC.cumsum(1)
             own = own & (document_BC[:, :, None] == document_BC[:, None])[:, None]
-        y = attend(q, k, v, torch.cat([own, own], -1), self.persistent, self.exchange)
+        y = attend(q, k, v, torch.cat([own, own], -1), self.persistent, self.exchange, self.product)
         asked = unit(y @ inside["read_q"].mT)
         answer = look(span, start, memory.net, asked, self.settings.activation)
         keys = unit(y @ inside["write_k"].mT)

@@ -6,9 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.summed_loss import whole_loss
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nlscale.config.levels import Levels, learning
 from nlscale.config.run import Run
+from nlscale.model.collectives import shared
 from nlscale.model.exchange import Exchange
 from nlscale.model.hope import Block, Hope, Stage
 from nlscale.model.in_sequence import HopeInSequence, Rhythm
@@ -122,13 +121,7 @@ def built(
     levels = learning(run.levels)
     if not levels or not stage.last:
         return Hope(*shape)
-
-    def over_data(part: Tensor) -> Tensor:
-        total = part.detach().clone()
-        dist.all_reduce(total, group=world.data)
-        return total
-
-    return HopeInSequence(*shape, Rhythm(levels, reduce_from_tensor_model_parallel_region, over_data))
+    return HopeInSequence(*shape, Rhythm(levels, partial(shared, group=world.data)))
 
 
 def scheduled(

@@ -73,3 +73,27 @@ def test_unit_is_torchs_normalize_and_rms_norm() -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
     assert torch.autograd.gradgradcheck(unit, (x,))
     assert unit(torch.zeros(2, 4)).abs().sum() == 0
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize(("count", "out"), [(2, K), (2, 1)])
+def test_gradients_can_be_differentiated_in_turn(count: int, out: int, activation: str) -> None:
+    inner = 2 * M if activation == "swiglu" else M
+    up, down = numbers(1, H, count, inner, K), numbers(1, H, count, out, M)
+    key, value, arrives, weight = (
+        numbers(B, H, C, K),
+        numbers(B, H, C, K + 1)[..., 1:],
+        numbers(B, H, C, 3),
+        numbers(B, H, C),
+    )
+    target = numbers(B, H, 1, C, out)
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        up, down, key, value, target, arrives, weight = given
+        net = Net(up, down)
+        first, second = gathered(net, key, target, arrives, [weight, weight + 1], activation)
+        mine, own = self_taught(net, key, value, arrives, weight, [weight], activation)
+        return read(net, key, activation), first, *second, mine, *own
+
+    given = up, down, key, value.detach().requires_grad_(), target, arrives, weight
+    assert torch.autograd.gradgradcheck(run, given, fast_mode=True)

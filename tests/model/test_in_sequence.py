@@ -175,7 +175,7 @@ def test_i12_handed_on_from_row_to_row_it_is_sgd() -> None:
     assert max(ranks(1, sgd_on_rows, run)[0]) < 1e-12
 
 
-def meta(run: Run) -> tuple[Tensor, Tensor, Tensor]:
+def meta(run: Run, step: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     """Directional derivatives of the loss, in full and by finite differences, and of the first order."""
     model, rows = model_of(run), batch(run)
     weights = list(model.parameters())
@@ -183,7 +183,7 @@ def meta(run: Run) -> tuple[Tensor, Tensor, Tensor]:
     ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in weights]
     slopes = torch.autograd.grad(model(*rows), weights)
     exact = torch.stack([(g * way).sum() for g, way in zip(slopes, ways, strict=True)]).sum()
-    step, losses = 1e-6, []
+    losses = []
     for sign in (1, -1):
         with torch.no_grad():
             for p, way in zip(weights, ways, strict=True):
@@ -192,6 +192,26 @@ def meta(run: Run) -> tuple[Tensor, Tensor, Tensor]:
             for p, way in zip(weights, ways, strict=True):
                 p.add_(way, alpha=-sign * step)
     return exact, (losses[0] - losses[1]) / (2 * step), torch.stack([g.norm() for g in slopes])
+
+
+MIXERS = {
+    "attention": [],
+    "delta": ["model.linear.chunk=4"],
+    "titans": ["model.titans.chunk=2"],
+    "titans_mac": ["model.titans.chunk=2"],
+    "self_modifying": [
+        "model.self_modifying.chunk=2",
+        "model.self_modifying.maker_chunk=4",
+        "model.self_modifying.clip=0.01",
+    ],
+}
+
+
+@pytest.mark.parametrize("mixer", [*MIXERS][1:])
+def test_v19_through_memories_that_write_between_a_level_and_its_loss(mixer: str) -> None:
+    said = [TWO, *BASE, *MIXERS[mixer], f"model.mixer={mixer}", "model.inner.layers=2", "model.inner.meta=full"]
+    exact, differences, _ = ranks(1, meta, tiny(*said), 1e-8)[0]  # unit keys bend sharply where keys are short
+    assert float(exact) == pytest.approx(float(differences), rel=1e-5)
 
 
 @pytest.mark.parametrize("form", ["whole", "factors"])
@@ -236,19 +256,30 @@ FORMS = {
     "sequential": ["model.variant=sequential"],
     "self_modifying": ["model.mixer=self_modifying", "model.self_modifying.chunk=4"],
     "gains": ["model.gains=true"],
-    "full": ["model.inner.meta=full"],
+    "full": ["model.inner.meta=full", "model.inner.layers=2", "model.attention=causal"],
+    "full-one": ["model.inner.meta=full"],
     "delta": ["model.mixer=delta", "model.linear.chunk=4"],
 }
 
 
-CASES = [(layout, form) for layout in LAYOUTS for form in FORMS if not ("tensor" in layout and form == "full")]
-LEFT = [("tensor", "self_modifying"), ("pipeline", "self_modifying"), ("data", "sequential"), ("tensor", "gains")]
+CASES = [(layout, form) for layout in LAYOUTS for form in FORMS if form != "full-one"]
+LEFT = [
+    ("tensor-context", "full"),
+    ("pipeline-context", "full-one"),
+    ("tensor", "self_modifying"),
+    ("pipeline", "self_modifying"),
+    ("data", "sequential"),
+    ("tensor", "gains"),
+]
 LEFT += [
     ("context", "self_modifying"),
     ("context", "delta"),
-    ("pipeline-context", "full"),
     ("tensor-context", "sequential"),
 ]
+
+
+CASES = [case for case in CASES if not ("pipeline" in case[0] and case[1] == "full")]  # a stage has one layer
+CASES += [("pipeline", "full-one"), ("pipeline-context", "full-one")]
 
 
 @pytest.mark.parametrize(("layout", "form"), sampled(CASES, LEFT))
@@ -280,6 +311,16 @@ def test_mode_s_two_replicas_share_one_memory() -> None:
     torch.testing.assert_close(parted[0] + parted[1], one, rtol=1e-11, atol=1e-11)
     apart = ranks(1, shared_loss, tiny(*said, "train.micro_batch=4", "model.inner.shared=false"))[0]
     assert abs(float(apart[0] - one[0])) > 1e-6 * float(one[0])
+
+
+@pytest.mark.parametrize("meta", ["first_order", "full"])
+def test_mode_s_gradients_of_two_replicas_are_those_of_one(meta: str) -> None:
+    said = [TWO, *BASE, "model.inner.shared=true", f"model.inner.meta={meta}", "train.global_batch=4"]
+    (_, pieces), *_ = ranks(1, gradients, tiny(*said, "train.micro_batch=4"), torch.float64)
+    results = ranks(2, gradients, tiny(*said, "train.micro_batch=2"), torch.float64)
+    expected, actual = assemble([pieces]), assemble([result[1] for result in results])
+    for name, grad in expected.items():
+        assert (actual[name] - grad).norm() <= 1e-11 * grad.norm(), name
 
 
 def streamed(run: Run) -> list[tuple[float, float]]:
@@ -375,8 +416,7 @@ REFUSED = {
     "parallel.context=2 train.micro_batch=1": "need train.micro_batch=2: parallel.context=2 ranks trade tokens for rows",
     "model.inner.layers=2 parallel.pipeline=2": "must lie on the last pipeline stage, which holds 1 layers",
     "model.mixer=delta model.linear.chunk=8": "period=4 must be a multiple of model.linear.chunk=8",
-    "model.inner.shared=true model.inner.meta=full": "needs model.inner.meta=first_order",
-    "parallel.tensor=2 model.inner.meta=full": "need parallel.tensor=1 with model.inner.meta=full",
+    "model.inner.shared=true model.inner.form=factors": "needs model.inner.form=whole",
 }
 
 

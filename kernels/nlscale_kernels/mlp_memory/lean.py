@@ -1,6 +1,7 @@
 """The memories' three functions with gradients written out: they keep W2's products alone; glue.py lies between products.
 
-Names are those of reference.py; d... is the gradient of the loss with respect to ...; once differentiable.
+Names are those of reference.py; d... is the gradient of the loss with respect to .... A gradient that is differentiated in
+turn is that of reference.py.
 """
 
 from collections.abc import Sequence
@@ -8,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nlscale_kernels import in_turn
+from nlscale_kernels.mlp_memory import reference
 from nlscale_kernels.mlp_memory.op import glue_for
 from nlscale_kernels.mlp_memory.reference import Net
 
@@ -60,10 +62,11 @@ class Read(torch.autograd.Function):
         return said.add_(z.unsqueeze(2)) if adds else said
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of z, W2 and W1."""
         z, up, down, before = ctx.saved_tensors
+        if in_turn.asked():
+            return (*in_turn.gradients(plain_read, (z, up, down, ctx.adds, ctx.activation), (of,)),)
         glue = glue_for(z, ctx.activation)
         d_down = summed(of.mT @ glue.active(before), down.shape)
         d_before = glue.returned(before, of @ down)
@@ -98,10 +101,12 @@ class Gathered(torch.autograd.Function):
         return back.mT @ arrives.unsqueeze(2), weighed.mT @ active
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of all tensors."""
         key, target, arrives, weights, up, down, before, error = ctx.saved_tensors
+        if in_turn.asked():
+            given = key, target, arrives, weights, up, down, ctx.adds, ctx.activation
+            return (*in_turn.gradients(plain_gathered, given, (d_first, d_second)),)
         glue = glue_for(key, ctx.activation)
         active, pulled, pushed, bent, kept = glue.second(before, error @ down, arrives.unsqueeze(2) @ d_first.mT)
         d_arrives = over_memories(pulled @ d_first)
@@ -144,10 +149,12 @@ class SelfTaught(torch.autograd.Function):
         return back.mT @ (share * reach).unsqueeze(2), weighed.mT @ active
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of all tensors."""
         key, value, reach, share, weights, up, down, before, goal, error = ctx.saved_tensors
+        if in_turn.asked():
+            given = key, value, reach, share, weights, up, down, ctx.adds, ctx.activation
+            return (*in_turn.gradients(plain_self_taught, given, (d_first, d_second)),)
         glue, width = glue_for(key, ctx.activation), down.shape[-2]
         active, pulled, pushed, bent, kept = glue.second(
             before, error @ down, (share * reach).unsqueeze(2) @ d_first.mT
@@ -165,6 +172,42 @@ class SelfTaught(torch.autograd.Function):
             d_key, d_value = d_key.add_(d_error), d_value.add_(d_error)
         of_tokens = over_memories(d_key), over_memories(d_value).neg_(), d_arrives * share, d_share, d_weights
         return *of_tokens, d_up, d_down, None, None
+
+
+def plain_read(z: Tensor, up: Tensor, down: Tensor, adds: bool, activation: str) -> tuple[Tensor]:
+    """Read by reference.py."""
+    return (reference.read(Net(up, down), z, activation),)
+
+
+def plain_gathered(
+    key: Tensor,
+    target: Tensor,
+    arrives: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    adds: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Gathered by reference.py."""
+    first, second = reference.gathered(Net(up, down), key, target, arrives, weights.unbind(-1), activation)
+    return first, torch.cat(second, -2)
+
+
+def plain_self_taught(
+    key: Tensor,
+    value: Tensor,
+    reach: Tensor,
+    share: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    down: Tensor,
+    adds: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """SelfTaught by reference.py."""
+    arrives, target = share * reach, reference.read(Net(up, down), value, activation)
+    return plain_gathered(key, target, arrives, weights, up, down, adds, activation)
 
 
 def over_memories(gradient: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nlscale_kernels.arguments import NARROW, check, check_dtypes
 
@@ -226,8 +225,8 @@ class Plainly(torch.autograd.Function):
     """`stepped` without an operator's dispatch; it keeps states and momenta, as others do, and not what was written."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor | None]:
-        """See `stepped`."""
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """See `stepped`; and the share that the limit leaves, so that backward can be differentiated in turn."""
         step = Step._make(given)
         add, then, share = added(step)
         after, then = ended(step, add, then)
@@ -236,12 +235,11 @@ class Plainly(torch.autograd.Function):
         state = step.state if apart or step.keep is not None else None
         ends = after if apart else None, then if step.limit else None, share
         ctx.save_for_backward(state, step.speed, step.keep, step.carry, step.left, *ends)
-        return after, then
+        return after, then, share
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_after: Tensor, d_then: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """See `gradients`; with share s = limit / |add| below 1, d_add = s (d - a (a . d) / limit^2), a = s add.
+    def backward(ctx: Any, d_after: Tensor, d_then: Tensor, d_share: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """See `gradients`; with share s = limit / |add| below 1, d_add = s (d - a (a . d + s d_share) / limit^2), a = s add.
 
         Where a is the difference of states, it has their rounding: float32 gradients along a are off by about 1e-7
         |state| / limit.
@@ -255,6 +253,7 @@ class Plainly(torch.autograd.Function):
             along = dot(added, d_add)
             if left is not None:
                 along, d_then = along + dot(then, d_then), share * d_then
+            along = torch.addcmul(along, share, d_share)
             d_add = torch.addcmul(d_add, torch.where(share < 1, along / -(ctx.limit**2), 0), added) * share
         d_speed = d_held = d_carry = d_left = None
         if speed is not None:
@@ -270,7 +269,7 @@ def moved(step: Step) -> tuple[Tensor, Tensor | None]:
     """State and momentum after a step: the operator on a GPU and where torch.compile traces; else `Plainly`."""
     state, speed = (None if x is None else x.expand_as(step.written) for x in step[:2])
     if step.written.is_cpu and not torch.compiler.is_compiling():
-        found: tuple[Tensor, Tensor | None] = Plainly.apply(state, speed, *step[2:])
-        return found
+        after, then, _ = Plainly.apply(state, speed, *step[2:])
+        return after, then
     after, then = forward(state, speed, *step[2:])
     return after, None if speed is None else then

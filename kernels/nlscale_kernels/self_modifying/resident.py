@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nlscale_kernels import in_turn
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import walk as by_chunks
 from nlscale_kernels.self_modifying.given import (
@@ -163,10 +163,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)  # of `kept` it would be as large as all states
 
 
-@once_differentiable
 def _backward(ctx: Any, *of: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, kept = ctx.saved_tensors
     given = Given._make((*tensors, ctx.chunk, ctx.clip))
+    if in_turn.asked():
+        ends = of[: 3 if given.hold is None else 5]  # `kept` has no gradient
+        return (*in_turn.gradients(lambda *each: looped(Given._make(each)), given, ends),)
     like = [x for x in (given.q, *given[10:14]) if x is not None]
     wanted = [torch.zeros_like(x) if d is None else d for x, d in zip(like, of, strict=False)]
     found = backward(*given, kept, wanted) if kept.numel() else gradients(given, wanted)
