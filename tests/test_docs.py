@@ -117,7 +117,9 @@ def test_commands_name_what_there_is(page: str, said: str) -> None:
 
 LONG = {  # benches that no test runs, and why
     **dict.fromkeys(("kernels", "ladder"), "a GPU"),
-    **dict.fromkeys(("parts", "hops", "beyond", "states", "forgetting"), "models are trained, for up to an hour"),
+    **dict.fromkeys(
+        ("parts", "hops", "beyond", "states", "forgetting", "classes"), "models are trained, for up to an hour"
+    ),
     **dict.fromkeys(("memories", "levels", "memory"), "many minutes of the whole machine"),
 }
 BENCHED = [said for said in CONCRETE if said.split()[1] == "bench" and said.split()[2] not in LONG]

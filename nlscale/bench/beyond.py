@@ -37,7 +37,7 @@ def learning(*periods: int) -> list[str]:
     return [SEES, inside(*periods, shares=shares), "model.inner.lr=1.0", "model.inner.clip=0"]
 
 
-HOPE = ["model.mixer=self_modifying", "model.self_modifying.chunk=16", "model.self_modifying.recompute=false"]
+HOPE = ["model.mixer=self_modifying", "model.self_modifying.chunk=16"]
 WINDOWED, SHOWN = "attention over the window", ("attention over the row", "self-modifying Titans")
 ARMS: dict[str, list[str]] = {
     WINDOWED: [SEES],

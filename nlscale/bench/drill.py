@@ -38,14 +38,21 @@ def side_by_side(work: Callable[..., Found], jobs: Mapping[Key, Sequence[Any]]) 
 
 
 @contextmanager
-def alone(run: Run, steps: int) -> Iterator[tuple[Parallelized, Optimizer]]:
-    """The run's model on this process alone, and its optimizer; this process may do so again."""
+def alone(
+    run: Run, steps: int, weights: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[Parallelized, Optimizer]]:
+    """The run's model on this process alone, and its optimizer; this process may do so again.
+
+    `weights`: what it begins with, by leaf; None: the run's own initial values.
+    """
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     torch.set_flush_denormal(True)
     world = join(run.parallel, run.cluster, 0)
     try:
         model = parallelize(run, world)
+        for leaf in model.leaves if weights else ():
+            leaf.value.copy_(weights[leaf.name])  # type: ignore[index]
         yield model, build_optimizer(run, model.leaves, world, steps)
     finally:
         leave()
@@ -60,9 +67,14 @@ def trained(model: Parallelized, optimizer: Optimizer, steps: int, made: Made, s
         seen(step, float(total[0] / total[1]))
 
 
-@torch.no_grad()
 def right(model: Parallelized, rows: Rows) -> Tensor:
-    """Whether each answer is the target (B, T); levels that move inside a row learn from its targets as they read."""
+    """Whether each answer is the target (B, T)."""
+    return scores(model, rows).argmax(-1) == rows[1]
+
+
+@torch.no_grad()
+def scores(model: Parallelized, rows: Rows) -> Tensor:
+    """Logits (B, T, V); levels that move inside a row learn from its targets as they read."""
     (tokens, targets), hope = rows, model.chunks[0]
     heard: list[Tensor] = []  # by the head, a chunk at a time where levels move inside the row
     hook = hope.head.register_forward_pre_hook(lambda _, given: heard.append(given[0]))
@@ -70,4 +82,4 @@ def right(model: Parallelized, rows: Rows) -> Tensor:
         hope.onward((tokens, targets, torch.zeros_like(tokens, dtype=torch.bool)))
     finally:
         hook.remove()
-    return (hope.head.norm(torch.cat(heard)) @ hope.head.weight.t()).argmax(-1).t() == targets
+    return (hope.head.norm(torch.cat(heard)) @ hope.head.weight.t()).transpose(0, 1)

@@ -23,7 +23,7 @@ MODEL = (
     *("use.levels=plain", "model.layers=1", "model.width=64", "model.heads=2", "model.kv_heads=2", "model.hidden=128"),
     *(f"model.vocabulary={4 * SYMBOLS + 1}", "model.attention=causal", "model.tied=false", f"data.sequence={TOKENS}"),
     *("model.self_modifying.chunk=1", "model.self_modifying.maker_chunk=1", "model.self_modifying.rate=1.0"),
-    *("model.self_modifying.keep=0.999", "model.self_modifying.momentum=false", "model.self_modifying.recompute=false"),
+    *("model.self_modifying.keep=0.999", "model.self_modifying.momentum=false"),
     *("model.self_modifying.convolution=2", "optim.weight_decay=0", "optim.lr=0.005", "optim.warmup=0.1"),
     *("optim.schedule=wsd", "optim.decay=0.1", "train.precision=fp32", "parallel.tensor=1", "cluster.threads=1"),
     *(f"train.micro_batch={ROWS}", f"train.global_batch={ROWS}"),

@@ -21,7 +21,7 @@ SEEDS = (1, 2)
 MODEL = [
     *("model.layers=1", "model.width=96", "model.heads=3", "model.kv_heads=3", "model.hidden=256"),
     *("model.self_modifying.chunk=16", "model.self_modifying.maker_chunk=16", "model.self_modifying.rate=0.06"),
-    *("model.self_modifying.recompute=false", "parallel.tensor=1", "cluster.nproc=1", "cluster.threads=1"),
+    *("parallel.tensor=1", "cluster.nproc=1", "cluster.threads=1"),
     *("train.steps=1000", "train.global_batch=8", "train.micro_batch=8", "train.evaluate_rows=256"),
     *("train.evaluate_interval=0", "checkpoint.interval=1000000", "log.wandb=disabled"),
 ]

@@ -24,7 +24,7 @@ MODEL = (
     *("use.levels=plain", "model.layers=1", "model.width=32", "model.heads=2", "model.kv_heads=2", "model.hidden=64"),
     *("model.vocabulary=4", "model.attention=causal", "model.tied=false", "model.self_modifying.chunk=1"),
     *("model.self_modifying.maker_chunk=1", "model.self_modifying.rate=2.0", "model.self_modifying.keep=0.99999"),
-    *("model.self_modifying.momentum=false", "model.self_modifying.recompute=false", "model.self_modifying.clip=0.02"),
+    *("model.self_modifying.momentum=false", "model.self_modifying.clip=0.02"),
     *("model.self_modifying.convolution=1", "model.self_modifying.written=[main]", "optim.weight_decay=0"),
     *("optim.lr=0.01", "optim.warmup=0.02", "optim.schedule=wsd", "optim.decay=0.1"),
     *("train.precision=fp32", "parallel.tensor=1", "cluster.threads=1"),

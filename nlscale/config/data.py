@@ -24,6 +24,7 @@ class Data:
     path: str | None = None
     streams: list[Stream] = field(default_factory=list)  # a mixture, instead of path
     sequence: int = 2048
+    vocabulary: int | None = None  # of the tokeniser, for checks and plans before a dataset is prepared
     shuffle: bool = True
     shuffle_seed: int = 9176
     shuffle_block: int = 4096  # rows

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 
-MEMORIES = ("key", "value", "rate", "keep", "main")  # of self-modifying Titans
+VECTORS, GATES = ("key", "value", "query"), ("rate", "keep")  # memories of self-modifying Titans that make these
+MEMORIES = (*VECTORS, *GATES, "main")
 
 
 def positive(section: str, **values: int | float) -> None:
@@ -76,8 +77,9 @@ class SelfModifying:
     written: list[str] = field(
         default_factory=lambda: list(MEMORIES)
     )  # memories that move; the others stay as they began
+    query: bool = False  # a sixth memory makes queries as others make keys; false: they are a projection of the input
     gate: bool = False  # an output gate, silu(W x)
-    recompute: bool = True  # backward computes each chunk of the makers again, but for the solves; false: all is kept
+    recompute: bool = False  # backward computes each chunk of the makers again, but for the solves; false: all is kept
 
     def __post_init__(self) -> None:
         positive("model.self_modifying", chunk=self.chunk, convolution=self.convolution)
@@ -103,6 +105,11 @@ class SelfModifying:
     def makers(self) -> int:
         """Tokens between two moves of the makers."""
         return self.maker_chunk or self.chunk
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The memories that make vectors of tokens."""
+        return VECTORS if self.query else VECTORS[:2]
 
 
 def chunk_of(model: "Model") -> tuple[str, int]:
@@ -255,10 +262,10 @@ def self_modifying(model: "Model") -> Shapes:
     settings = model.self_modifying
     return {
         NORM: (model.width,),
-        **projections(model, "input", "q", *(["gate"] if settings.gate else [])),
+        **projections(model, "input", *([] if settings.query else ["q"]), *(["gate"] if settings.gate else [])),
         **(gates(model, "momentum") if settings.momentum else {}),
         **convolutions(model, settings.convolution, "input"),
-        **memory(model, settings, ("key", "value", "main"), ("rate", "keep")),
+        **memory(model, settings, (*settings.vectors, "main"), GATES),
         "rate.bias": (model.heads,),
         "keep.bias": (model.heads,),
     }

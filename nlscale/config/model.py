@@ -17,7 +17,7 @@ class Model:
 
     layers: int = 12
     width: int = 768
-    heads: int = 12  # of attention, or memories side by side
+    heads: int = 12  # of attention, or memories side by side; a recipe that says none has one for 64 of the width
     mixer: str = "attention"
     linear: Linear = field(default_factory=Linear)
     titans: Titans = field(default_factory=Titans)
@@ -35,7 +35,7 @@ class Model:
     attention: Literal["document", "causal"] = (
         "document"  # document: no token looks or remembers across a document's start
     )
-    vocabulary: int | None = None  # unset: the dataset's, rounded up to a multiple of 128
+    vocabulary: int | None = None  # unset: data.vocabulary, or the dataset's, rounded up to a multiple of 128
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nlscale.config.errors import UserError, require
+from nlscale.config.model import Model
 from nlscale.config.run import Run
 
 CONFIGS = Path(nlscale_configs.__file__).parent
@@ -35,8 +36,8 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
         use = {**raw.pop("use", {}), **said.pop("use", {})}
         mixer = OmegaConf.select(OmegaConf.merge(raw, said), "model.mixer", default="attention")
         layout = laid_out(use.pop("layout", None), use.get("model", ""), mixer)
-        parts: list[Any] = [section_file(section, name) for section, name in use.items()]
-        config = OmegaConf.merge(OmegaConf.structured(Run), *parts, raw, layout, said)
+        parts = [*(section_file(section, name) for section, name in use.items()), raw, layout, said]
+        config = OmegaConf.merge(OmegaConf.structured(Run), {"model": follows(OmegaConf.merge(*parts))}, *parts)
         check_secrets(OmegaConf.to_yaml(config))
         run = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -46,6 +47,13 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
         raise UserError(LEVELS_WHOLE if isinstance(said.get("levels"), DictConfig) else str(error)) from None
     assert isinstance(run, Run)
     return run
+
+
+def follows(told: Any) -> dict[str, Any]:
+    """What a model that is not told otherwise takes from the rest: the tokeniser's vocabulary, heads that are 64 wide."""
+    width = OmegaConf.select(told, "model.width", default=Model.width)
+    heads = max(1, width // 64) if isinstance(width, int) else Model.heads
+    return {"vocabulary": OmegaConf.select(told, "data.vocabulary"), "heads": heads}
 
 
 def check_secrets(config: str) -> None:

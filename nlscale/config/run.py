@@ -98,10 +98,6 @@ class Run:
                 f"train.micro_batch={nearest(self.train.micro_batch, parallel.context)}: "
                 f"parallel.context={parallel.context} ranks trade tokens for rows, as a chunk waits for the one before",
             ),
-            (
-                parallel.context > 1 and model.reset == "never",
-                "parallel.context=1 with model.reset=never: rows that go on stay with their rank",
-            ),
             (parallel.sequence, "parallel.sequence=false"),
             (model.loops > 1, "model.loops=1"),
             (self.optim.second_order, "optim.second_order=false"),

@@ -73,15 +73,17 @@ def beside_flops(model: Model, tokens: int) -> float:
 
 
 def self_modifying_flops(model: Model, tokens: int) -> float:
-    """Of a head: three memories of vectors are asked for answers, for keys and for values, and written; two of gates, whose
-    W1 is a row; keys against keys and one solve a chunk of each size (spec 3.4, with W1 multiplied once for two answers);
-    what turns every W2 at a chunk's end, and the turning.
+    """Of a head: three memories of vectors (four, where one makes queries) are asked for answers, for keys and for values,
+    and written; two of gates, whose W1 is a row; keys against keys and one solve a chunk of each size (spec 3.4, with W1
+    multiplied once for two answers); what turns every W2 at a chunk's end, and the turning.
     """
     settings, width = model.self_modifying, model.head_width
     inward, units = units_of(settings, width)
-    each = 3 * 8 * (inward + units) + 2 * 8 * inward + 3 * 2 * units * settings.momentum  # its share of W1 is one more
+    vectors, makers = len(settings.vectors) + 1, len(settings.vectors) + 2
+    each = vectors * (8 * (inward + units) + 2 * units * settings.momentum)  # momentum's share of W1 is one more
+    each += 2 * 8 * inward
     solves = sum(3 * chunk for chunk in {settings.makers, settings.chunk})
-    turns = 2 * width + 2 * width * inward * (4 / settings.makers + 1 / settings.chunk)
+    turns = 2 * width + 2 * width * inward * (makers / settings.makers + 1 / settings.chunk)
     return float(model.heads * width * (each + solves + turns))
 
 

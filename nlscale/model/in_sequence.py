@@ -142,12 +142,14 @@ class HopeInSequence(Hope):
 
     def begin(self, rows: int) -> RowState:
         """What rows begin with that go on from no others."""
-        several = 1 if self.inner.shared else rows
+        own = rows // self.exchange.ranks
+        several = 1 if self.inner.shared else own
         blank = [
             {level: {part: Whole(self.blank(level, several)) for part in parts} for level, parts in copy.items()}
             for copy in self.untouched()
         ]
-        return super().begin(rows)._replace(copies=blank)
+        mixers = [block.mix.begin(own if place >= self.first else rows) for place, block in enumerate(self.blocks)]  # type: ignore[union-attr,operator]
+        return RowState(mixers, blank)
 
     def blank(self, level: str, rows: int) -> Tensor:
         """A change that is none, as a matrix."""

@@ -11,7 +11,7 @@ from nlscale_kernels.self_modifying import Gates, Memories, State, Still, Tokens
 from nlscale_kernels.unit import unit
 from torch import Tensor, nn
 
-from nlscale.config.mixers import MEMORIES, units_of
+from nlscale.config.mixers import GATES, units_of
 from nlscale.config.model import Model
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, Heads, exact, stacked
@@ -28,26 +28,27 @@ class Left(NamedTuple):
 
 
 class SelfModifyingMixer(HeadMixer):
-    """x + out(SMT(norm(x))): five memories a head, whose initial states are parameters."""
+    """x + out(SMT(norm(x))): five or six memories a head, whose initial states are parameters."""
 
     def __init__(self, model: Model, config: TransformerConfig, exchange: Exchange) -> None:
         settings, width = model.self_modifying, model.head_width
-        parts = {"input": width, "q": width}
+        parts = {"input": width} | ({} if settings.query else {"q": width})
         parts |= ({"momentum": 1} if settings.momentum else {}) | ({"gate": width} if settings.gate else {})
         local = ("gate",) if settings.gate else ()
         super().__init__(model, config, exchange, parts, settings.convolution, ("input",), local)
         self.settings, (inward, hidden) = settings, units_of(settings, width)
-        self.up = nn.ParameterDict({name: self.made(self.held * inward, width) for name in MEMORIES})
-        shapes = dict.fromkeys(("key", "value", "main"), (self.held * width, hidden))
-        shapes |= dict.fromkeys(("rate", "keep"), (self.held, hidden))
+        shapes = dict.fromkeys((*settings.vectors, "main"), (self.held * width, hidden))
+        shapes |= dict.fromkeys(GATES, (self.held, hidden))
+        self.up = nn.ParameterDict({name: self.made(self.held * inward, width) for name in shapes})
         self.down = nn.ParameterDict({name: self.made(*shape) for name, shape in shapes.items()})
-        self.squash = nn.ParameterDict({name: self.made(self.held) for name in ("rate", "keep")})
+        self.squash = nn.ParameterDict({name: self.made(self.held) for name in GATES})
 
     def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
         """(T, B, D) -> (T, B, D), and the memories after the last token."""
         heads, tail = self.project(x_TBD, scene, before and before.tail)
         momentum = F.logsigmoid(self.gate(heads, "momentum")) if self.settings.momentum else None
-        tokens = Tokens(heads["input"], unit(heads["q"]), momentum, scene.starts_BT)
+        q = unit(heads["q"]) if "q" in heads else heads["input"]  # which no memory hears, if one makes queries
+        tokens = Tokens(heads["input"], q, momentum, scene.starts_BT)
         o, state = self_modifying(
             tokens,
             (self.settings.makers, self.settings.chunk),
@@ -62,14 +63,14 @@ class SelfModifyingMixer(HeadMixer):
     def gates(self) -> Gates:
         """Slow constants of this rank's heads, and what is left out of the rule."""
         settings = self.settings
-        rate, keep = (exact(self.exchange.mine(self.squash[name])) for name in ("rate", "keep"))
+        rate, keep = (exact(self.exchange.mine(self.squash[name])) for name in GATES)
         keep = keep if settings.rate else keep + torch.inf
         erase, values = float(settings.erase), settings.unit_values
         return Gates(rate, keep, settings.rate, erase, values, settings.clip, self.still(), settings.activation)
 
     def still(self) -> Still:
         """Which memories stay as they began."""
-        stays = {name: name not in self.settings.written for name in MEMORIES}
+        stays = {name: name not in self.settings.written for name in self.up}
 
         def mask(*names: str) -> Tensor | bool | None:
             held = [stays[name] for name in names]
@@ -77,7 +78,7 @@ class SelfModifyingMixer(HeadMixer):
                 return all(held) or None
             return torch.tensor(held, device=self.norm.weight.device)
 
-        return Still(mask("key", "value"), mask("rate", "keep"), stays["main"])
+        return Still(mask(*self.settings.vectors), mask(*GATES), stays["main"])
 
     def begin(self, rows: int) -> Left:
         """What a row begins with."""
@@ -90,12 +91,12 @@ class SelfModifyingMixer(HeadMixer):
             parts = ([self.exchange.mine(weights[name]) for name in names] for weights in (self.up, self.down))
             return Net(*(stacked(part, self.heads) for part in parts))
 
-        return Memories(net("key", "value"), net("rate", "keep"), net("main"))
+        return Memories(net(*self.settings.vectors), net(*GATES), net("main"))
 
     def leaves(self) -> Iterator[Leaf]:
         """The base's, the memories' initial states, the gates' biases."""
         yield from super().leaves()
-        for name in MEMORIES:
+        for name in self.up:
             yield Leaf(f"memory.{name}.up", self.up[name], shard=0)
             yield Leaf(f"memory.{name}.down", self.down[name], shard=0)
         for name, bias in self.squash.items():

@@ -248,7 +248,8 @@ def state_elements(model: Model) -> int:
         return width * width + 3 * width * (model.linear.convolution - 1)
     if model.mixer == "self_modifying":
         inward, units = units_of(settings, width)
-        nets = 5 * width * inward + 3 * width * units + 2 * units
+        vectors = len(settings.vectors) + 1
+        nets = (vectors + 2) * width * inward + vectors * width * units + 2 * units
         return (2 if settings.momentum else 1) * nets + width * (settings.convolution - 1)
     if model.mixer.startswith("titans"):
         tail = 0 if model.mixer == "titans_mac" else 3 * width * (model.titans.convolution - 1)

@@ -1,7 +1,7 @@
 """Memories that go on from row to row, in a checkpoint: rectangles of (rows of the run, heads or units, ...).
 
 So any layout takes over what any other left: replicas and micro-batches cut the rows, tensor and context parallelism the
-heads, pipeline stages the layers.
+heads, pipeline stages the layers. Where levels learn inside rows, context parallelism cuts the rows instead.
 """
 
 from collections.abc import Iterator
@@ -25,39 +25,47 @@ def memories(state: "TrainState") -> dict[str, Pieces]:
     found: dict[str, Pieces] = {}
     for carried in state.carried:
         for place, held in enumerate(carried.open()):
-            for name, part, mixes in named(carried, held):
-                shape, base, owner = layout(state, part, place, mixes)
+            for name, part, mixes, whole in named(carried, held):
+                shape, base, owner = layout(state, part, place, mixes, whole)
                 known = found.setdefault(PREFIX + name, Pieces(shape, [], owner))
                 known.rectangles.append((base, part))
     return found
 
 
-def named(carried: Carried, held: RowState) -> Iterator[tuple[str, Tensor, bool]]:
-    """Every tensor of a state under its global name, and whether it is a mixer's."""
+def named(carried: Carried, held: RowState) -> Iterator[tuple[str, Tensor, bool, bool]]:
+    """Every tensor of a state under its global name, whether it is a mixer's, and of a layer that has whole rows."""
     model, parts = carried.model, []
     layers = list(model.stage.layers)
+    first = len(layers) - len(held.copies)
     for i, mixer in enumerate(held.mixers):
         turn, layer = divmod(i, len(layers))
-        mapped(lambda name, part: parts.append((name, part, True)), f"blocks.{layers[layer]}.mix.{turn}", mixer)
-    for layer, copy in zip(layers[len(layers) - len(held.copies) :], held.copies, strict=True):
-        mapped(lambda name, part: parts.append((name, part, False)), f"blocks.{layer}.continuum", copy)
+        where = True, layer >= first
+        mapped(
+            lambda name, part, at=where: parts.append((name, part, *at)), f"blocks.{layers[layer]}.mix.{turn}", mixer
+        )
+    for layer, copy in zip(layers[first:], held.copies, strict=True):
+        mapped(lambda name, part: parts.append((name, part, False, True)), f"blocks.{layer}.continuum", copy)
     yield from parts
 
 
-def layout(state: "TrainState", part: Tensor, place: int, mixes: bool) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+def layout(
+    state: "TrainState", part: Tensor, place: int, mixes: bool, whole: bool
+) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
     """Shape of the whole, where this part of it begins, and whether this rank writes it.
 
-    `place`: the micro-batch.
+    `place`: the micro-batch; `mixes`: a mixer's; `whole`: of a layer whose rows context-parallel ranks share out.
     """
     run, world = state.run, state.world
-    (rows, count), rest = part.shape[:2], part.shape[2:]
-    by_rank = mixes and run.model.mixer not in ("linear", "delta")  # whose heads context-parallel ranks share out
-    contexts = world.context.size() if by_rank else 1
-    share = world.tensor_rank * contexts + (world.context_rank if by_rank else 0)
+    count, rest = part.shape[1], part.shape[2:]
+    by_heads = mixes and not whole and run.model.mixer not in ("linear", "delta")
+    contexts = world.context.size() if by_heads else 1
+    share = world.tensor_rank * contexts + (world.context_rank if by_heads else 0)
     shared = run.model.inner.shared and not mixes  # one memory of all rows
-    first = 0 if shared else world.replica * (run.train.global_batch // world.replicas) + place * rows
-    total = 1 if shared else run.train.global_batch
-    owner = (by_rank or world.context_rank == 0) and not (shared and world.replica)
+    begins = world.replica * (run.train.global_batch // world.replicas) + place * run.train.micro_batch
+    begins += world.context_rank * part.shape[0] if whole else 0
+    first, total = (0, 1) if shared else (begins, run.train.global_batch)
+    apart = by_heads or (whole and not shared)  # context-parallel ranks hold parts of their own
+    owner = (apart or world.context_rank == 0) and not (shared and world.replica)
     shape = (total, count * world.tensor.size() * contexts, *rest)
     return shape, (first, share * count, *(0 for _ in rest)), owner
 

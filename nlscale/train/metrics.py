@@ -17,6 +17,7 @@ from nlscale.runtime.goodput import Steps, account, lost, of_lines
 from nlscale.runtime.holder import Hold
 from nlscale.runtime.log import Journal, Lines
 from nlscale.runtime.watch import sparing_children
+from nlscale.train.alignment import Alignment
 from nlscale.train.peak import peak_bytes
 from nlscale.train.state import TrainState
 from nlscale.train.step import Report
@@ -32,9 +33,13 @@ class Metrics:
         self.flops_a_token = flops_a_token(state.run.model, state.run.levels, state.run.data.sequence)
         self.peak, self.hold = peak, hold
         self.levels = [level.name for level in state.run.levels]
+        compared = state.run.levels if state.run.log.alignment else []
+        self.alignment = Alignment(compared, state.leaves, state.world)
 
     def __enter__(self) -> "Metrics":
         run, leads = self.state.run, self.state.world.leads
+        self.state.optimizer.arrive()
+        self.alignment.begin(self.state.step)
         self.lines = Lines(self.folder.metrics) if leads else None
         self.forget()  # what a crashed start had computed, and this one computes again
         self.steps = of_lines(read_lines(self.folder.metrics)) if leads else Steps()
@@ -89,7 +94,18 @@ class Metrics:
                 line[f"optim/level/{name}/grad_norm"] = report.grad_norm[name]
         self.write(line)
         self.show(line)
+        self.compare_moves()
         return line
+
+    def compare_moves(self) -> None:
+        """Writes the cosines of the pairs of levels of which the slower one's period has ended. A collective."""
+        state = self.state
+        if not self.alignment.due(state.step):
+            return
+        state.optimizer.arrive()  # what the last move gathers
+        found = {f"optim/level/{name}/alignment": value for name, value in self.alignment.after(state.step).items()}
+        if found:
+            self.write({"step": state.step, "tokens": state.tokens, **found})
 
     def evaluated(self, loss: float, seconds: float) -> None:
         """Writes a held-out loss, and how long it took."""

@@ -13,7 +13,7 @@ from nlscale.runtime.quiet import quiet
 from nlscale.verbs.common import add, existing, foreseen, resolve
 
 MACHINE = ("step", "loader", "kernels", "checkpoint", "memory", "ladder")
-BENCHES = (*MACHINE, "levels", "memories", "parts", "hops", "beyond", "states", "forgetting", "transfer")
+BENCHES = (*MACHINE, "levels", "memories", "parts", "hops", "beyond", "states", "forgetting", "classes", "transfer")
 
 
 def verbs(parent: Any) -> None:

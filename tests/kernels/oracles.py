@@ -59,11 +59,11 @@ class Five:
         activation: str = "silu",
     ) -> None:
         """`erase`: whether writes erase along their key; `still`: a memory that is never written; else as in `Gates`."""
-        names = (("key", "value"), ("rate", "keep"), ("main",))
+        names = (("key", "value", "query"), ("rate", "keep"), ("main",))
         self.initial = {
             name: {"up": net.up[0, head, place], "down": net.down[0, head, place]}
             for net, group in zip(memories, names, strict=True)
-            for place, name in enumerate(group)
+            for place, name in enumerate(group[: net.up.shape[2]])
         }
         self.biases, self.erase, self.unwritten, self.unit_values = biases, erase, still, unit_values
         self.clip, self.units = clip or float("inf"), ACTIVATIONS[activation]
@@ -97,6 +97,9 @@ class Five:
             v = v / v.norm() if self.unit_values else v
             rate = self.biases[2] * torch.sigmoid(said["rate"] + self.biases[0])[0]
             keep = torch.sigmoid(said["keep"] + self.biases[1])[0]
+            if "query" in now:
+                made = self.say("query", anchor["query"], x[t])
+                q = q.index_copy(0, torch.tensor([t]), (made / made.norm())[None])
             outputs.append(self.say("main", anchor["main"], q[t]))
             turn = keep * torch.eye(len(k), dtype=k.dtype) - self.erase * rate * torch.outer(k, k)
             for name, state in now.items():

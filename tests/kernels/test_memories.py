@@ -131,6 +131,27 @@ def test_memories_of_other_units_are_the_recurrence(activation: str) -> None:
         torch.testing.assert_close(said[b, 1], row, rtol=1e-10, atol=1e-12)
 
 
+def net_of_three() -> Net:
+    return Net(0.3 * numbers(1, H, 3, M, K, seed=60), 0.3 * numbers(1, H, 3, K, M, seed=61))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("still", [None, torch.tensor([False, False, True])], ids=["written", "unwritten"])
+def test_queries_of_a_memory_are_the_recurrence(still: Tensor | None, recompute: bool) -> None:
+    tokens, six = inputs(STARTS, True), FIVE._replace(vectors=net_of_three())
+    gates = GATES._replace(still=Still(vectors=still))
+    leaves = [x.requires_grad_() for x in six.vectors]
+    o, state = self_modifying(tokens, (8, 4), six, gates, recompute=recompute)
+    for b in range(B):
+        share = tokens.log_momentum[b, 1].exp()  # type: ignore[index]
+        said = {} if still is None else {"still": "query"}
+        nowhere = torch.full_like(tokens.q[b, 1], torch.nan)
+        row = Five(six, 1, BIASES, **said).row(tokens.x[b, 1], nowhere, STARTS[b], (8, 4), share)
+        torch.testing.assert_close(o[b, 1], row, rtol=1e-10, atol=1e-12)
+    assert all(slope[:, :, 2].abs().min() > 0 for slope in torch.autograd.grad(o.square().sum(), leaves))
+    assert state is not None and state.memories.vectors.up.shape[2] == 3
+
+
 LEFT_OUT = {
     "erase": (GATES._replace(erase=0.0), {"erase": False}),
     "unit values": (GATES._replace(unit_values=False), {"unit_values": False}),

@@ -41,17 +41,16 @@ def test_a_plain_step_is_counted_exactly() -> None:
     assert ranks(1, carried_out, run) == [by_formula(run, 3 * 4)]
 
 
-@pytest.mark.parametrize("activation", ["silu", "swiglu"])
-def test_memories_and_their_writes_are_counted(activation: str) -> None:
+@pytest.mark.parametrize("changed", ["activation=silu", "activation=swiglu", "query=true"])
+def test_memories_and_their_writes_are_counted(changed: str) -> None:
     """But for solves and what lies in the operator around them; the last chunk of many writes nothing."""
-    own = [f"model.self_modifying.{said}" for said in ("chunk=16", "recompute=false")]
+    own = [f"model.self_modifying.{said}" for said in ("chunk=16", changed)]
     shape = ["model.layers=1", "model.width=64", "model.heads=1", "model.kv_heads=1", "data.sequence=256"]
     run = tiny(
         *shape,
         "use.levels=plain",
         "model.attention=causal",
         "model.mixer=self_modifying",
-        f"model.self_modifying.activation={activation}",
         *own,
     )
     assert ranks(1, carried_out, run)[0] == pytest.approx(by_formula(run, 0), rel=0.08)

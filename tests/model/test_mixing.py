@@ -29,6 +29,7 @@ CASES["self_modifying-gate"] = ["model.mixer=self_modifying", "model.self_modify
 CASES["self_modifying-swiglu"] = ["model.mixer=self_modifying", "model.self_modifying.activation=swiglu"]
 CASES["titans_mac-gelu"] = ["model.mixer=titans_mac", "model.titans.activation=gelu"]
 CASES["titans_mag-swiglu"] = ["model.mixer=titans_mag", "model.titans.activation=swiglu"]
+CASES["self_modifying-query"] = ["model.mixer=self_modifying", "model.self_modifying.query=true"]
 CASES["self_modifying-plain"] = ["model.mixer=self_modifying", "model.self_modifying.momentum=false"]
 
 

@@ -27,6 +27,7 @@ MIXERS = {
     "titans_mag": ["model.mixer=titans_mag", "model.window=6"],
     "titans_mal": ["model.mixer=titans_mal", "model.window=6"],
     "self_modifying": ["model.mixer=self_modifying"],
+    "self_modifying-query": ["model.mixer=self_modifying", "model.self_modifying.query=true"],
     "self_modifying-causal": ["model.mixer=self_modifying", "model.attention=causal"],
 }
 LAYOUTS = {

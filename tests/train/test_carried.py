@@ -113,7 +113,7 @@ LAYOUTS = {
     "context": (2, ["parallel.context=2"]),
     "data": (2, ["train.micro_batch=1"]),
 }
-EXCEPT = {("delta-loops", "pipeline"), ("delta-in-sequence", "context")}
+EXCEPT = {("delta-loops", "pipeline")}
 EXCEPT |= {("self_modifying-shared", layout) for layout in ("pipeline", "context", "data")}
 
 
@@ -157,6 +157,11 @@ MOVES = {
         ["model.mixer=titans_mac", "model.titans.chunk=8"],
         (2, ["parallel.context=2"]),
         (4, ["train.micro_batch=1"]),
+    ),
+    "context2 to tensor2": (
+        ["model.mixer=delta", "model.linear.chunk=8", QUICK],
+        (2, ["parallel.context=2"]),
+        (2, ["parallel.tensor=2"]),
     ),
     "data2 to context2-tensor2": (
         ["model.mixer=delta", "model.linear.chunk=8"],

@@ -16,7 +16,7 @@ class Tokens(NamedTuple):
     """What a run of tokens brings; log_momentum None: no momentum; starts None: no document begins."""
 
     x: Tensor  # (B, H, T, K)
-    q: Tensor  # (B, H, T, K)
+    q: Tensor  # (B, H, T, K); unheard where a memory makes queries
     log_momentum: Tensor | None = None  # (B, H, T)
     starts: Tensor | None = None  # (B, T)
 
@@ -43,9 +43,9 @@ class Tokens(NamedTuple):
 
 
 class Memories(NamedTuple):
-    """The five memories of every head."""
+    """The five memories of every head, or six."""
 
-    vectors: Net  # key, value
+    vectors: Net  # key, value and, where it makes queries, query
     gates: Net  # rate, keep
     main: Net
 

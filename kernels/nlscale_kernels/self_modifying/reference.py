@@ -4,6 +4,7 @@ Five memories a head: key, value, rate, keep and main. With x_t the token's inpu
 
     k = M_key(x) / |.|    v = M_value(x) / |.|    e = e_max sigmoid(M_rate(x) + b)    a = sigmoid(M_keep(x) + b)
     o = M_main(q)         target of memory M: M(v), taken as given;  gradient g of |M(k) - M(v)|^2 / 2
+    q: given, or of a sixth memory, M_query(x) / |.|, which is written like the others
     W2 <- W2 (a I - e k k^T) - e g,   W1 <- a W1 - e g      Delta Gradient Descent on the layer that k enters
 
 The paper leaves v as long as it comes (`Gates.unit_values` false). Its target M(v) is then long where v is, a memory that
@@ -43,10 +44,23 @@ from nlscale_kernels.unit import unit
 
 def made(tokens: Tokens, initial: Memories, now: Memories, gates: Gates) -> Made:
     """What the makers say."""
-    k, v = look(tokens.fresh, initial.vectors, now.vectors, tokens.x, gates.activation).unbind(2)
+    k, v = look(tokens.fresh, part(initial.vectors, 0, 2), part(now.vectors, 0, 2), tokens.x, gates.activation).unbind(
+        2
+    )
     rate, keep = look(tokens.fresh, initial.gates, now.gates, tokens.x, gates.activation).squeeze(-1).unbind(2)
     rate = gates.rate_max * torch.sigmoid(rate + gates.rate_bias[:, None])
     return Made(unit(k), unit(v) if gates.unit_values else v, rate, F.logsigmoid(keep + gates.keep_bias[:, None]))
+
+
+def asked(tokens: Tokens, initial: Memories, now: Memories, gates: Gates) -> Tensor:
+    """Queries that the third memory of vectors makes (B, H, C, K)."""
+    nets = part(initial.vectors, 2, 3), part(now.vectors, 2, 3)
+    return unit(look(tokens.fresh, *nets, tokens.x, gates.activation)[:, :, 0])
+
+
+def part(net: Net, first: int, last: int) -> Net:
+    """Some of the memories of a kind."""
+    return net if net.up.shape[2] == last - first else Net(net.up[:, :, first:last], net.down[:, :, first:last])
 
 
 def held(still: Tensor | bool | None, old: Net, new: Net) -> Net:
@@ -65,14 +79,16 @@ def block(
     `call` runs the parts that are worth computing again in backward: not the writes, which are slow to find and small.
     """
     size, last = tokens.x.shape[2], left == 0
+    if initial.vectors.up.shape[2] > 2:
+        tokens = tokens._replace(q=call(asked, tokens, initial, state.memories, gates))
     writing = size - chunk * last  # what is said of tokens that write nothing would be heard by nobody
     said, all_writes = Made.nothing(tokens), []
     if writing:
         writers = tokens.first(writing)
         said = call(made, writers, initial, state.memories, gates)
         all_writes = [
-            writes_of(own.k, own.rate, own.log_keep, part.log_momentum, part.starts, gates.erase)
-            for part, own in zip(writers.runs(chunk), said.runs(chunk), strict=True)
+            writes_of(own.k, own.rate, own.log_keep, each.log_momentum, each.starts, gates.erase)
+            for each, own in zip(writers.runs(chunk), said.runs(chunk), strict=True)
         ]
     speeds = state.momentum or (None, None, None)
     main_writes = [] if gates.still.main else list(all_writes)
@@ -117,7 +133,7 @@ def self_modifying(
     hand_on: bool = True,
     recompute: bool = False,
 ) -> tuple[Tensor, State | None]:
-    """Outputs (B, H, T, K) and the state after the last token.
+    """Outputs (B, H, T, K) and the state after the last token; a third memory of vectors makes the queries.
 
     `chunks`: of the makers and of the main memory; the second divides the first, which divides T, or ValueError.
     `hand_on` false: nobody wants the state, the last chunk writes nothing and None is given. `recompute`: backward computes
