@@ -202,7 +202,8 @@ class Holding:
         layers = model.layers * model.loops / run.parallel.pipeline
         recomputed = run.train.recompute == "block"
         held = self.flying(rank) * layers * self.kept(recomputed)
-        inside = self.kept(False) * (1.4 if recomputed else 0.4)  # of the block that backward is in
+        again = 1.2 if model.mixer == "self_modifying" and not model.self_modifying.recompute else 1.4
+        inside = self.kept(False) * (again if recomputed else 0.4)  # of the block that backward is in
         if rank < run.parallel.pipeline - 1:
             return held + inside
         assert model.vocabulary is not None

@@ -131,7 +131,10 @@ def test_layouts_are_ranked_by_what_their_step_takes() -> None:
 
 def test_a_layout_whose_fastest_way_is_refused_has_another() -> None:
     """Masters of matrices that follow Muon cannot lie in host memory: the same layout fits by computing again."""
-    run = read("2.7b-hope", ["optim.name=muon", "model.base_width=null", "use.layout=null"])
+    run = read(
+        "2.7b-hope",
+        ["optim.name=muon", "model.base_width=null", "use.layout=null", "model.self_modifying.recompute=true"],
+    )
     on = replace(DEVICES["a100"], memory=70e9)
     first, refused = next(accepted(run, 1, on, (1,))), ranked(run, 1, on, (1,))[0]
     assert first.fits(on) and first.run.train.recompute == "block" and not first.run.optim.offload
