@@ -15,7 +15,7 @@ from nlscale.config.levels import Level, level_of, parameter_names
 from nlscale.config.model import Model
 from nlscale.config.read import read
 from nlscale.config.run import Run
-from nlscale.model.count import elements, parameters
+from nlscale.model.count import parameters, sizes
 from nlscale.optim.build import Optimizer, build_optimizer
 from nlscale.optim.layout import Kind, packed
 from nlscale.parallel.apply import parallelize
@@ -107,7 +107,7 @@ def predicted(reduce: str, replicas: int) -> float:
     """float32: weights; the slices of shared storage once more; windows by policy; masters and two moments, sharded."""
     run = configure(PERIODS)
     names = list(parameter_names(run.model, run.levels))
-    size = {name: elements(name, run.model, run.levels) for name in names}
+    size = dict(zip(names, map(sizes(run.model, run.levels), names), strict=True))
     slices = sum(n for name, n in size.items() if name.split(".")[-2] in ("gate", "up", "down", "q", "k", "v"))
     total = sum(size.values())
     window = {"defer": total, "hierarchical": total / NODE, "eager": total / replicas}[reduce]
@@ -117,9 +117,10 @@ def predicted(reduce: str, replicas: int) -> float:
 def simulated(model: Model, periods: Sequence[int], replicas: int) -> float:
     """Bytes a rank sends a step on average, bfloat16 gradients and weights, padding included."""
     run_levels, sent = levels(periods), 0.0
+    elements = sizes(model, run_levels)
     for level in run_levels:
         mine = [name for name in parameter_names(model, run_levels) if level_of(name, run_levels) is level]
-        leaves = [Leaf(n, nn.Parameter(torch.empty(elements(n, model, run_levels), device="meta"))) for n in mine]
+        leaves = [Leaf(n, nn.Parameter(torch.empty(elements(n), device="meta"))) for n in mine]
         flat = packed(Kind("adamw", True), leaves, replicas, 2)
         sent += flat.elements * (2 + 2) * (replicas - 1) / replicas / level.period
     return sent

@@ -17,27 +17,31 @@ from nlscale.config.model import Model
 
 def parameters(model: Model, levels: list[Level]) -> dict[str, int]:
     """Parameters by level."""
-    each = dict.fromkeys((level.name for level in levels), 0)
+    each, elements = dict.fromkeys((level.name for level in levels), 0), sizes(model, levels)
     for name in parameter_names(model, levels):
-        each[level_of(name, levels).name] += elements(name, model, levels)
+        each[level_of(name, levels).name] += elements(name)
     return each
 
 
-def elements(name: str, model: Model, levels: list[Level]) -> int:
-    """Elements of one parameter."""
+def sizes(model: Model, levels: list[Level]) -> Callable[[str], int]:
+    """What tells the elements of a parameter by its name."""
     assert model.vocabulary is not None
-    if name in ("embed.weight", "head.weight"):
-        return model.vocabulary * model.width
-    if name == "norm.weight":
-        return model.width
-    _, _, half, rest = name.split(".", 3)
-    if half == "mix":
-        return prod(mixer_shapes(model)[rest])
-    if rest == "gains":
-        return sum(level.width > 0 for level in levels)
-    if rest.endswith("norm.weight"):
-        return model.width
-    return model.width * Levels(levels=levels).units(model.feed_forward)[rest.split(".")[0]]
+    vocabulary, mixer = model.vocabulary, {name: prod(shape) for name, shape in mixer_shapes(model).items()}
+    units, several = Levels(levels=levels).units(model.feed_forward), sum(level.width > 0 for level in levels)
+
+    def elements(name: str) -> int:
+        if name in ("embed.weight", "head.weight"):
+            return vocabulary * model.width
+        if name == "norm.weight":
+            return model.width
+        _, _, half, rest = name.split(".", 3)
+        if half == "mix":
+            return mixer[rest]
+        if rest == "gains":
+            return several
+        return model.width * (1 if rest.endswith("norm.weight") else units[rest.split(".")[0]])
+
+    return elements
 
 
 def attention_flops(model: Model, tokens: int) -> float:

@@ -13,7 +13,7 @@ from nlscale.config.mixers import units_of
 from nlscale.config.model import Model
 from nlscale.config.optim import STATES
 from nlscale.config.run import Run, replicas
-from nlscale.model.count import elements, inward
+from nlscale.model.count import inward, sizes
 
 # Bytes that a block keeps in bf16 a token and unit of width: beside the mixer, on all of a row's tokens ...
 BESIDE = 20.0
@@ -74,8 +74,9 @@ Counted = dict[tuple[str, str], tuple[int, int]]
 def count(run: Run) -> Counted:
     """(embed, head or block; level) -> parameters that tensor-parallel ranks share, and those that each has whole."""
     found: Counted = {}
+    elements = sizes(run.model, run.levels)
     for name in parameter_names(replace(run.model, layers=1), run.levels):  # blocks are alike
-        each = elements(name, run.model, run.levels)
+        each = elements(name)
         place = "head" if name == "norm.weight" else name.split(".")[0]
         each *= run.model.layers if place == "blocks" else 1
         key = place, level_of(name, run.levels).name

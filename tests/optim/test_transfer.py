@@ -8,7 +8,7 @@ from nlscale.config.levels import parameter_names
 from nlscale.config.mixers import MIXERS
 from nlscale.config.read import read
 from nlscale.config.transfer import deviation_factor, rate_factor
-from nlscale.model.count import elements
+from nlscale.model.count import sizes
 from nlscale.runtime.world import join
 from nlscale.testing import ranks
 from tests.optim.driver import built, usual, weights
@@ -35,7 +35,7 @@ def test_whoever_has_more_inputs_at_another_width_moves_by_a_smaller_rate(mixer:
                  f"model.hidden={2 * w}", "model.base_width=32", "model.linear.chunk=8", "model.titans.chunk=8",
                  "model.self_modifying.chunk=8") for w in (32, 64)]  # fmt: skip
     for name in parameter_names(runs[0].model, runs[0].levels):
-        small, large = (elements(name, run.model, run.levels) for run in runs)
+        small, large = (sizes(run.model, run.levels)(name) for run in runs)
         grew = large / small  # 4: matrices between widths; 2: one axis grows
         factor = rate_factor(name, runs[1].model)
         assert factor in (1.0, 0.5) and rate_factor(name, runs[0].model) == 1.0
