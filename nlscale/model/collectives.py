@@ -33,10 +33,10 @@ class Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *of: Any) -> Any:
         """The sum."""
-        return Gathered.apply(of[0], ctx.group), None
+        return Summed.apply(of[0], ctx.group), None
 
 
-class Gathered(torch.autograd.Function):
+class Summed(torch.autograd.Function):
     """The sum of the ranks' own parts, which all hold; backward, their gradient to each."""
 
     @staticmethod
@@ -85,7 +85,7 @@ def to_tensor_ranks(x: Tensor) -> Tensor:
 def from_tensor_ranks(x: Tensor) -> Tensor:
     """The sum of what tensor-parallel ranks made; backward, its gradient to each."""
     group = get_tensor_model_parallel_group()
-    return x if group.size() == 1 else Gathered.apply(x, group)  # type: ignore[no-any-return]
+    return x if group.size() == 1 else Summed.apply(x, group)  # type: ignore[no-any-return]
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

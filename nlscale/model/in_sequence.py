@@ -99,7 +99,9 @@ class HopeInSequence(Hope):
             self.head.summed = whole_loss  # it can be differentiated twice
             if config.tensor_model_parallel_size > 1:
                 self.head.cross_entropy = cross_entropy
-            for module in (each for block in self.blocks[self.first :] for each in block.modules()):
+            adaptive = self.blocks[self.first :]
+            crossed = [block.continuum for block in adaptive] + [block.mix for block in adaptive[1:]]
+            for module in (each for half in crossed for each in half.modules()):  # type: ignore[union-attr]
                 differentiable(module)
 
     def kind_of(self, layer: int, model: Model) -> type[Block]:
