@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nlscale.bench.drill import Rows, alone, scores, side_by_side, trained
-from nlscale.bench.forgetting import all_of, end_task, unanchored
+from nlscale.bench.forgetting import FOUR, ONE, all_of, end_task, small, unanchored, walked
 from nlscale.bench.table import Row, at_least, show
 from nlscale.config.read import read
 from nlscale.model.loss import IGNORE
@@ -26,14 +26,8 @@ CLASSES, AT_ONCE = 16, 4  # classes, and those of a task
 ASK, NAMES = SYMBOLS, SYMBOLS + 1  # tokens: the question, the first name
 TEXT, TASK, HELD_OUT = 512, 96, 16  # steps on text, steps of a task, rows a class that are tested
 RATE, SEEDS = 3e-3, (1, 2)
-MODEL = (
-    *("model.layers=2", "model.width=64", "model.heads=4", "model.kv_heads=4", "model.hidden=256", "model.tied=false"),
-    *(f"model.vocabulary={NAMES + CLASSES}", "model.attention=causal", f"data.sequence={TOKENS}"),
-    *("optim.weight_decay=0", "optim.warmup=0.02", "optim.schedule=wsd", "optim.decay=0.001"),
-    *("train.precision=fp32", "parallel.tensor=1", "cluster.threads=1"),
-    *(f"train.micro_batch={ROWS}", f"train.global_batch={ROWS}"),
-)
-ONE, FOUR, NESTED = "use.levels=plain", "use.levels=four", "model.variant=nested"
+MODEL = small(NAMES + CLASSES, TOKENS, ROWS)
+NESTED = "model.variant=nested"
 REST = "[embed.weight, 'blocks.*.mix.*', 'blocks.*.continuum.norm.weight', norm.weight]"
 MOVING = "{name: moving, period: 1, width: 0.25, match: [head.weight]}"
 TRUNK = f"levels=[{MOVING}, {{name: trunk, period: 1, width: 0.75, match: {REST}%s}}]"
@@ -61,11 +55,7 @@ def languages(seed: int) -> Tensor:
 
 def text(successors: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
     """Symbols (N, TOKENS) of rows of the classes (N,)."""
-    symbols = [torch.randint(0, SYMBOLS, classes.shape, generator=generator)]
-    for _ in range(TOKENS - 1):
-        choice = torch.randint(0, SUCCESSORS, classes.shape, generator=generator)
-        symbols.append(successors[classes, symbols[-1], choice])
-    return torch.stack(symbols, 1)
+    return walked(successors, classes, TOKENS, generator)
 
 
 def as_text(symbols: Tensor) -> Rows:

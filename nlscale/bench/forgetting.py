@@ -26,19 +26,21 @@ SYMBOLS, SUCCESSORS, TOKENS, ROWS, HELD_OUT = 64, 4, 64, 32, 128
 FIRST, SECOND, AGAIN, EVERY = 384, 384, 128, 8  # steps of A, of B, of A once more at most; steps between looks
 NEAR = 0.05  # A is learnt again when its loss is so near to what it was
 RATE = 3e-3
-MODEL = (
-    *("model.layers=2", "model.width=64", "model.heads=4", "model.kv_heads=4", "model.hidden=256", "model.tied=false"),
-    *(f"model.vocabulary={SYMBOLS}", "model.attention=causal", f"data.sequence={TOKENS}", "optim.weight_decay=0"),
-    *(
-        "optim.warmup=0.02",
-        "optim.schedule=wsd",
-        "optim.decay=0.001",
-        "train.precision=fp32",
-        "parallel.tensor=1",
-        "cluster.threads=1",
-    ),
-    *(f"train.micro_batch={ROWS}", f"train.global_batch={ROWS}"),
-)
+
+
+def small(vocabulary: int, tokens: int, rows: int) -> list[str]:
+    """Two blocks of width 64 that learn at an even rate."""
+    shape = "layers=2", "width=64", "heads=4", "kv_heads=4", "hidden=256", "tied=false", "attention=causal"
+    even = "warmup=0.02", "schedule=wsd", "decay=0.001", "weight_decay=0"
+    return [
+        *(f"model.{each}" for each in (*shape, f"vocabulary={vocabulary}")),
+        *(f"optim.{each}" for each in even),
+        *("train.precision=fp32", f"train.micro_batch={rows}", f"train.global_batch={rows}"),
+        *(f"data.sequence={tokens}", "parallel.tensor=1", "cluster.threads=1"),
+    ]
+
+
+MODEL = small(SYMBOLS, TOKENS, ROWS)
 ONE, FOUR = "use.levels=plain", "use.levels=four"
 NESTED = "four levels, nested"
 
@@ -68,13 +70,19 @@ def language(seed: int) -> Tensor:
     return torch.rand(SYMBOLS, SYMBOLS, generator=generator).argsort(1)[:, :SUCCESSORS]
 
 
+def walked(successors: Tensor, which: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
+    """Symbols (N, tokens) of rows of the languages `which` (N,), whose successors are (languages, symbols, choices)."""
+    _, symbols, choices = successors.shape
+    found = [torch.randint(0, symbols, which.shape, generator=generator)]
+    for _ in range(tokens - 1):
+        choice = torch.randint(0, choices, which.shape, generator=generator)
+        found.append(successors[which, found[-1], choice])
+    return torch.stack(found, 1)
+
+
 def rows_of(successors: Tensor, count: int, generator: torch.Generator) -> Rows:
     """Tokens and the tokens after them (count, TOKENS)."""
-    tokens = [torch.randint(0, SYMBOLS, (count,), generator=generator)]
-    for _ in range(TOKENS):
-        choice = torch.randint(0, SUCCESSORS, (count,), generator=generator)
-        tokens.append(successors[tokens[-1], choice])
-    whole = torch.stack(tokens, 1)
+    whole = walked(successors[None], torch.zeros(count, dtype=torch.long), TOKENS + 1, generator)
     return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
 
 

@@ -41,39 +41,15 @@ class Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        """The sum."""
+        """The sum, in memory of its own."""
         ctx.group = group
-        return total(x, group)
+        own = x.clone(memory_format=torch.contiguous_format)
+        return reduce_from_tensor_model_parallel_region(own, group)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *of: Any) -> Any:
         """To each."""
         return Spread.apply(of[0], ctx.group), None
-
-
-class Shared(torch.autograd.Function):
-    """The sum of parts of ranks that have losses of their own, whose sum is what is differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        """The sum."""
-        ctx.group = group
-        return total(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *of: Any) -> Any:
-        """The sum of all ranks' gradients."""
-        return Shared.apply(of[0], ctx.group), None
-
-
-def total(x: Tensor, group: Group) -> Tensor:
-    """The sum over ranks, in memory of its own."""
-    return reduce_from_tensor_model_parallel_region(x.clone(memory_format=torch.contiguous_format), group)  # type: ignore[no-any-return]
-
-
-def shared(x: Tensor, group: Group) -> Tensor:
-    """See Shared; of one rank there is nothing to sum."""
-    return x if group.size() == 1 else Shared.apply(x, group)  # type: ignore[no-any-return]
 
 
 def to_tensor_ranks(x: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.summed_loss import whole_loss
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
 from nlscale.config.levels import Levels, learning
 from nlscale.config.run import Run
-from nlscale.model.collectives import shared
 from nlscale.model.exchange import Exchange
 from nlscale.model.hope import Block, Hope, Stage
 from nlscale.model.in_sequence import HopeInSequence, Rhythm
@@ -121,7 +121,7 @@ def built(
     levels = learning(run.levels)
     if not levels or not stage.last:
         return Hope(*shape)
-    return HopeInSequence(*shape, Rhythm(levels, partial(shared, group=world.data)))
+    return HopeInSequence(*shape, Rhythm(levels, partial(all_reduce, group=world.data)))
 
 
 def scheduled(

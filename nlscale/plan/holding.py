@@ -170,7 +170,7 @@ class Holding:
         around = 1 if model.mixer in ("linear", "delta") else parallel.context
         held = memories / (around * parallel.pipeline * self.replicas)
         if rank == parallel.pipeline - 1:
-            held += copies / (1 if model.inner.shared else self.replicas)
+            held += copies / (1 if model.inner.shared else self.replicas * parallel.context)
         return held / parallel.tensor
 
     def sliced(self) -> float:
@@ -203,6 +203,7 @@ class Holding:
         layers = model.layers * model.loops / run.parallel.pipeline
         recomputed = run.train.recompute == "block"
         held = self.flying(rank) * layers * self.kept(recomputed)
+        # Of HOPE's chunks, backward lets go one after the other.
         again = 1.2 if model.mixer == "self_modifying" and not model.self_modifying.recompute else 1.4
         inside = self.kept(False) * (again if recomputed else 0.4)  # of the block that backward is in
         if rank < run.parallel.pipeline - 1:

@@ -38,8 +38,9 @@ class Metrics:
 
     def __enter__(self) -> "Metrics":
         run, leads = self.state.run, self.state.world.leads
-        self.state.optimizer.arrive()
-        self.alignment.begin(self.state.step)
+        if self.alignment.pairs:
+            self.state.optimizer.arrive()
+            self.alignment.begin(self.state.step)
         self.lines = Lines(self.folder.metrics) if leads else None
         self.forget()  # what a crashed start had computed, and this one computes again
         self.steps = of_lines(read_lines(self.folder.metrics)) if leads else Steps()

@@ -197,8 +197,8 @@ def meta(run: Run, step: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
 MIXERS = {
     "attention": [],
     "delta": ["model.linear.chunk=4"],
-    "titans": ["model.titans.chunk=2"],
-    "titans_mac": ["model.titans.chunk=2"],
+    "linear": ["model.linear.chunk=4"],
+    **dict.fromkeys(("titans", "titans_mac", "titans_mag", "titans_mal"), ["model.titans.chunk=2"]),
     "self_modifying": [
         "model.self_modifying.chunk=2",
         "model.self_modifying.maker_chunk=4",

@@ -66,7 +66,11 @@ class Read(torch.autograd.Function):
         """Gradients of z, W2 and W1."""
         z, up, down, before = ctx.saved_tensors
         if in_turn.asked():
-            return (*in_turn.gradients(plain_read, (z, up, down, ctx.adds, ctx.activation), (of,)),)
+
+            def said(z: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor]:
+                return (reference.read(Net(up, down), z, ctx.activation),)
+
+            return *in_turn.gradients(said, (z, up, down), (of,)), None, None
         glue = glue_for(z, ctx.activation)
         d_down = summed(of.mT @ glue.active(before), down.shape)
         d_before = glue.returned(before, of @ down)
@@ -105,8 +109,14 @@ class Gathered(torch.autograd.Function):
         """Gradients of all tensors."""
         key, target, arrives, weights, up, down, before, error = ctx.saved_tensors
         if in_turn.asked():
-            given = key, target, arrives, weights, up, down, ctx.adds, ctx.activation
-            return (*in_turn.gradients(plain_gathered, given, (d_first, d_second)),)
+
+            def sums(*given: Tensor) -> tuple[Tensor, Tensor]:
+                key, target, arrives, weights, up, down = given
+                each = weights.unbind(-1)
+                return one_below(reference.gathered(Net(up, down), key, target, arrives, each, ctx.activation))
+
+            given = key, target, arrives, weights, up, down
+            return *in_turn.gradients(sums, given, (d_first, d_second)), None, None
         glue = glue_for(key, ctx.activation)
         active, pulled, pushed, bent, kept = glue.second(before, error @ down, arrives.unsqueeze(2) @ d_first.mT)
         d_arrives = over_memories(pulled @ d_first)
@@ -153,8 +163,15 @@ class SelfTaught(torch.autograd.Function):
         """Gradients of all tensors."""
         key, value, reach, share, weights, up, down, before, goal, error = ctx.saved_tensors
         if in_turn.asked():
-            given = key, value, reach, share, weights, up, down, ctx.adds, ctx.activation
-            return (*in_turn.gradients(plain_self_taught, given, (d_first, d_second)),)
+
+            def sums(*given: Tensor) -> tuple[Tensor, Tensor]:
+                key, value, reach, share, weights, up, down = given
+                net, each = Net(up, down), weights.unbind(-1)
+                one = share.squeeze(-1)
+                return one_below(reference.self_taught(net, key, value, reach, one, each, ctx.activation))
+
+            given = key, value, reach, share, weights, up, down
+            return *in_turn.gradients(sums, given, (d_first, d_second)), None, None
         glue, width = glue_for(key, ctx.activation), down.shape[-2]
         active, pulled, pushed, bent, kept = glue.second(
             before, error @ down, (share * reach).unsqueeze(2) @ d_first.mT
@@ -174,40 +191,10 @@ class SelfTaught(torch.autograd.Function):
         return *of_tokens, d_up, d_down, None, None
 
 
-def plain_read(z: Tensor, up: Tensor, down: Tensor, adds: bool, activation: str) -> tuple[Tensor]:
-    """Read by reference.py."""
-    return (reference.read(Net(up, down), z, activation),)
-
-
-def plain_gathered(
-    key: Tensor,
-    target: Tensor,
-    arrives: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    adds: bool,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """Gathered by reference.py."""
-    first, second = reference.gathered(Net(up, down), key, target, arrives, weights.unbind(-1), activation)
+def one_below(found: tuple[Tensor, list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """What reference.py gives, as the functions above do."""
+    first, second = found
     return first, torch.cat(second, -2)
-
-
-def plain_self_taught(
-    key: Tensor,
-    value: Tensor,
-    reach: Tensor,
-    share: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    down: Tensor,
-    adds: bool,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """SelfTaught by reference.py."""
-    arrives, target = share * reach, reference.read(Net(up, down), value, activation)
-    return plain_gathered(key, target, arrives, weights, up, down, adds, activation)
 
 
 def over_memories(gradient: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nlscale_kernels import in_turn
 from nlscale_kernels.arguments import NARROW, check, check_dtypes
 
 
@@ -214,7 +215,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, d_after: Tensor, d_then: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     step = Step._make((*tensors, ctx.sign, ctx.limit))
-    found: Any = gradients(step, d_after, d_then) if torch.is_grad_enabled() else backward(*step, d_after, d_then)
+    found: Any = gradients(step, d_after, d_then) if in_turn.asked() else backward(*step, d_after, d_then)
     return (*(None if x is None else d for x, d in zip(tensors, found, strict=True)), None, None)
 
 
