@@ -2,7 +2,9 @@
 
 It serves the level that moves every step, where a reduction can hide: each flat is one bucket of a buffer, whose float32
 memory is the window itself. When the last micro-batch has added to every leaf of a flat, its reduce-scatter starts, while
-backward goes on with the blocks before. (Leaves whose gradients are partial sums wait for the step's end.)
+backward goes on with the blocks before. (Leaves whose gradients are partial sums wait for the step's end.) Weights come back
+as in the other sharder, not by megatron-core's gather: that is a coalesced one, and two of those in flight on gloo corrupt
+the heap (torch 2.13; 5 of 20 runs of a loop of nothing else).
 """
 
 from collections import Counter
@@ -37,7 +39,7 @@ class BufferShard(FlatShard):
         self.bytes_a_reduce = self.ring_bytes(self.sums[0].element_size())
         self.bytes_a_gather = self.ring_bytes(self.weights[0].element_size())
         self.micro_batches = run.train.global_batch // (run.train.micro_batch * world.replicas)
-        self.started, self.sent = [False] * len(given), False
+        self.started = [False] * len(given)
         self.missing = [0] * len(given)  # leaves of each flat that the step's last micro-batch has not reached yet
         self.seen: Counter[nn.Parameter] = Counter()
         self.flat_of: dict[nn.Parameter, list[int]] = {}
@@ -96,23 +98,6 @@ class BufferShard(FlatShard):
         self.restart()
         return grads
 
-    @torch.no_grad()
-    def gather(self) -> None:
-        """Begins to send this rank's part of the weights to every replica."""
-        self.write()
-        for group in self.buckets:
-            group.start_param_sync()
-        self.sent = True
-
-    @torch.no_grad()
-    def arrive(self) -> None:
-        """Waits for `gather`, and copies slices to where the model computes with them."""
-        if self.sent:
-            for group in self.buckets:
-                group.finish_param_sync()
-            self.sent = False
-            self.publish()
-
 
 def bucket_of(parameter: nn.Parameter, run: Run) -> Any:
     """megatron-core's buffer for one flat parameter: one bucket, sharded, reduced in float32."""
@@ -128,7 +113,6 @@ def bucket_of(parameter: nn.Parameter, run: Run) -> Any:
     reduction = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=True,
-        overlap_param_gather=True,
         use_distributed_optimizer=True,
         check_for_nan_in_grad=False,
     )

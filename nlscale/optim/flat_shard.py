@@ -7,6 +7,7 @@ its storage with other levels (slices of a feed-forward) is copied back after a 
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nlscale.config.levels import Level
@@ -39,6 +40,7 @@ class FlatShard:
         self.leaves = [leaf for flat in self.flats for leaf, _ in flat.places]
         self.weights = [tensor[: flat.elements] for tensor, flat in zip(memory, self.flats, strict=True)]
         self.parts = [weights.chunk(world.copies)[world.copy] for weights in self.weights]
+        self.arriving: list[dist.Work] = []
         self._attach()
         host = bool(optim.offload) and level.steps >= optim.offload
         self.rules = []
@@ -104,6 +106,22 @@ class FlatShard:
         for part, rule in zip(self.parts, self.rules, strict=True):
             if everything or rule.copy is None:
                 part.copy_(rule.master, non_blocking=True)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Begins to send this rank's part of the weights to every replica."""
+        self.write()
+        for weights, part in zip(self.weights, self.parts, strict=True):
+            self.arriving.append(dist.all_gather_into_tensor(weights, part, group=self.world.data, async_op=True))
+
+    @torch.no_grad()
+    def arrive(self) -> None:
+        """Waits for `gather`, and copies slices to where the model computes with them."""
+        if self.arriving:
+            for work in self.arriving:
+                work.wait()
+            self.arriving = []
+            self.publish()
 
     def publish(self) -> None:
         """Copies gathered weights into storage that several levels share."""

@@ -67,7 +67,6 @@ class ZeroShard(FlatShard):
         self.zero = engine(self.parameters, max(flat.elements for flat in given))
         super().__init__(level, given, self.zero.bit16_groups_flat, run.optim, windows, world)
         hand_over(self.zero, self.parameters, [rule.master for rule in self.rules])
-        self.arriving: list[dist.Work] = []
         self.bytes_a_reduce = self.bytes_a_gather = self.ring_bytes(self.parameters[0].element_size())
 
     @torch.no_grad()
@@ -85,22 +84,6 @@ class ZeroShard(FlatShard):
         for i in range(len(self.flats)):
             self.zero.averaged_gradients[i] = self.zero.all_grad_tensors[i] = None
         return [grad.to(window_dtype(grad.dtype)) for grad in grads]
-
-    @torch.no_grad()
-    def gather(self) -> None:
-        """Begins to send this rank's part of the weights to every replica."""
-        self.write()
-        for weights, part in zip(self.weights, self.parts, strict=True):
-            self.arriving.append(dist.all_gather_into_tensor(weights, part, group=self.world.data, async_op=True))
-
-    @torch.no_grad()
-    def arrive(self) -> None:
-        """Waits for `gather`, and copies slices to where the model computes with them."""
-        if self.arriving:
-            for work in self.arriving:
-                work.wait()
-            self.arriving = []
-            self.publish()
 
 
 def hand_over(zero: Any, parameters: Sequence[nn.Parameter], masters: Sequence[Tensor]) -> None:
