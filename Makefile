@@ -65,6 +65,7 @@ ladder: $(VENV)/tested
 TRITONS := 3.6.0 3.8.0 3.9.0
 kernels: $(VENV)/tested
 	$(BIN)/python -m nlscale_kernels.aot --arch 80 90 100
+	$(BIN)/python -m nlscale_kernels.aot --launched
 	for version in $(TRITONS); do \
 		$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton-$$version triton==$$version && \
 		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m nlscale_kernels.aot --arch 80 90 100 || exit 1; \

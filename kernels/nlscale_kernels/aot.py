@@ -1,9 +1,9 @@
 """Compilation ahead of time, without a GPU: what the machine code of every kernel and config needs.
 
-    python -m nlscale_kernels.aot [--arch 80 90] [--json FILE] [OPERATOR ...]
+    python -m nlscale_kernels.aot [--arch 80 90] [--launched] [--json FILE] [OPERATOR ...]
 
 prints registers, spilled bytes, shared memory and tensor-core instructions of each kernel x config x architecture, and ends
-with 1 where one breaks its budget. It runs in a process of its own: not under Triton's interpreter.
+with 1 where one breaks its budget; --launched: of every way in which operators launch their kernels (launched.py). It runs in a process of its own: not under Triton's interpreter.
 """
 
 import argparse
@@ -17,10 +17,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a block may use
 PRODUCTS = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}  # instructions of tensor cores
@@ -146,35 +147,49 @@ def build(operator: str, launch: Any, config: Any, arch: int) -> Built:
     return Built(operator, launch.name, shape, arch, registers, spills, shared, total, products, seconds, faults)
 
 
-def launches_of(operator: str) -> Sequence[Any]:
-    """What an operator's kernels are launched as."""
-    found: Sequence[Any] = import_module(f"nlscale_kernels.{operator}.triton").launches()
+@cache
+def launches_of(operator: str, arch: int, launched: bool) -> Sequence[Any]:
+    """What an operator's kernels are launched as: the ways that matter for speed, or all."""
+    found: Sequence[Any] = (
+        import_module("nlscale_kernels.launched").launches_of(operator, arch)
+        if launched
+        else import_module(f"nlscale_kernels.{operator}.triton").launches()
+    )
     return found
 
 
-def build_at(place: tuple[str, int, int, int]) -> Built:
+class Place(NamedTuple):
+    """Where something to be compiled is found."""
+
+    operator: str
+    launch: int
+    config: int
+    arch: int
+    launched: bool
+
+
+def build_at(place: Place) -> Built:
     """One of `places`."""
-    operator, launch, config, arch = place
-    chosen = launches_of(operator)[launch]
-    return build(operator, chosen, chosen.configs[config], arch)
+    chosen = launches_of(place.operator, place.arch, place.launched)[place.launch]
+    return build(place.operator, chosen, chosen.configs[place.config], place.arch)
 
 
-def places(operators: Sequence[str], archs: Sequence[int]) -> list[tuple[str, int, int, int]]:
-    """Operator, launch, config and architecture of every kernel."""
+def places(operators: Sequence[str], archs: Sequence[int], launched: bool) -> list[Place]:
+    """Every kernel and config of these operators on these architectures."""
     return [
-        (operator, i, j, arch)
+        Place(operator, i, j, arch, launched)
         for operator in operators
-        for i, launch in enumerate(launches_of(operator))
-        for j, config in enumerate(launch.configs)
         for arch in archs
+        for i, launch in enumerate(launches_of(operator, arch, launched))
+        for j, config in enumerate(launch.configs)
         if config.least <= arch
     ]
 
 
-def all_of(operators: Sequence[str], archs: Sequence[int]) -> Iterator[Built]:
+def all_of(operators: Sequence[str], archs: Sequence[int], launched: bool) -> Iterator[Built]:
     """Every kernel and config of these operators, one process a core."""
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        yield from pool.map(build_at, places(operators, archs))
+        yield from pool.map(build_at, places(operators, archs, launched))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nlscale_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("operators", nargs="*", default=OPERATORS, metavar="OPERATOR")
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90], choices=sorted(SHARED))
+    parser.add_argument("--launched", action="store_true", help="every way in which operators launch their kernels")
     parser.add_argument("--json", help="write what was found to this file")
     given = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -190,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no operator {', '.join(sorted(unknown))}; choose of {', '.join(OPERATORS)}")
     found = []
-    for built in all_of(given.operators, given.arch):
+    for built in all_of(given.operators, given.arch, given.launched):
         found.append(built)
         products = " ".join(f"{name} {count}" for name, count in built.products.items())
         print(

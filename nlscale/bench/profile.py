@@ -17,7 +17,7 @@ from nlscale_kernels.switch import kernels
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from nlscale.bench.table import Row, gpu_here, show
+from nlscale.bench.table import Row, beside, gpu_here, show
 from nlscale.config.read import read
 from nlscale.config.run import Run, replicas
 from nlscale.data.card import check_data
@@ -154,14 +154,8 @@ def main(target: str | None, trace: str = "", run: Run | None = None, count: int
         found = ranks(count, steps, run, trace, timeout=3000)[0]
     whole, mfu, peak = found.pop("step"), found.pop("mfu"), found.pop("peak")
     table = [Row("step", whole, "s", None, None, "-", True)]
-    table += [
-        Row(name, seconds, "s", whole, seconds / whole, "-", True)
-        for name, seconds in found.items()
-        if name != "exposed"
-    ]
-    table.append(
-        Row("exposed communication, inside these", found["exposed"], "s", whole, found["exposed"] / whole, "-", True)
-    )
+    table += [beside(name, seconds, "s", whole) for name, seconds in found.items() if name != "exposed"]
+    table.append(beside("exposed communication, inside these", found["exposed"], "s", whole))
     table.append(Row("MFU: model FLOPs / seconds / peak", mfu, f"of {peak:.3g} FLOP/s", None, None, "-", True))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return show(

@@ -48,6 +48,11 @@ def within(name: str, value: float, unit: str, baseline: float, tolerance: float
     return Row(name, value, unit, baseline, ratio, f"+- {tolerance:.1%}", abs(ratio - 1) <= tolerance)
 
 
+def beside(name: str, value: float, unit: str, baseline: float) -> Row:
+    """value / baseline, of which nothing is promised."""
+    return Row(name, value, unit, baseline, value / baseline, "-", True)
+
+
 def exactly(name: str, value: float, unit: str, wanted: float) -> Row:
     """value = wanted."""
     return Row(name, value, unit, None, None, f"= {wanted:g}", value == wanted)

@@ -112,14 +112,19 @@ def head(run: Run, plan: Values) -> list[str]:
     degrees = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
     degrees += f" ({parallel.virtual_pipeline} chunks a stage)" if parallel.virtual_pipeline > 1 else ""
     degrees += f" x context {parallel.context}" if parallel.context > 1 else ""
-    ruled = plan["rule"]
+    ruled, batches = plan["rule"], layout["micro_batches"]
     return [
         f"{plan['run']} on {plan['gpus']} {plan['gpu']}",
-        f"layout       {degrees} x {layout['replicas']} replicas; {layout['micro_batches']} micro-batches of "
-        f"{run.train.micro_batch} rows; recompute {run.train.recompute}",
+        f"layout       {degrees} x {several(layout['replicas'], 'replica')}; {several(batches, 'micro-batch', 'es')} of "
+        f"{several(run.train.micro_batch, 'row')}; recompute {run.train.recompute}",
         f"tokens       {plan['tokens'] / 1e9:,.1f}B in {run.train.steps:,} steps of {run.train.global_batch} rows "
         f"(the ladder's rule: {ruled['tokens'] / 1e9:,.1f}B, {ruled['rows']} rows, optim.lr {ruled['lr']:.1e})",
     ]
+
+
+def several(count: int, what: str, more: str = "s") -> str:
+    """A number of things in words."""
+    return f"{count:,} {what}{more if count != 1 else ''}"
 
 
 def sizes(run: Run, plan: Values) -> list[str]:
@@ -127,7 +132,7 @@ def sizes(run: Run, plan: Values) -> list[str]:
     total = sum(plan["parameters"].values())
     lines = [f"{'level':12s} {'moves':>14s} {'parameters':>12s} {'share':>6s}"]
     for level in run.levels:
-        beat = "never" if level.frozen else f"{level.period} {level.unit}s"
+        beat = "never" if level.frozen else several(level.period, level.unit)
         count = plan["parameters"][level.name]
         lines.append(f"{level.name:12s} {beat:>14s} {count / 1e6:>11.1f}M {count / total:>6.1%}")
     (mixing,) = (name for name in plan["flops_a_token"] if name != "all")

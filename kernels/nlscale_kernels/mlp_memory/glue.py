@@ -58,17 +58,18 @@ class Silu:
         return gradient
 
     def rise(self, before: Tensor) -> tuple[Tensor, Tensor]:
-        """s'(h) = g + h u, u = g (1 - g)."""
+        """s'(h) = g + s (1 - g), which lies between s and 1."""
         gate = torch.sigmoid(before)
-        slope = torch.addcmul(gate, gate, gate, value=-1)
-        return before * gate, torch.addcmul(gate, before, slope)
+        active = before * gate
+        return active, torch.lerp(active, gate.new_ones(()), gate)
 
     def curve(self, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """s, s' and s''(h) = u (2 + h - 2 s)."""
+        """s, s' and s''(h) = (1 - g) (2 s' - s)."""
         gate = torch.sigmoid(before)
-        slope, active = torch.addcmul(gate, gate, gate, value=-1), before * gate
-        rise = gate.addcmul_(before, slope)
-        return active, rise, torch.sub(before, active, alpha=2).add_(2).mul_(slope)
+        active = before * gate
+        rise = torch.lerp(active, gate.new_ones(()), gate)
+        bend = torch.lerp(active, rise, 2.0)
+        return active, rise, bend.addcmul_(bend, gate, value=-1)
 
     def pulled(self, rise: Tensor, inward: Tensor) -> Tensor:
         """See Activation."""
@@ -82,7 +83,7 @@ class Silu:
 
     def last(self, kept: Tensor, d_active: Tensor, bent: Tensor) -> Tensor:
         """See Activation."""
-        return d_active.mul_(kept).add_(bent)
+        return bent.addcmul_(kept, d_active)
 
 
 class Gelu(Silu):
@@ -171,14 +172,14 @@ def weighed(error: Tensor, weights: Tensor) -> Tensor:
 
 
 def of_errors(heard: Tensor, error: Tensor, weights: Tensor, through: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From gradients of weighed errors, `heard` (B, H, N, C, W O): those of weights (B, H, C, W), d_error, and a factor.
+    """From gradients of weighed errors, `heard` (B, H, N, C, W O): those of weights (B, H, C, W), d_error, weighed errors.
 
-    d_error = heard . weights + through, over `through`; the factor is [weighed, d_error] (B, H, N, C, (W + 1) O).
+    d_error = heard . weights + through, over `through`.
     """
     heard = heard.unflatten(-1, (weights.shape[-1], -1))
     d_weights = (heard * error.unsqueeze(-2)).sum((2, -1))
     d_error = through.add_((heard * weights.unsqueeze(2).unsqueeze(-1)).sum(-2))
-    return d_weights, d_error, torch.cat([weighed(error, weights), d_error], -1)
+    return d_weights, d_error, weighed(error, weights)
 
 
 class Glue(NamedTuple):

@@ -120,10 +120,9 @@ class Gathered(torch.autograd.Function):
         glue = glue_for(key, ctx.activation)
         active, pulled, pushed, bent, kept = glue.second(before, error @ down, arrives.unsqueeze(2) @ d_first.mT)
         d_arrives = over_memories(pulled @ d_first)
-        d_weights, d_error, spread = glue.of_errors(active @ d_second.mT, error, weights, pushed @ down.mT)
-        d_active = spread @ torch.cat([d_second, down.expand(*d_second.shape[:3], *down.shape[3:])], -2)
-        d_down = summed(error.mT @ pushed + d_error.mT @ active, down.shape)
-        d_before = glue.last(kept, d_active, bent)
+        d_weights, d_error, weighed = glue.of_errors(active @ d_second.mT, error, weights, pushed @ down.mT)
+        d_down = summed(plus(error.mT @ pushed, d_error.mT, active), down.shape)
+        d_before = glue.last(kept, plus(d_error @ down, weighed, d_second), bent)
         d_up = summed(d_before.mT @ key.unsqueeze(2), up.shape)
         d_key = d_before @ up
         d_key = over_memories(d_key.add_(d_error) if ctx.adds else d_key)
@@ -151,8 +150,8 @@ class SelfTaught(torch.autograd.Function):
         before, goal = key.unsqueeze(2) @ up.mT, value.unsqueeze(2) @ up.mT
         active, rise = glue.rise(before)
         heard = (active - glue.active(goal)) @ down.mT
-        target = value.unsqueeze(2) if adds else heard.new_zeros(()).expand(*key.shape[:2], 1, *heard.shape[3:])
-        error, weighed = glue.errors(heard, target, key if adds else None, weights)
+        beyond = value - key if adds else heard.new_zeros(()).expand(*key.shape[:-1], heard.shape[-1])
+        error, weighed = glue.errors(heard, beyond.unsqueeze(2), None, weights)
         back = glue.pulled(rise, error @ down)
         ctx.save_for_backward(key, value, reach, share, weights, up, down, before, goal, error)
         ctx.adds, ctx.activation = adds, activation
@@ -172,21 +171,22 @@ class SelfTaught(torch.autograd.Function):
 
             given = key, value, reach, share, weights, up, down
             return *in_turn.gradients(sums, given, (d_first, d_second)), None, None
-        glue, width = glue_for(key, ctx.activation), down.shape[-2]
+        glue = glue_for(key, ctx.activation)
         active, pulled, pushed, bent, kept = glue.second(
             before, error @ down, (share * reach).unsqueeze(2) @ d_first.mT
         )
         d_arrives = over_memories(pulled @ d_first)
         d_share = (d_arrives * reach).sum(-1, keepdim=True)
-        d_weights, d_error, spread = glue.of_errors(active @ d_second.mT, error, weights, pushed @ down.mT)
+        d_weights, d_error, weighed = glue.of_errors(active @ d_second.mT, error, weights, pushed @ down.mT)
+        d_down = summed(plus(error.mT @ pushed, d_error.mT, active.sub_(glue.active(goal))), down.shape)
         through = d_error @ down  # what s(W2 k) hears of the errors, and s(W2 v) with the other sign
-        d_active = (spread[..., :-width] @ d_second).add_(through)
-        d_down = summed(error.mT @ pushed + d_error.mT @ (active - glue.active(goal)), down.shape)
-        d_before, d_goal = glue.last(kept, d_active, bent), glue.returned(goal, through)
-        d_up = summed(d_before.mT @ key.unsqueeze(2) - d_goal.mT @ value.unsqueeze(2), up.shape)
-        d_key, d_value = d_before @ up, d_goal @ up
+        d_goal = glue.returned(goal, through)
+        d_before = glue.last(kept, plus(through, weighed, d_second), bent)
+        d_up = summed(plus(d_before.mT @ key.unsqueeze(2), d_goal.mT, value.unsqueeze(2), -1), up.shape)
         if ctx.adds:
-            d_key, d_value = d_key.add_(d_error), d_value.add_(d_error)
+            d_value, d_key = (d_goal @ up).add_(d_error), plus(d_error, d_before, up)
+        else:
+            d_value, d_key = d_goal @ up, d_before @ up
         of_tokens = over_memories(d_key), over_memories(d_value).neg_(), d_arrives * share, d_share, d_weights
         return *of_tokens, d_up, d_down, None, None
 
@@ -195,6 +195,13 @@ def one_below(found: tuple[Tensor, list[Tensor]]) -> tuple[Tensor, Tensor]:
     """What reference.py gives, as the functions above do."""
     first, second = found
     return first, torch.cat(second, -2)
+
+
+def plus(total: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
+    """total + sign a b, over total: one pass over it fewer than a product and a sum."""
+    count = total.shape[:-2]
+    first, second = (x.expand(*count, *x.shape[-2:]).flatten(0, -3) for x in (a, b))
+    return total.flatten(0, -3).baddbmm_(first, second, alpha=sign).view_as(total)
 
 
 def over_memories(gradient: Tensor) -> Tensor:

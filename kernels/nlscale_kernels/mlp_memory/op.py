@@ -77,8 +77,7 @@ def _(heard: Tensor, target: Tensor, key: Tensor | None, weights: Tensor) -> tup
 
 @of_errors.register_fake
 def _(heard: Tensor, error: Tensor, weights: Tensor, through: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    wide = error.shape[-1] * (weights.shape[-1] + 1)
-    return weights.new_empty(weights.shape), error.new_empty(error.shape), error.new_empty(*error.shape[:-1], wide)
+    return weights.new_empty(weights.shape), error.new_empty(error.shape), heard.new_empty(heard.shape)
 
 
 def _units(kind: str, before: Tensor) -> int:

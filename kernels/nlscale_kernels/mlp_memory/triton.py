@@ -169,7 +169,7 @@ def of_errors_kernel(
     through,
     d_weights,
     d_error,
-    spread,
+    weighed,
     rows,
     memories,
     tokens,
@@ -184,16 +184,15 @@ def of_errors_kernel(
     token = row // (tokens * memories) * tokens + row % tokens
     value = tl.load(error + row * width + column, mask=mask, other=0.0).to(tl.float32)
     total = tl.load(through + row * width + column, mask=mask, other=0.0).to(tl.float32)
-    here = row * (WEIGHTS + 1)
     for w in tl.static_range(WEIGHTS):
-        said = tl.load(heard + (row * WEIGHTS + w) * width + column, mask=mask, other=0.0).to(tl.float32)
+        here = (row * WEIGHTS + w) * width + column
+        said = tl.load(heard + here, mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(weights + token * WEIGHTS + w, mask=row < rows, other=0.0).to(tl.float32)
         summed = tl.sum(said * value, 1)[:, None]
         tl.store(d_weights + row * WEIGHTS + w, summed, mask=row < rows)
         total += said * weight
-        tl.store(spread + (here + w) * width + column, (value * weight).to(narrow), mask=mask)
+        tl.store(weighed + here, (value * weight).to(narrow), mask=mask)
     tl.store(d_error + row * width + column, total.to(narrow), mask=mask)
-    tl.store(spread + (here + WEIGHTS) * width + column, total.to(narrow), mask=mask)
 
 
 @triton.jit
@@ -510,10 +509,10 @@ def of_errors(heard: Tensor, error: Tensor, weights: Tensor, through: Tensor) ->
     (*_, memories, tokens, width), count = error.shape, weights.shape[-1]
     rows, config = error.shape[:-1].numel(), tiles(width, True)
     d_weights = torch.empty(*error.shape[:-1], count, dtype=torch.float32, device=error.device)
-    d_error, spread = torch.empty_like(error), error.new_empty(*error.shape[:-1], (count + 1) * width)
-    given = (heard, error, weights, through, d_weights, d_error, spread, rows, memories, tokens, width)
+    d_error, weighed = torch.empty_like(error), torch.empty_like(heard)
+    given = (heard, error, weights, through, d_weights, d_error, weighed, rows, memories, tokens, width)
     of_errors_kernel[grid_of(config, rows, width)](*given, WEIGHTS=count, **config.options())
-    return d_weights.sum(2).to(weights.dtype), d_error, spread
+    return d_weights.sum(2).to(weights.dtype), d_error, weighed
 
 
 def launches() -> list[Launch]:

@@ -49,6 +49,10 @@ class Memories(NamedTuple):
     gates: Net  # rate, keep
     main: Net
 
+    def spread(self, rows: int) -> "Memories":
+        """Those of one row for many, copied once rather than in every product."""
+        return Memories(*(Net(*(part.expand(rows, *part.shape[1:]).contiguous() for part in net)) for net in self))
+
 
 class State(NamedTuple):
     """The memories and, where there is momentum, theirs."""
