@@ -3,7 +3,8 @@
     python -m nlscale_kernels.aot [--arch 80 90] [--launched] [--json FILE] [OPERATOR ...]
 
 prints registers, spilled bytes, shared memory and tensor-core instructions of each kernel x config x architecture, and ends
-with 1 where one breaks its budget; --launched: of every way in which operators launch their kernels (launched.py). It runs in a process of its own: not under Triton's interpreter.
+with 1 where one breaks its budget; --launched: of every way in which operators launch them (launched.py). It runs in
+a process of its own: not under Triton's interpreter.
 """
 
 import argparse

@@ -21,6 +21,7 @@ from nlscale_kernels.level_step import triton as level_step
 from nlscale_kernels.linear_memory import Tokens, memory
 from nlscale_kernels.linear_memory import triton as linear_memory
 from nlscale_kernels.linear_memory import triton_backward as linear_backward
+from nlscale_kernels.linear_memory.op import WIDEST
 from nlscale_kernels.mlp_memory import triton as mlp_memory
 from nlscale_kernels.mlp_memory.glue import ACTIVATIONS
 from nlscale_kernels.mlp_memory.step import Step
@@ -57,7 +58,8 @@ def of_level_step(_: int) -> Iterator[Call]:
 
 def of_linear_memory(_: int) -> Iterator[Call]:
     """Every rule, dtype, width and chunk, with documents and without, forward and backward."""
-    for rule, dtype, (width, chunk), documents in itertools.product(memory.RULES, NARROW, SIZES, YES_NO):
+    for rule, dtype, (width, wanted), documents in itertools.product(memory.RULES, NARROW, SIZES, YES_NO):
+        chunk = min(wanted, WIDEST["chunk"])
         tokens = N * chunk
         q, scalar = made(B, H, tokens, width), made(B, H, tokens)
         starts = made(B, tokens, dtype=torch.bool) if documents else None
@@ -112,7 +114,8 @@ def of_self_modifying(arch: int) -> Iterator[Call]:
     sizes = [(width, chunk) for width, chunk in SIZES if width <= given.WIDEST] if arch // 10 in given.ROOM else []
     for (width, chunk), documents, momentum, clip in itertools.product(sizes, YES_NO, YES_NO, (0.0, 1.0)):
         tokens = N * chunk
-        z, scalar, net, first = made(B, H, tokens, width), made(B, H, tokens), made(B, H, width, width), made(H, width, width)
+        z, scalar = made(B, H, tokens, width), made(B, H, tokens)
+        net, first = made(B, H, width, width), made(H, width, width)
         fresh = made(B, tokens, dtype=torch.bool) if documents else None
         hold, speed = (scalar, net) if momentum else (None, None)
         chunks = made(B, H, N, width, width), made(B, H, N, 4)

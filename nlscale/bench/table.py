@@ -90,12 +90,13 @@ def alternating(
 def show(title: str, rows: Sequence[Row], target: str | None) -> int:
     """Prints the table, writes it as JSON where asked; gives 0 if every target is kept, else 1."""
     print(title)
-    print(f"{'':48s} {'value':>12s} {'baseline':>12s} {'ratio':>8s} {'target':>10s}")
+    wide = max(48, *(len(row.name) for row in rows))
+    print(f"{'':{wide}s} {'value':>12s} {'baseline':>12s} {'ratio':>8s} {'target':>10s}")
     for row in rows:
         baseline = f"{row.baseline:12.5g}" if row.baseline is not None else " " * 12
         ratio = f"{row.ratio:8.3f}" if row.ratio is not None else " " * 8
-        mark = "ok" if row.ok else "MISSED"
-        print(f"{row.name:48s} {row.value:12.5g} {baseline} {ratio} {row.target:>10s}  {mark}  ({row.unit})")
+        mark = "MISSED" if not row.ok else "ok" if row.target != "-" else ""
+        print(f"{row.name:{wide}s} {row.value:12.5g} {baseline} {ratio} {row.target:>10s}  {mark:6s}  ({row.unit})")
     if target:
         machine = {
             "cpu": platform.processor() or platform.machine(),

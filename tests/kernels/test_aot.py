@@ -8,8 +8,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from nlscale_kernels import aot
+import torch
+from nlscale_kernels import aot, launched
 from nlscale_kernels.switch import OPERATORS, kernels
+from nlscale_kernels.triton_build import Launch
 
 
 def compiled(target: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
@@ -37,6 +39,24 @@ def test_machine_code_keeps_its_budget(operator: str, tmp_path: Path) -> None:
 
 def test_every_operator_with_a_kernel_is_compiled() -> None:
     assert {name.split(".")[0] for name in OPERATORS} == set(aot.OPERATORS)
+
+
+def test_every_way_to_launch_a_kernel_is_known() -> None:
+    """What `aot --launched` compiles has every kernel that matters for speed, and of every dtype."""
+    every = [launch for operator in aot.OPERATORS for launch in launched.launches_of(operator, 90)]
+    timed = [launch for name in aot.OPERATORS for launch in import_module(f"nlscale_kernels.{name}.triton").launches()]
+    names = {name_of(launch) for launch in every}
+    assert {name_of(launch) for launch in timed} <= names
+    for name in names - {f"nlscale_kernels.self_modifying.triton_backward.{each}" for each in WALK}:
+        given = {value for launch in every if name_of(launch) == name for value in launch.arguments}
+        assert {torch.float32, torch.bfloat16, torch.float16} <= given, name
+
+
+WALK = ("walk_kernel", "gradients_kernel")  # in float32 alone
+
+
+def name_of(launch: Launch) -> str:
+    return f"{launch.kernel.fn.__module__}.{launch.kernel.fn.__name__}"
 
 
 def test_a_broken_budget_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Every layout that four ranks can run, with every reduction and three kinds of mixer: a plan's bytes are the counted ones."""
+"""Every layout of four ranks, with every reduction and three kinds of mixer: a plan's bytes are the counted ones."""
 
 from collections import Counter
 from collections.abc import Iterator
