@@ -52,8 +52,8 @@ def of_level_step(_: int) -> Iterator[Call]:
         for copy in (None, *(made(count, dtype=dtype) for dtype in NARROW)):
             yield partial(level_step.adamw, master, direction, master, master, copy, table, blocks, clear)
             yield partial(level_step.descend, master, direction, copy, table, blocks)
-        for slow in (None, master):
-            yield partial(level_step.momenta, direction, master, slow, slow, table, blocks, clear)
+        for sums in (None, master):
+            yield partial(level_step.momenta, direction, master, sums, sums, table, blocks, clear)
 
 
 def of_linear_memory(_: int) -> Iterator[Call]:
@@ -63,7 +63,8 @@ def of_linear_memory(_: int) -> Iterator[Call]:
         tokens = N * chunk
         q, scalar = made(B, H, tokens, width), made(B, H, tokens)
         starts = made(B, tokens, dtype=torch.bool) if documents else None
-        found, _ = memory.prepared(rule, Tokens(q, q, q, scalar, scalar, starts), chunk, made(H, width, width), None)
+        tokens_of = Tokens(q, q, q, scalar, scalar, starts)
+        found = memory.prepared(rule, tokens_of, chunk, made(H, width, width), None).given
         told = found._replace(**{name: getattr(found, name).to(dtype) for name in ("q", "k", "v")})
         yield partial(linear_memory.matrix_memory, told)
         yield partial(linear_backward.gradients, told, q.to(dtype), told.state)
@@ -89,7 +90,11 @@ def of_mlp_memory(_: int) -> Iterator[Call]:
             if momentum or not apart:
                 matrix, factor = made(B, H, N, width, 4 * width, dtype=dtype), made(B, H, dtype=dtype)
                 held, left = (matrix, factor) if apart else (None, None)
-                speed, carry, keep = matrix if momentum else None, factor if momentum else None, factor if keeps else None
+                speed, carry, keep = (
+                    matrix if momentum else None,
+                    factor if momentum else None,
+                    factor if keeps else None,
+                )
                 step = Step(matrix, speed, matrix, held, keep, carry, left, -1.0, limit)
                 yield partial(mlp_memory.stepped, step)
                 yield partial(mlp_memory.step_gradients, step, matrix, matrix if momentum else matrix.new_empty(0))
@@ -171,5 +176,3 @@ def kind_of(number: float) -> str:
     if isinstance(number, float):
         return "float"
     return "1" if number == 1 else f"{'wide ' * (number >= 2**31)}{'16' * (number % 16 == 0)}"
-
-

@@ -88,7 +88,9 @@ def planned(every: dict[str, Run]) -> dict[str, list[Stage]]:
 ALL, FEW = list(layouts()), [(2, 2, 1, True, 2), (1, 1, 2, False, 1)]
 
 
-@pytest.mark.parametrize("layout", sampled([(each,) for each in ALL], [(each,) for each in ALL if each not in FEW]), ids=str)
+@pytest.mark.parametrize(
+    "layout", sampled([(each,) for each in ALL], [(each,) for each in ALL if each not in FEW]), ids=str
+)
 def test_of_every_layout_the_predicted_bytes_are_the_counted_ones(layout: tuple[int, int, int, bool, int]) -> None:
     every = runs(layout)
     assert len(every) == (12 if replicas_of(layout) > 1 else 9)
@@ -97,7 +99,9 @@ def test_of_every_layout_the_predicted_bytes_are_the_counted_ones(layout: tuple[
     for rank in range(0, layout[0] * layout[1] * layout[2], layout[0] * layout[2]):  # the first of each stage
         place, bytes_of = seen[rank]
         for name, run in every.items():
-            said, heard = ([significant(part) for part in parts] for parts in (halves(plan[name][place]), bytes_of[name]))
+            said, heard = (
+                [significant(part) for part in parts] for parts in (halves(plan[name][place]), bytes_of[name])
+            )
             if run.optim.overlap:  # what hides behind the last micro-batch, a plan counts where it is waited for
                 said, heard = ([Counter(each[0]) + Counter(each[1])] for each in (said, heard))
             assert said == heard, (name, place)
