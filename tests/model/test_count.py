@@ -1,7 +1,8 @@
 """The formula of operations against the products that torch carries out."""
 
 import pytest
-from torch.utils.flop_counter import FlopCounterMode
+import torch
+from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 
 from nlscale.config.run import Run
 from nlscale.model.count import attention_flops, flops_a_token
@@ -15,6 +16,7 @@ INSIDE = (
     "levels=[{name: quick, period: 8, unit: token, width: 0.5}, "
     "{name: calm, period: 16, unit: token, width: 0.25}, {name: slow, period: 2, width: 0.25}]"
 )
+OVER = {torch.ops.aten.baddbmm_: baddbmm_flop}  # of products added over something torch's counter knows nothing
 OWN, OTHERS = (
     2 * 64 * 192,
     2 * 64 * 64,
@@ -25,7 +27,7 @@ def carried_out(run: Run) -> float:
     """Operations of products, one token forward and backward; attention's own are not among those torch counts here."""
     model = parallelize(run, join(run.parallel, run.cluster, 0))
     batches = micro_batches(run, 0, 0, 1)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OVER) as counter:
         model.forward_backward(batches, True)
     return counter.get_total_flops() / sum(batch[0].numel() for batch in batches)
 
