@@ -198,10 +198,12 @@ def one_below(found: tuple[Tensor, list[Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def plus(total: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
-    """total + sign a b, over total: one pass over it fewer than a product and a sum."""
+    """total + sign a b, over total, which lies in one piece: one pass over it fewer than a product and a sum."""
     count = total.shape[:-2]
     first, second = (x.expand(*count, *x.shape[-2:]).flatten(0, -3) for x in (a, b))
-    return total.flatten(0, -3).baddbmm_(first, second, alpha=sign).view_as(total)
+    flat = total.view(-1, *total.shape[-2:])
+    torch.baddbmm(flat, first, second, alpha=sign, out=flat)
+    return total
 
 
 def over_memories(gradient: Tensor) -> Tensor:
