@@ -161,19 +161,21 @@ STAGGERED = ["optim.phase=staggered"]
 
 
 MEASURED = [
-    (1, ""),
-    (2, ""),
-    (2, "parallel.tensor=2"),
-    (2, "parallel.pipeline=2"),
-    (1, "train.recompute=block"),
-    (2, "optim.reduce=eager"),
+    ("10M", 1, ""),
+    ("10M", 2, ""),
+    ("10M", 2, "parallel.tensor=2"),
+    ("10M", 2, "parallel.pipeline=2"),
+    ("10M", 1, "train.recompute=block"),
+    ("10M", 2, "optim.reduce=eager"),
+    ("40M", 1, ""),
+    ("125M", 1, ""),
 ]
 
 
-@pytest.mark.parametrize(("count", "override"), sampled(MEASURED, [MEASURED[0], MEASURED[1], MEASURED[3]]))
-def test_predicted_memory_is_the_measured_one(count: int, override: str) -> None:
-    run = memory.configure("10M", "four", max(1, count), *([override] if override else []))
-    for row in memory.compared("10M", run, count):
+@pytest.mark.parametrize(("size", "count", "override"), sampled(MEASURED, [*MEASURED[:2], MEASURED[3], *MEASURED[6:]]))
+def test_predicted_memory_is_the_measured_one(size: str, count: int, override: str) -> None:
+    run = memory.configure(size, "four", count, *([override] if override else []))
+    for row in memory.compared(size, run, count):
         assert row.ok, row
 
 
