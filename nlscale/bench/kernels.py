@@ -14,7 +14,7 @@ from nlscale_kernels.newton_schulz import reference
 from torch import Tensor
 
 from nlscale.bench.memory_kernels import Shape, matrix_memories, mlp_memories, walks
-from nlscale.bench.table import Row, Timer, alternating, at_least, show
+from nlscale.bench.table import Row, Timer, alternating, at_least, beside, show
 
 ROUNDS = 30
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -67,6 +67,14 @@ def levels(elements: int, device: str, timer: Timer) -> list[Row]:
 
         return step
 
+    def written_out() -> None:
+        scaled = gradient * 0.5
+        first.lerp_(scaled, 0.1)
+        second.mul_(0.95).addcmul_(scaled, scaled, value=0.05)
+        master.mul_(1 - 1e-4).addcdiv_(first, second.sqrt().add_(1e-8), value=-1e-3)
+        copy.copy_(master)
+
+    compiled = torch.compile(written_out) if device == "cuda" else written_out
     resting = level_step.table([level_step.AdamW.at(1, 1e-3, (0.9, 0.95), 1e-8, 0.1), level_step.AdamW.rest()], master)
     quarter = (torch.arange(-(-elements // level_step.BLOCK), device=device) % 4 > 0).int()
 
@@ -74,8 +82,9 @@ def levels(elements: int, device: str, timer: Timer) -> list[Row]:
         level_step.adamw(master, gradient, first, second, copy, resting, quarter)
 
     source, target = torch.empty_like(master), torch.empty_like(master)
-    runs = [fused, fused_narrow, theirs(foreach=True), theirs(fused=True), one_of_four, lambda: target.copy_(source)]
-    own, own_narrow, foreach, fused_torch, one, copied = timer(runs)
+    others = [theirs(foreach=True), theirs(fused=True), compiled]
+    runs = [fused, fused_narrow, *others, one_of_four, lambda: target.copy_(source)]
+    own, own_narrow, foreach, fused_torch, by_compiler, one, copied = timer(runs)
     copying = 8 * elements / copied
     rates = {"float32 gradients": 30 * elements / own, "bfloat16 gradients": 28 * elements / own_narrow}
     return [
@@ -85,6 +94,7 @@ def levels(elements: int, device: str, timer: Timer) -> list[Row]:
         ),
         at_least("level_step, foreach AdamW, scale, cast / own", foreach, "s", own, 3.0),
         at_least("level_step, fused AdamW, scale, cast / own", fused_torch, "s", own, 1.35),
+        beside("level_step, written out and compiled by torch.compile / own", by_compiler, "s", own),
         at_least("level_step, all levels / one of four due", own, "s", one, 3.0),
     ]
 
