@@ -31,8 +31,8 @@ from nlscale_kernels.self_modifying import triton as self_modifying
 from nlscale_kernels.self_modifying import triton_backward as walk
 from nlscale_kernels.triton_build import Config, Launch
 
-B, H, N = 2, 4, 3  # rows, heads, chunks or memories
-SIZES = ((32, 16), (64, 64), (128, 128))  # head widths, tokens of a chunk
+B = 2  # rows
+SIZES = ((24, 12, 1, 1), (64, 64, 4, 3), (128, 128, 4, 3))  # head widths, tokens of a chunk, heads, chunks
 OPTIONS = ("num_warps", "num_stages")
 YES_NO = (False, True)
 Call = Callable[[], Any]
@@ -44,8 +44,8 @@ def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def of_level_step(_: int) -> Iterator[Call]:
-    """Gradients and copies of every dtype, one level and several, even and odd lengths."""
-    for count, several, clear, gradient in itertools.product((2**20, 2**20 + 2), YES_NO, YES_NO, NARROW):
+    """Gradients and copies of every dtype, one level and several; even, odd and very long shards."""
+    for count, several, clear, gradient in itertools.product((2**20, 2**20 + 2, 2**31), YES_NO, YES_NO, NARROW):
         master, table = made(count), made(2, 16)
         blocks = made(1024, dtype=torch.int32) if several else None
         direction = made(count, dtype=gradient)
@@ -58,7 +58,7 @@ def of_level_step(_: int) -> Iterator[Call]:
 
 def of_linear_memory(_: int) -> Iterator[Call]:
     """Every rule, dtype, width and chunk, with documents and without, forward and backward."""
-    for rule, dtype, (width, wanted), documents in itertools.product(memory.RULES, NARROW, SIZES, YES_NO):
+    for rule, dtype, (width, wanted, H, N), documents in itertools.product(memory.RULES, NARROW, SIZES, YES_NO):
         chunk = min(wanted, WIDEST["chunk"])
         tokens = N * chunk
         q, scalar = made(B, H, tokens, width), made(B, H, tokens)
@@ -72,32 +72,30 @@ def of_linear_memory(_: int) -> Iterator[Call]:
 
 def of_mlp_memory(_: int) -> Iterator[Call]:
     """Every activation and dtype, vector and gate memories, with and without keys, momentum, limits."""
-    for dtype, width in itertools.product(NARROW, (32, 256)):
+    for dtype, (width, N) in itertools.product(NARROW, ((24, 1), (256, 3))):
         for kind in ACTIVATIONS:
-            before = made(B, H, N, 64, width * (1 + (kind == "swiglu")), dtype=dtype)
-            units = made(B, H, N, 64, width, dtype=dtype)
+            before = made(B, 4, N, 64, width * (1 + (kind == "swiglu")), dtype=dtype)
+            units = made(B, 4, N, 64, width, dtype=dtype)
             yield partial(mlp_memory.active, before, kind)
             yield partial(mlp_memory.second, before, units, units, kind)
             for beside in (None, before):
                 yield partial(mlp_memory.returned, before, units, beside, kind)
-        for columns, count, targets in itertools.product((width, 1), (1, 2), (1, N)):
-            error, target = (made(B, H, size, 64, columns, dtype=dtype) for size in (N, targets))
-            weights, heard = made(B, H, 64, count, dtype=dtype), made(B, H, N, 64, count * columns, dtype=dtype)
-            for key in (None, made(B, H, 64, columns, dtype=dtype)):
+        for columns, count, targets in itertools.product((width, 1), (1, 2), {1, N}):
+            error, target = (made(B, 4, size, 64, columns, dtype=dtype) for size in (N, targets))
+            weights, heard = made(B, 4, 64, count, dtype=dtype), made(B, 4, N, 64, count * columns, dtype=dtype)
+            for key in (None, made(B, 4, 64, columns, dtype=dtype)):
                 yield partial(mlp_memory.errors, error, target, key, weights)
             yield partial(mlp_memory.of_errors, heard, error, weights, error)
-        for momentum, apart, keeps, limit in itertools.product(YES_NO, YES_NO, YES_NO, (0.0, 1.0)):
+        shapes = ((8, 8), (width, 4 * width))  # of one slice and of several
+        for shape, momentum, apart, keeps, limit in itertools.product(shapes, YES_NO, YES_NO, YES_NO, (0.0, 1.0)):
             if momentum or not apart:
-                matrix, factor = made(B, H, N, width, 4 * width, dtype=dtype), made(B, H, dtype=dtype)
+                matrix, factor = made(B, 4, N, *shape, dtype=dtype), made(B, 4, dtype=dtype)
                 held, left = (matrix, factor) if apart else (None, None)
-                speed, carry, keep = (
-                    matrix if momentum else None,
-                    factor if momentum else None,
-                    factor if keeps else None,
-                )
+                speed, carry = (matrix, factor) if momentum else (None, None)
+                keep, d_then = factor if keeps else None, matrix if momentum else matrix.new_empty(0)
                 step = Step(matrix, speed, matrix, held, keep, carry, left, -1.0, limit)
                 yield partial(mlp_memory.stepped, step)
-                yield partial(mlp_memory.step_gradients, step, matrix, matrix if momentum else matrix.new_empty(0))
+                yield partial(mlp_memory.step_gradients, step, matrix, d_then)
 
 
 def of_newton_schulz(_: int) -> Iterator[Call]:
@@ -110,14 +108,14 @@ def of_newton_schulz(_: int) -> Iterator[Call]:
 
 def of_self_modifying(arch: int) -> Iterator[Call]:
     """Every dtype, width and chunk with documents and without; the walk with momentum and without."""
-    for dtype, (width, chunk), documents in itertools.product(NARROW, SIZES, YES_NO):
+    for dtype, (width, chunk, H, _), documents in itertools.product(NARROW, SIZES, YES_NO):
         k, scalar = made(B, H, chunk, width, dtype=dtype), made(B, H, chunk)
         document = made(B, chunk, dtype=torch.int32) if documents else None
         told = op.Given(k, scalar, scalar, scalar, scalar, document)
         yield partial(self_modifying.reach, told)
         yield partial(self_modifying.gradients, told, k, k)
-    sizes = [(width, chunk) for width, chunk in SIZES if width <= given.WIDEST] if arch // 10 in given.ROOM else []
-    for (width, chunk), documents, momentum, clip in itertools.product(sizes, YES_NO, YES_NO, (0.0, 1.0)):
+    sizes = [each for each in SIZES if each[0] <= given.WIDEST] if arch // 10 in given.ROOM else []
+    for (width, chunk, H, N), documents, momentum, clip in itertools.product(sizes, YES_NO, YES_NO, (0.0, 1.0)):
         tokens = N * chunk
         z, scalar = made(B, H, tokens, width), made(B, H, tokens)
         net, first = made(B, H, width, width), made(H, width, width)

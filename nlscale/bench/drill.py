@@ -47,7 +47,6 @@ def alone(
     """
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    torch.set_flush_denormal(True)
     world = join(run.parallel, run.cluster, 0)
     try:
         model = parallelize(run, world)

@@ -38,7 +38,7 @@ def chunks(main: int, makers: int, *more: str) -> list[str]:
     return [*HOPE, f"{name}.chunk={main}", f"{name}.maker_chunk={makers}", *(f"{name}.{each}" for each in more)]
 
 
-# What differs from the plain Transformer, and the target; none: not promised, which is for makers of 512 tokens and more.
+# What differs from the plain Transformer, and the target: HOPE's is for makers that move every 512 tokens or more.
 MODELS: dict[str, tuple[list[str], float | None]] = {
     "HOPE, chunks of 128, makers of 512": (chunks(128, 512), 1.40),
     "HOPE, chunks of 256, makers of 512": (chunks(256, 512), 1.40),

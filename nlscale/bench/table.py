@@ -90,7 +90,7 @@ def alternating(
 def show(title: str, rows: Sequence[Row], target: str | None) -> int:
     """Prints the table, writes it as JSON where asked; gives 0 if every target is kept, else 1."""
     print(title)
-    wide = max(48, *(len(row.name) for row in rows))
+    wide = max([48, *(len(row.name) for row in rows)])
     print(f"{'':{wide}s} {'value':>12s} {'baseline':>12s} {'ratio':>8s} {'target':>10s}")
     for row in rows:
         baseline = f"{row.baseline:12.5g}" if row.baseline is not None else " " * 12

@@ -83,7 +83,7 @@ class Optimizer:
         held = {g.name: self.movers[g.name] for g in moving if g.name in self.movers}
         with self.clock.span("reduce"):
             grads = {name: [policy.close() for policy in mover.policies] for name, mover in held.items()}
-        norms, means = self.agree(moving, {name: mover.square(grads[name]) for name, mover in held.items()})
+            norms, means = self.agree(moving, {name: mover.square(grads[name]) for name, mover in held.items()})
         for name, mover in held.items():
             for gram in mover.grams:
                 gram.close(means[name])

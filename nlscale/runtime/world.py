@@ -171,7 +171,7 @@ def arranged(parallel: Parallel, place: Place, seed: int, timeout: int, node: in
 def take_device(cluster: Cluster, local_rank: int, local_size: int) -> torch.device:
     """This rank's GPU, or its share of the cores."""
     if not torch.cuda.is_available():
-        torch.set_flush_denormal(True)  # as a GPU does: shares that fade to nothing made a product twenty times slower
+        torch.set_flush_denormal(True)  # or shares that fade to nothing make a product twenty times slower
         torch.set_num_threads(cluster.threads or max(1, (os.cpu_count() or 1) // local_size))
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -22,7 +22,7 @@ from nlscale.train.peak import peak_bytes
 from nlscale.train.state import TrainState
 from nlscale.train.step import Report
 
-WAITS = ("gather", "schedule", "reduce")  # parts of a step in which it waits for other ranks
+WAITS = ("gather", "schedule", "reduce")  # parts of a step that are there for other ranks
 REACHED = 30  # seconds in which wandb must answer
 
 
@@ -82,7 +82,8 @@ class Metrics:
         if report.replay_loss is not None:
             line["train/replay_loss"] = report.replay_loss
         line |= {f"time/{name}_seconds": round(seconds, 6) for name, seconds in report.parts.items()}
-        line["comm/exposed_seconds"] = round(sum(report.parts.get(name, 0.0) for name in WAITS), 6)
+        waits = sum(report.parts.get(name, 0.0) for name in WAITS) if state.world.size > 1 else 0.0
+        line["comm/exposed_seconds"] = round(waits, 6)
         spent = sum(report.parts.values()) + report.data_wait
         line["time/other_seconds"] = round(max(0.0, report.seconds - spent), 6)
         for name, sent in state.optimizer.bytes_sent(report.groups).items():

@@ -53,6 +53,28 @@ def test_parts_of_a_step_are_the_step(layout: str, prepared: str, tmp_path: Path
     assert all(line["comm/exposed_seconds"] > 0 for line in lines[1:])
 
 
+def late(run: Run) -> None:
+    """Trains; rank 1 comes to every step a tenth of a second late."""
+    plain = loop.train_step
+
+    def step(state: Any, *rest: Any) -> Any:
+        time.sleep(0.1 * state.world.rank)
+        return plain(state, *rest)
+
+    loop.train_step = step
+    loop.train(run)
+
+
+def test_what_a_step_waits_for_others_is_exposed(prepared: str, tmp_path: Path) -> None:
+    found = []
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        ranks(count, late, small_run(prepared, tmp_path / str(count), *SMALL))
+        lines = read_lines(Folder(tmp_path / str(count)).metrics)
+        found.append(sorted(line["comm/exposed_seconds"] for line in lines if "train/loss" in line))
+    assert found[0] == [0.0] * 8 and 0.08 < found[1][4] < 0.2
+
+
 def test_a_clock_counts_what_happens_within() -> None:
     clock = Clock(torch.device("cpu"))
     timed = timers(clock, backward="backward-compute")

@@ -42,7 +42,7 @@ class Activation(Protocol):
         """See Second; d_back is written over."""
 
     def last(self, kept: Tensor, d_active: Tensor, bent: Tensor) -> Tensor:
-        """J^T d_active + bent, written over d_active or bent."""
+        """J^T d_active + bent, written over bent."""
 
 
 class Silu:

@@ -49,8 +49,8 @@ class Memories(NamedTuple):
     gates: Net  # rate, keep
     main: Net
 
-    def spread(self, rows: int) -> "Memories":
-        """Those of one row for many, copied once rather than in every product."""
+    def copied(self, rows: int) -> "Memories":
+        """Those of one row for many: copied once, rather than in every product."""
         return Memories(*(Net(*(part.expand(rows, *part.shape[1:]).contiguous() for part in net)) for net in self))
 
 
@@ -125,6 +125,6 @@ def directly(run: Callable[..., Any], *args: Any) -> Any:
 
 
 def begin(initial: Memories, momentum: bool) -> State:
-    """The state before any token; `initial` has a row dimension of 1."""
+    """The state before any token: of one row, or of as many as `initial` has."""
     zero = Memories(*(Net(*(torch.zeros_like(part) for part in net)) for net in initial))
     return State(initial, zero if momentum else None)

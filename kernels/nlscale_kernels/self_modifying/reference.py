@@ -144,7 +144,7 @@ def self_modifying(
         raise ValueError(
             f"{count} tokens in chunks of {outer}, and those in chunks of {inner}: each must divide the one before"
         )
-    state = state or begin(initial.spread(tokens.x.shape[0]), tokens.log_momentum is not None)
+    state = state or begin(initial.copied(tokens.x.shape[0]), tokens.log_momentum is not None)
     call: Caller = recomputed if recompute and torch.is_grad_enabled() else directly
     outputs, pieces = [], tokens.runs(outer)
     for place, piece in enumerate(pieces, 1):
