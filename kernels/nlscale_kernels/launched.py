@@ -26,6 +26,7 @@ from nlscale_kernels.mlp_memory import triton as mlp_memory
 from nlscale_kernels.mlp_memory.glue import ACTIVATIONS
 from nlscale_kernels.mlp_memory.step import Step
 from nlscale_kernels.newton_schulz import triton as newton_schulz
+from nlscale_kernels.newton_schulz.op import DTYPES
 from nlscale_kernels.self_modifying import given, op, resident
 from nlscale_kernels.self_modifying import triton as self_modifying
 from nlscale_kernels.self_modifying import triton_backward as walk
@@ -99,8 +100,8 @@ def of_mlp_memory(_: int) -> Iterator[Call]:
 
 
 def of_newton_schulz(_: int) -> Iterator[Call]:
-    """Every dtype, wide and narrow matrices as they are and transposed, with and without a term beside."""
-    for dtype, (rows, columns), turned in itertools.product(NARROW, ((1, 64), (32, 96), (1024, 1024)), YES_NO):
+    """Every dtype that has a kernel, wide and narrow matrices, transposed too, with and without a term beside."""
+    for dtype, (rows, columns), turned in itertools.product(DTYPES, ((1, 64), (32, 96), (1024, 1024)), YES_NO):
         x = made(B, columns, rows, dtype=dtype).mT if turned else made(B, rows, columns, dtype=dtype)
         for beside in (None, made(B, rows, rows, dtype=dtype)):
             yield partial(newton_schulz.symmetric_product, x, x, beside, 1.5, 0.5)

@@ -49,7 +49,7 @@ def test_every_way_to_launch_a_kernel_is_known() -> None:
     names = {name_of(launch) for launch in every}
     for name in names - {f"nlscale_kernels.self_modifying.triton_backward.{each}" for each in WALK}:
         given = {value for launch in every if name_of(launch) == name for value in launch.arguments}
-        assert {torch.float32, torch.bfloat16, torch.float16} <= given, name
+        assert {torch.bfloat16, torch.float16} <= given and (torch.float32 in given or "newton" in name), name
 
 
 WALK = ("walk_kernel", "gradients_kernel")  # in float32 alone
