@@ -23,7 +23,7 @@ from nlscale.config.run import Run, replicas
 from nlscale.model.count import parameters
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.holding import carried
-from nlscale.plan.report import figures, text
+from nlscale.plan.report import figures, several, text
 from nlscale.plan.search import accepted
 from nlscale.runtime.quiet import quiet
 from nlscale.verbs.common import add, add_recipe, foreseen
@@ -65,7 +65,7 @@ def check(options: argparse.Namespace) -> int:
     print(f"{options.recipe}: {'ok' if not wrong else 'will not do'}")
     around = f" x context {run.parallel.context}" if run.parallel.context > 1 else ""
     degrees = f"tensor {run.parallel.tensor} x pipeline {run.parallel.pipeline}{around}"
-    print(f"layout       {degrees} x {count} replica{'s' * (count > 1)} = {world} rank{'s' * (world > 1)}")
+    print(f"layout       {degrees} x {several(count, 'replica')} = {several(world, 'rank')}")
     print(
         f"step         {run.train.global_batch} rows of {run.data.sequence} tokens, {run.train.micro_batch} a forward pass"
     )

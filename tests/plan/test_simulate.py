@@ -19,6 +19,7 @@ from nlscale.plan.pretend import pretended
 from nlscale.plan.report import in_all, over_steps, traffic
 from nlscale.plan.simulate import Stage, axes, stages, turn
 from nlscale.runtime.wire import Axes
+from nlscale.runtime.world import World, join
 from nlscale.testing import ranks
 from tests.optim.driver import built, usual
 from tests.sampled import sampled
@@ -81,25 +82,39 @@ def configured(overrides: list[str]) -> Run:
     return tiny(*overrides)
 
 
-def counted(overrides: list[str]) -> tuple[int, dict, dict]:
-    """Pipeline rank; bytes of a schedule, and of the end of a step in which every level moves."""
-    run = configured(overrides)
-    world, model, optimizer = built(run)
+Bytes = tuple[dict, dict]  # of a schedule, and of the end of a step in which every level moves
+
+
+def sent(run: Run, world: World) -> Bytes:
+    """By a real rank."""
+    model = parallelize(run, world)
+    optimizer = build_optimizer(run, model.leaves, world, 100)
     optimizer.await_in(model.modules)
     with Axes(axes(world)) as wire:
         tokens = model.forward_backward(usual(run, 1, world), True)[2].long()
         schedule = dict(wire.bytes)
         wire.bytes.clear()
         optimizer.step(4, tokens)
-    return world.pipeline_rank, schedule, dict(wire.bytes)
+    return schedule, dict(wire.bytes)
+
+
+def counted(overrides: list[str]) -> tuple[int, Bytes]:
+    """Pipeline rank, and what it sends."""
+    run = configured(overrides)
+    world = join(run.parallel, run.cluster, run.train.seed, run.optim.node)
+    return world.pipeline_rank, sent(run, world)
 
 
 def planned(overrides: list[str]) -> list[Stage]:
     return stages(configured(overrides), 4)
 
 
-def halves(stage: Stage) -> tuple[dict, dict]:
-    return stage.schedule, stage.closing
+def agree(run: Run, stage: Stage, heard: Bytes) -> None:
+    """A plan's bytes are the counted ones."""
+    said, seen = ([significant(part) for part in parts] for parts in ((stage.schedule, stage.closing), heard))
+    if run.optim.overlap:  # what hides behind the last micro-batch, a plan counts where it is waited for
+        said, seen = ([Counter(each[0]) + Counter(each[1])] for each in (said, seen))
+    assert said == seen, stage.index
 
 
 def significant(traffic: dict) -> dict:
@@ -114,11 +129,8 @@ def test_predicted_bytes_are_the_counted_ones(layout: str) -> None:
     run = configured(LAYOUTS[layout])
     inner = run.parallel.tensor * run.parallel.context
     for rank in range(0, run.parallel.ranks, inner):  # the first replica's first rank of each stage
-        place, schedule, closing = seen[rank]
-        said, heard = ([significant(part) for part in parts] for parts in (halves(plan[place]), (schedule, closing)))
-        if run.optim.overlap:  # what hides behind the last micro-batch, a plan counts where it is waited for
-            said, heard = ([Counter(each[0]) + Counter(each[1])] for each in (said, heard))
-        assert said == heard, place
+        place, heard = seen[rank]
+        agree(run, plan[place], heard)
     assert any(significant(stage.closing) or significant(stage.schedule) for stage in plan)
 
 
