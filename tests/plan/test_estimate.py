@@ -223,7 +223,7 @@ def test_where_a_layout_does_not_suit_the_gpus_a_table_is_named_that_does(capsys
     said = capsys.readouterr().err
     assert "train.global_batch=256 is no multiple of 512" in said and "use.layout=h100-1024 has a layout" in said
     main(["check", "7b-hope-attention", "--gpus", "1024", "--gpu", "h100", "use.layout=h100-1024"])
-    assert "= 1024 ranks" in capsys.readouterr().out
+    assert "= 1,024 ranks" in capsys.readouterr().out
     assert main(["plan", "70b-plain", "--gpus", "8", "--gpu", "h200"]) == 78  # no table of 8 has it
     assert "use.layout=h200-64 or h200-512 or h200-1024 has a layout" in capsys.readouterr().err
 
