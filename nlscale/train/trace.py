@@ -1,7 +1,7 @@
 """A profiler's trace on demand: of the steps that `log.trace` names, or of the next step once RUN/trace is there."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,8 +27,11 @@ class Tracer:
         return self.folder.path / REQUEST
 
     @contextlib.contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Traces step `number`, if anybody asked."""
+    def step(self, number: int, arrive: Callable[[], None]) -> Iterator[None]:
+        """Traces step `number`, if anybody asked; `arrive` waits for what the step leaves under way.
+
+        A collective that a profiler saw begin must not end after it: gloo's thread would write into a closed trace.
+        """
         asked = self.world.leads and self.request.exists()
         if not asked and number not in self.steps:
             yield
@@ -36,6 +39,7 @@ class Tracer:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         with profile(activities=activities, record_shapes=True) as seen:
             yield
+            arrive()
         attempts = self.folder.attempts()
         target = (
             attempts[-1] if attempts else self.folder.path

@@ -17,7 +17,7 @@ from nlscale.config.run import Run
 from nlscale.runtime.clock import Clock, parted, timers
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.testing import ranks
-from nlscale.train import loop
+from nlscale.train import loop, trace
 from nlscale.train.out_of_memory import explained, ran_out, remedies, remember
 from tests.corpus import small_run
 from tests.records import events
@@ -119,24 +119,33 @@ def test_communication_is_exposed_where_nothing_is_computed() -> None:
     assert joined([(5, 6), (1, 2), (2, 4)]) == [(1, 4), (5, 6)]
 
 
-def traced(run: Run) -> None:
-    """Trains; before step 5 somebody asks for a trace."""
-    plain = loop.train_step
+def traced(run: Run) -> list[tuple[bool, bool]]:
+    """Trains; before step 5 somebody asks for a trace. Are gathers under way after each traced step, and at its end?"""
+    plain, found, states, left = loop.train_step, [], [], []
 
     def step(state: Any, *rest: Any) -> Any:
         if state.step == 4 and state.world.leads:
             (Path(run.folder) / "trace").touch()
-        return plain(state, *rest)
+        states.append(state)
+        report = plain(state, *rest)
+        left.append(bool(state.optimizer.under_way))
+        return report
 
-    loop.train_step = step
+    class Seen(trace.profile):  # type: ignore[misc]
+        def __exit__(self, *error: Any) -> None:
+            found.append((left[-1], bool(states[-1].optimizer.under_way)))
+            super().__exit__(*error)
+
+    loop.train_step, trace.profile = step, Seen  # type: ignore[misc]
     loop.train(run)
+    return found
 
 
 def test_a_trace_on_demand(prepared: str, tmp_path: Path) -> None:
     """`log.trace` is of every rank; a file in the run folder asks the first rank alone."""
     run = small_run(prepared, tmp_path, *SMALL, "log.trace=[2]")
     Folder(tmp_path).open()
-    ranks(2, traced, run)
+    assert ranks(2, traced, run) == [[(True, False), (True, False)], [(True, False)]]
     there = sorted(path.name for path in (tmp_path / "logs" / "1").glob("trace-*"))
     assert there == [f"trace-0000000{name}.json.gz" for name in ("2-rank-00000", "2-rank-00001", "6-rank-00000")]
     assert not (tmp_path / "trace").exists()
