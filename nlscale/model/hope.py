@@ -73,7 +73,7 @@ class Hope(MegatronModule):
         assert model.vocabulary is not None
         self.stage, self.vp_stage = stage, stage.chunk
         self.model_type = ModelType.encoder_or_decoder
-        self.tied = model.tied
+        self.tied, self.mixer = model.tied, model.mixer
         self.input: Tensor | None = None
         self.exchange, self.window, self.loops = exchange or Exchange(), model.window, model.loops
         self.apart = model.attention == "document"
@@ -135,7 +135,7 @@ class Hope(MegatronModule):
             check(before, self.begin(tokens_BT.shape[0]), "state")
         x_TBD, left = self.walk(x_TBD, self.scene(starts_BT, hand_on=hand_on), before and before.mixers)
         output = self.head(x_TBD, self.own(targets_BT)) if self.stage.last else x_TBD
-        return output, RowState([between_rows(each) for each in left], [])
+        return output, RowState(self.mixer, [between_rows(each) for each in left], [])
 
     def own(self, batch: Tensor) -> Tensor:
         """The part of targets (B, T) whose losses this rank sums."""
@@ -143,7 +143,8 @@ class Hope(MegatronModule):
 
     def begin(self, rows: int) -> RowState:
         """What rows begin with that go on from no others."""
-        return RowState([block.mix.begin(rows) for _ in range(self.loops) for block in self.blocks], [])  # type: ignore[union-attr,operator]
+        mixers = [block.mix.begin(rows) for _ in range(self.loops) for block in self.blocks]  # type: ignore[union-attr,operator]
+        return RowState(self.mixer, mixers, [])
 
     def scene(self, starts_BT: Tensor, past: int = 0, hand_on: bool = False) -> Scene:
         """The scene of the tokens after the first `past` of a row; `starts` of all of its tokens so far."""

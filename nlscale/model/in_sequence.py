@@ -133,10 +133,10 @@ class HopeInSequence(Hope):
         x_TBD, targets_BT, starts_BT = self.exchange.to_rows(x_TBD), self.own(targets_BT), self.exchange.mine(starts_BT)
         learning = torch.is_grad_enabled()
         with torch.enable_grad():  # the copies learn whether or not anybody else does
-            own = RowState(mixers[self.first :], before.copies if before else self.untouched())
+            own = RowState(self.mixer, mixers[self.first :], before.copies if before else self.untouched())
             loss, after = self.read(x_TBD if learning else x_TBD.detach(), targets_BT, starts_BT, own, hand_on)
         left = [between_rows(each) for each in (*left, *after.mixers)]
-        return loss if learning else loss.detach(), RowState(left, after.copies)
+        return loss if learning else loss.detach(), RowState(self.mixer, left, after.copies)
 
     def own(self, batch: Tensor) -> Tensor:
         """Those of this rank's rows."""
@@ -151,7 +151,7 @@ class HopeInSequence(Hope):
             for copy in self.untouched()
         ]
         mixers = [block.mix.begin(own if place >= self.first else rows) for place, block in enumerate(self.blocks)]  # type: ignore[union-attr,operator]
-        return RowState(mixers, blank)
+        return RowState(self.mixer, mixers, blank)
 
     def blank(self, level: str, rows: int) -> Tensor:
         """A change that is none, as a matrix."""
@@ -178,7 +178,7 @@ class HopeInSequence(Hope):
 
         `hand_on`: somebody reads on, so the last chunk moves the copies too.
         """
-        states, copies = before or RowState([None] * (len(self.blocks) - self.first), self.untouched())
+        _, states, copies = before or RowState(self.mixer, [None] * (len(self.blocks) - self.first), self.untouched())
         losses, chunk = [], self.rhythm.chunk
         windows = {level.name: Window() for level in self.rhythm.levels}
         for begin in range(0, x_TBD.shape[0], chunk):
@@ -193,7 +193,7 @@ class HopeInSequence(Hope):
             for level in self.rhythm.due(end) if goes_on else ():
                 copies = self.move(level, copies, windows[level.name])
                 windows[level.name] = Window()
-        return torch.stack(losses).sum(), RowState(states, copies)
+        return torch.stack(losses).sum(), RowState(self.mixer, states, copies)
 
     def pass_on(
         self, x_TBD: Tensor, place: Any, states: list[Any], copies: Copies

@@ -15,22 +15,21 @@ from nlscale.model.fast import Whole
 class RowState(NamedTuple):
     """Of one stage."""
 
+    mixer: str  # of the model that left it: mixers of several kinds keep tensors of the same shapes
     mixers: list[Any]  # in the order in which blocks were passed; None: nothing is handed on
     copies: list[dict[str, dict[str, Any]]]  # adaptive block -> level -> part -> what it learned; [] where none adapts
 
 
 def mapped(change: Callable[..., Any], name: str, first: Any, *others: Any) -> Any:
-    """`change(name, tensor, ...)` on each tensor of values built alike; None of `first` stays None.
+    """`change(name, tensor, ...)` on each tensor of values built alike; names and None stay as they are.
 
     Raises ValueError where the others are built otherwise.
     """
-    if first is None:
-        return None
-    if any(type(first) is not type(other) for other in others):
-        raise ValueError(
-            f"{name}: the state is another model's: {', '.join(type(o).__name__ for o in others)} where "
-            f"this one has {type(first).__name__}"
-        )
+    kinds = [kind_of(each) for each in (first, *others)]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError(f"{name}: the state is another model's: {kinds[-1]} where this one has {kinds[0]}")
+    if first is None or isinstance(first, str):
+        return first
     if isinstance(first, Tensor):
         return change(name, first, *others)
     if isinstance(first, Whole):
@@ -40,6 +39,14 @@ def mapped(change: Callable[..., Any], name: str, first: Any, *others: Any) -> A
     parts = first._fields if hasattr(first, "_fields") else range(len(first))
     made = [mapped(change, f"{name}.{part}", *each) for part, *each in zip(parts, first, *others, strict=True)]
     return type(first)(*made) if hasattr(first, "_fields") else made
+
+
+def kind_of(value: Any) -> str:
+    """What two values must have in common to be parts of states of one model."""
+    if isinstance(value, str):
+        return value
+    keys = ", ".join(value) if isinstance(value, dict) else len(value) if type(value) in (list, tuple) else None
+    return type(value).__name__ + ("" if keys is None else f" of {keys}")
 
 
 def check(given: Any, expected: Any, name: str) -> None:

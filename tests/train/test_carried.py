@@ -11,7 +11,7 @@ from nlscale.config.errors import UserError
 from nlscale.config.run import Run
 from nlscale.data.card import load_card
 from nlscale.data.loader import Loader
-from nlscale.model.row_state import RowState, check, mapped
+from nlscale.model.row_state import RowState, mapped
 from nlscale.parallel.apply import parallelize
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.runtime.world import join
@@ -26,6 +26,7 @@ from tests.tiny import micro_batches, tiny
 NEVER = ["model.reset=never", "data.shuffle=false"]
 CHUNKS = ["model.linear.chunk=4", "model.titans.chunk=4", "model.self_modifying.chunk=2"]
 CHUNKS += ["model.self_modifying.maker_chunk=4", "model.layers=2"]
+ADAPTS = ["model.mixer=delta", "data.sequence=16", "model.inner.form=whole"]
 QUICK = "levels=[{name: quick, period: 8, unit: token, width: 0.5}, {name: slow, period: 4, width: 0.5}]"
 
 
@@ -245,30 +246,49 @@ def test_a_write_that_no_loss_has_seen_does_not_spoil_a_stream(count: int, overr
     assert all(result == (True, [0.0, 0.0]) for result in ranks(count, overflown, run))
 
 
-def strangers(run: Run) -> list[str]:
-    """What is said of states of another width, dtype and kind."""
+def strangers(run: Run, others: list[Run]) -> list[str]:
+    """What is said of states of another width, dtype, number of layers and kind, and of those of other models."""
     world = join(run.parallel, run.cluster, 0)
     chunk, said = parallelize(run, world).chunks[0], []
     state, rows = chunk.begin(2), micro_batches(run, 0, *place(world))[0]
     wrong = [
         mapped(lambda _, part: part[:, :1], "", state),
         mapped(lambda _, part: part.double(), "", state),
+        state._replace(mixers=state.mixers[:1]),
         state._replace(mixers=[None, None]),
+        *(parallelize(other, world).chunks[0].begin(2) for other in others),
     ]
     for other in wrong:
         with pytest.raises(ValueError, match="state") as refusal:
             chunk.onward(rows, other)
         said.append(str(refusal.value))
-    check(state, chunk.begin(2), "state")
+    chunk.onward(rows, state)
     return said
 
 
 def test_a_state_of_another_model_or_dtype_is_refused() -> None:
+    """Linear and delta memories, and those of Titans, are tensors of the same shapes."""
     run = tiny(*SEEN, "model.mixer=delta", "data.sequence=16")
-    width, dtype, kind = ranks(1, strangers, run)[0]
+    width, dtype, layers, kind, linear, quick = ranks(
+        1, strangers, run, [tiny(*SEEN, "model.mixer=linear", "data.sequence=16"), tiny(*SEEN, *ADAPTS, QUICK)]
+    )[0]
     assert "a state of (2, 1, 8, 8) torch.float32 was given; (2, 4, 8, 8) torch.float32 would work" in width
     assert "torch.float64 was given" in dtype and "state.mixers.0.state" in dtype
+    assert "state.mixers: the state is another model's: list of 1 where this one has list of 2" in layers
     assert "another model's: NoneType where this one has Matrix" in kind
+    assert "state.mixer: the state is another model's: linear where this one has delta" in linear
+    assert "state.copies: the state is another model's: list of 1 where this one has list of 0" in quick
+
+
+@pytest.mark.parametrize("mixer", ["titans", "titans_mag", "titans_mal", "self_modifying"])
+def test_a_state_of_kin_is_refused(mixer: str) -> None:
+    """Of MAC, or of the same mixer with a momentum that this one has not."""
+    own = ["model.mixer=self_modifying", "model.self_modifying.momentum=false"]
+    run = tiny(*SEEN, *(own if mixer == "self_modifying" else [f"model.mixer={mixer}"]), "data.sequence=16")
+    kin = "self_modifying" if mixer == "self_modifying" else "titans_mac"
+    said = ranks(1, strangers, run, [tiny(*SEEN, f"model.mixer={kin}", "data.sequence=16")])[0][-1]
+    wanted = "momentum: the state is another model's: Memories where this one has NoneType"
+    assert (wanted if kin == mixer else f"{kin} where this one has {mixer}") in said
 
 
 @pytest.mark.parametrize(
