@@ -47,13 +47,16 @@ def slices(model: HopeInSequence, block: int) -> dict[str, tuple[nn.Parameter, T
     found: dict = {}
     for leaf in model.blocks[block].continuum.leaves():
         level = leaf.name.split(".")[0]
-        if level in ("quick", "calm"):
+        if level in ("quick", "calm") and "norm" not in leaf.name:  # of a level, its weights alone learn inside a row
             found.setdefault(level, []).append((leaf.parameter, torch.arange(leaf.start, leaf.start + leaf.length)))
     return found
 
 
-def by_hand(model: HopeInSequence, run: Run, row: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Prequential loss of one row: weights of its own, moved at boundaries by the gradient of the window's loss.
+def by_hand(
+    model: HopeInSequence, run: Run, row: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """Prequential loss of one row: weights of its own, moved at boundaries by the gradient of the window's loss. And its
+    gradient of the first order: of every token's loss at the weights that it found, what they had learned taken as given.
 
     Every token's loss comes from a forward pass of the whole row so far with the weights that its chunk began with; tokens
     before the chunk are taken as their own chunks left them, which one adaptive layer does not see.
@@ -61,7 +64,7 @@ def by_hand(model: HopeInSequence, run: Run, row: tuple[Tensor, Tensor, Tensor])
     tokens, targets, starts = row
     names = {parameter: name for name, parameter in model.named_parameters()}
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    inner, total = run.model.inner, torch.zeros((), dtype=torch.float64)
+    inner, total, first = run.model.inner, torch.zeros((), dtype=torch.float64), dict[str, Tensor | float]()
     windows: dict[str, list] = {"quick": [], "calm": []}
     periods = {level.name: (level.period, level.inner) for level in run.levels if level.unit == "token"}
     block = len(model.blocks) - 1
@@ -73,6 +76,7 @@ def by_hand(model: HopeInSequence, run: Run, row: tuple[Tensor, Tensor, Tensor])
             )
             total = total + loss.detach()
             slopes = dict(zip(own, torch.autograd.grad(loss, list(own.values()), allow_unused=True), strict=True))
+            first = {name: first.get(name, 0.0) + (0.0 if slope is None else slope) for name, slope in slopes.items()}
             for level in periods:
                 windows[level].append([slopes[names[p]][rows] for p, rows in slices(model, block)[level]])
         for level, (period, factor) in periods.items():
@@ -83,7 +87,7 @@ def by_hand(model: HopeInSequence, run: Run, row: tuple[Tensor, Tensor, Tensor])
                 for (parameter, rows), part in zip(slices(model, block)[level], mean, strict=True):
                     weights[names[parameter]][rows] -= step * part
                 windows[level] = []
-    return total
+    return total, first
 
 
 class Plain(nn.Module):
@@ -102,22 +106,31 @@ class Plain(nn.Module):
         return model.head(x[t : t + 1], targets[:, t : t + 1])
 
 
-def serial(run: Run) -> tuple[Tensor, Tensor]:
+def serial(run: Run) -> tuple[list[Tensor], list[Tensor]]:
+    """Loss and gradients of rows together, and of each row by hand."""
     model, rows = model_of(run), batch(run)
-    with torch.no_grad():
-        chunked = model(*rows)
-    separate = [by_hand(model, run, tuple(part[b : b + 1] for part in rows)) for b in range(rows[0].shape[0])]  # type: ignore[arg-type]
-    return chunked, torch.stack(separate).sum()
+    chunked = model(*rows)
+    slopes = torch.autograd.grad(chunked, list(model.parameters()))
+    each = [by_hand(model, run, tuple(part[b : b + 1] for part in rows)) for b in range(rows[0].shape[0])]  # type: ignore[arg-type]
+    firsts = [sum(first[name] for _, first in each) for name, _ in model.named_parameters()]
+    return [chunked.detach(), *slopes], [sum(loss for loss, _ in each), *firsts]
 
 
 @pytest.mark.parametrize("form", ["whole", "factors"])
-@pytest.mark.parametrize("levels", [ONE, TWO], ids=["one", "two"])
-def test_i10_by_chunks_is_token_by_token(levels: str, form: str) -> None:
-    """Rows together, chunks at once = each row alone, each token's gradient by itself (prequential losses)."""
-    chunked, separate = ranks(1, serial, tiny(levels, *BASE, f"model.inner.form={form}"))[0]
-    frozen = ranks(1, loss_of, tiny(levels, *BASE, "model.inner.lr=0.0"))[0]
+@pytest.mark.parametrize(
+    ("levels", "variant"),
+    [(ONE, "independent"), (TWO, "independent"), (TWO, "sequential")],
+    ids=["one", "two", "chain"],
+)
+def test_i10_by_chunks_is_token_by_token(levels: str, variant: str, form: str) -> None:
+    """Rows together, chunks at once = each row alone, each token's gradient by itself (prequential losses); in a chain of
+    levels each hears of the loss through those after it. So is the meta-gradient of the first order.
+    """
+    said = [levels, *BASE, f"model.variant={variant}"]
+    chunked, separate = ranks(1, serial, tiny(*said, f"model.inner.form={form}"))[0]
+    frozen = ranks(1, loss_of, tiny(*said, "model.inner.lr=0.0"))[0]
     torch.testing.assert_close(chunked, separate, rtol=1e-10, atol=1e-10)
-    assert abs(float(chunked - frozen)) > 1e-5 * float(frozen)
+    assert abs(float(chunked[0] - frozen)) > 1e-5 * float(frozen)
 
 
 def loss_of(run: Run) -> Tensor:
