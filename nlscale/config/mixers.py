@@ -49,6 +49,7 @@ class Titans:
     convolution: int = 4
     rate: float = 0.02  # largest inner rate; rate x chunk below 2, as tokens add up; 0: the memory stays as it began
     persistent: int = 4  # learned tokens that attention always sees
+    taught: bool = True  # false: what makes keys, values and gates learns nothing through what they wrote (an ablation)
     recompute: int = 1  # chunks that backward computes again as one piece (MAC: each, if not 0); 0: everything is kept
 
     def __post_init__(self) -> None:

@@ -63,7 +63,7 @@ class TitansMixer(HeadMixer):
         """What the memory is written with."""
         rate, momentum, keep = gates_of(self, heads)
         q, k = unit(heads["q"]), unit(heads["k"])
-        return Tokens(q, k, heads["v"], rate, momentum, keep, scene.starts_BT)
+        return Tokens(q, *written(self, k, heads["v"], rate, momentum, keep), scene.starts_BT)
 
     def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
         """(T, B, D) -> (T, B, D), and the memory after the last token."""
@@ -107,6 +107,11 @@ def gates_of(mixer: HeadMixer, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     return rate, F.logsigmoid(mixer.gate(heads, "momentum")), mixer.keep(heads, mixer.settings.rate)  # type: ignore[union-attr,arg-type]
 
 
+def written(mixer: HeadMixer, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Of what tokens write: as it is, or without a gradient to what makes it (Titans' ablation; spec 1, row 14)."""
+    return parts if mixer.settings.taught else tuple(part.detach() for part in parts)  # type: ignore[union-attr]
+
+
 class Gains(nn.Module):
     """Two streams of heads, each normed with a learned gain, one gating the other (Titans 4.2: o = y x M(y))."""
 
@@ -146,8 +151,8 @@ class TitansGate(TitansMixer):
         heads, tail = self.project(x_TBD, scene, before and before.tail)
         memory = before and before.memory
         settings = self.settings
-        written = settings.chunk, self.start, memory, settings.recompute, settings.activation
-        recalled, memory = titans(self.tokens(heads, scene), *written)
+        given = settings.chunk, self.start, memory, settings.recompute, settings.activation
+        recalled, memory = titans(self.tokens(heads, scene), *given)
         q, k, v = (heads[name] for name in self.attention)
         q, k = (turned(part, scene.rotary) for part in (q, k))
         if before is not None and before.context is not None:
@@ -218,7 +223,7 @@ class TitansContext(HeadMixer):
     def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
         """(T, B, D) -> (T, B, D), and the memory after the last segment."""
         heads, _ = self.project(x_TBD, scene, None)
-        rate, momentum, keep = gates_of(self, heads)
+        rate, momentum, keep = written(self, *gates_of(self, heads))
         heads |= {"rate": rate, "momentum": momentum, "keep": keep, "recall": unit(heads["recall"])}
         start = self.start
         inside = {name: exact(self.exchange.mine(w)).unflatten(0, (self.heads, -1)) for name, w in self.inside.items()}
@@ -265,9 +270,9 @@ class TitansContext(HeadMixer):
         y = attend(q, k, v, torch.cat([own, own], -1), self.persistent, self.exchange, self.product)
         asked = unit(y @ inside["read_q"].mT)
         answer = look(span, start, memory.net, asked, self.settings.activation)
-        keys = unit(y @ inside["write_k"].mT)
-        written = Tokens(asked, keys, y @ inside["write_v"].mT, part["rate"], part["momentum"], part["keep"], starts_BC)
-        after = step(memory, start, written, span, self.settings.activation)
+        keys, values = written(self, unit(y @ inside["write_k"].mT), y @ inside["write_v"].mT)
+        lesson = Tokens(asked, keys, values, part["rate"], part["momentum"], part["keep"], starts_BC)
+        after = step(memory, start, lesson, span, self.settings.activation)
         return self.gains(y, answer, self.exchange), after
 
     def leaves(self) -> Iterator[Leaf]:

@@ -15,6 +15,7 @@ from nlscale_kernels.associative import (
     dot,
     follow_leader,
     generated,
+    handed,
     linear,
     mlp,
     momentum_memory,
@@ -26,6 +27,9 @@ from nlscale_kernels.associative import (
     written_in_context,
 )
 from nlscale_kernels.linear_memory import Tokens, linear_memory, serial
+from nlscale_kernels.mlp_memory import Net
+from nlscale_kernels.titans import Tokens as Titans
+from nlscale_kernels.titans import titans
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -232,8 +236,7 @@ def test_row_14_projections_learn_through_writes_alone() -> None:
         total = torch.zeros((), dtype=x.dtype)
         for query, key, value in zip(q, k, v, strict=True):
             state = memory.write(state, key, value, Gates(0.3, 0.9, 0.5))
-            seen = State({name: w.detach() for name, w in state.weights.items()}, {}) if stop else state
-            total = total + memory.read(seen, query).square().sum()
+            total = total + memory.read(handed(state, not stop), query).square().sum()
         return total
 
     projections = tuple((0.5 * numbers(I, I, seed=s)).requires_grad_() for s in (6, 7, 8))
@@ -323,13 +326,35 @@ def test_row_27_a_loop_of_linear_attention_is_gradient_descent_in_context() -> N
 
 
 def test_row_28_titans_without_momentum_is_the_gated_delta_rule() -> None:
-    """I14, I15: a linear memory under the square objective; without forgetting too it is test-time training."""
+    """I14: a linear memory under the square objective."""
     q, k, v = numbers(T, I, seed=1), F.normalize(numbers(T, I, seed=2), dim=-1), numbers(T, O, seed=3)
     rate, keep, start = torch.rand(T).double(), 0.5 + 0.5 * torch.rand(T).double(), numbers(O, I, seed=4)
     gates = [Gates(r, a, 0.0) for r, a in zip(rate, keep, strict=True)]
     # keep W - rate (W k - v) k^T: the rate of the delta rule is that of Titans
-    titans = remember(Associative(linear, square, MOMENTUM), k, v, gates, start)
-    assert_close(linear_memory("delta", as_tokens(q, k, v, rate, keep), 3, start[None])[1][0, 0], titans.weights["up"])
+    gated = remember(Associative(linear, square, MOMENTUM), k, v, gates, start)
+    assert_close(linear_memory("delta", as_tokens(q, k, v, rate, keep), 3, start[None])[1][0, 0], gated.weights["up"])
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_row_28_titans_without_momentum_or_forgetting_is_test_time_training(chunk: int) -> None:
+    """torch's SGD on the memory's loss, a chunk's gradients taken at its begin (Sun et al., 2024)."""
+    q, k, v = (numbers(T, I, seed=s) for s in (1, 2, 3))
+    up, down, rate = 0.5 * numbers(5, I, seed=4), 0.5 * numbers(I, 5, seed=5), 0.2 * torch.rand(T).double()
+    none = torch.zeros(1, 1, T).double()
+    tokens = Titans(*(x[None, None] for x in (q, k, v, rate)), none - 2000.0, none)
+    said, left = titans(tokens, chunk, Net(up[None, None, None], down[None, None, None]))
+    weights, read = {"up": up.clone().requires_grad_(), "down": down.clone().requires_grad_()}, []
+    for first in range(0, T, chunk):
+        part = slice(first, first + chunk)
+        read += [mlp(weights, query).detach() for query in q[part]]
+        loss = sum(r * square(mlp(weights, a), b) for r, a, b in zip(rate[part], k[part], v[part], strict=True))
+        optimizer = torch.optim.SGD(weights.values(), lr=1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert_close(said[0, 0], torch.stack(read))
+    assert_close(left.net.up[0, 0, 0], weights["up"].detach())
+    assert_close(left.net.down[0, 0, 0], weights["down"].detach())
 
 
 def test_row_35_delta_gradient_descent_solves_its_proximal_problem_for_every_length() -> None:
@@ -367,8 +392,7 @@ def test_row_11_a_slower_block_may_read_a_faster_one_without_teaching_it() -> No
         for token in x:
             k, v = (writer @ token).split([I, O])
             state = memory.write(state, k, v, Gates(0.05))
-        fast = state.weights["up"] if taught else state.weights["up"].detach()
-        return (fast @ (slow @ query)).square().sum()
+        return memory.read(handed(state, taught), slow @ query).square().sum()
 
     writer, slow = (0.3 * numbers(I + O, I, seed=3)).requires_grad_(), numbers(I, I, seed=4).requires_grad_()
     still = torch.autograd.grad(read(writer, slow, False), (writer, slow), allow_unused=True)

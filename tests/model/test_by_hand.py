@@ -219,3 +219,36 @@ def test_a_mixer_is_what_its_paper_says(mixer: str) -> None:
     run = tiny(*CHUNKS, f"model.mixer={name}", *(["model.self_modifying.gate=true"] if gate else []))
     ((apart, added),) = ranks(1, compared, run)
     assert apart < 1e-10 and added > 0.1
+
+
+def learnt(run: Run) -> dict[str, float]:
+    """The largest gradient of each of a mixer's weights, from what the memory says."""
+    model = parallelize(run, join(run.parallel, run.cluster, 0), torch.float64)
+    torch.manual_seed(0)
+    leaves = [leaf for leaf in model.leaves if ".mix." in leaf.name]
+    x, nowhere = torch.randn(16, 2, 32, dtype=torch.float64), torch.zeros(2, 16, dtype=torch.bool)
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.value.copy_(0.4 * torch.randn_like(leaf.value))
+    said, _ = model.chunks[0].blocks[0].mix(x, model.chunks[0].scene(nowhere))
+    weights = list(dict.fromkeys(leaf.parameter for leaf in leaves))
+    slopes = dict(zip(weights, torch.autograd.grad(said.square().sum(), weights, allow_unused=True), strict=True))
+    found = {}
+    for leaf in leaves:
+        slope = slopes[leaf.parameter]
+        own = torch.zeros(1) if slope is None else leaf.of(slope)
+        found[leaf.name.split(".mix.")[1]] = float(own.abs().max())
+    return found
+
+
+@pytest.mark.parametrize("mixer", ["titans", "titans_mag", "titans_mal", "titans_mac"])
+def test_row_14_titans_that_are_not_taught_through_writes(mixer: str) -> None:
+    """What makes keys, values and gates of writes learns nothing, queries and the initial state do (the paper's ablation)."""
+    run = [*CHUNKS, f"model.mixer={mixer}"]
+    ((taught,), (ablated,)) = (ranks(1, learnt, tiny(*run, *more)) for more in ([], ["model.titans.taught=false"]))
+    writes = ["rate.weight", "momentum.weight", "keep.weight", "rate.bias", "momentum.bias", "keep.bias"]
+    own = ["k.weight", "v.weight", "convolution.k", "convolution.v"]
+    writes += ["memory.write_k", "memory.write_v"] if mixer == "titans_mac" else own
+    writes = [f"recall.{name}" if mixer == "titans_mal" else name for name in writes]
+    assert all(taught[name] > 1e-6 for name in taught)
+    assert {name for name, slope in ablated.items() if slope == 0} == {*writes}

@@ -28,6 +28,13 @@ class State(NamedTuple):
     extra: Weights
 
 
+def handed(state: State, taught: bool) -> State:
+    """What a slower learner is handed of a faster one: no gradient reaches what wrote it, unless it is to be `taught`
+    (parametric conditioning; spec 1, rows 11 and 14).
+    """
+    return state if taught else State(*({name: each.detach() for name, each in part.items()} for part in state))
+
+
 class Gates(NamedTuple):
     """How one pair is written: scalars of that token."""
 
