@@ -150,8 +150,7 @@ def going_on(
         skips, stragglers, spikes = 0, Stragglers(world, journal), Spikes(state, checkpoints, journal)
         while state.step < last:
             compiles = state.step == began  # by processes that a signal to the whole job would end
-            traced = tracer.step(state.step + 1, state.optimizer.arrive)
-            with traced, sparing_children() if compiles else nullcontext():
+            with tracer.step(state), sparing_children() if compiles else nullcontext():
                 report = train_step(state, model, document, partial(stopping, watch, checkpoints), before_move)
             watchdog.note(f"step {state.step}")
             metrics.record(report)

@@ -1,7 +1,7 @@
 """A profiler's trace on demand: of the steps that `log.trace` names, or of the next step once RUN/trace is there."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from nlscale.config.run import Run
 from nlscale.runtime.folder import Folder
 from nlscale.runtime.log import Journal
 from nlscale.runtime.world import World
+from nlscale.train.state import TrainState
 
 REQUEST = "trace"  # a file in the run folder; it is gone when the trace is there
 
@@ -27,11 +28,12 @@ class Tracer:
         return self.folder.path / REQUEST
 
     @contextlib.contextmanager
-    def step(self, number: int, arrive: Callable[[], None]) -> Iterator[None]:
-        """Traces step `number`, if anybody asked; `arrive` waits for what the step leaves under way.
+    def step(self, state: TrainState) -> Iterator[None]:
+        """Traces the step that comes, if anybody asked.
 
         A collective that a profiler saw begin must not end after it: gloo's thread would write into a closed trace.
         """
+        number = state.step + 1
         asked = self.world.leads and self.request.exists()
         if not asked and number not in self.steps:
             yield
@@ -39,7 +41,7 @@ class Tracer:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         with profile(activities=activities, record_shapes=True) as seen:
             yield
-            arrive()
+            state.optimizer.arrive()
         attempts = self.folder.attempts()
         target = (
             attempts[-1] if attempts else self.folder.path

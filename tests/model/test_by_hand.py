@@ -243,7 +243,7 @@ def learnt(run: Run) -> dict[str, float]:
 
 @pytest.mark.parametrize("mixer", ["titans", "titans_mag", "titans_mal", "titans_mac"])
 def test_row_14_titans_that_are_not_taught_through_writes(mixer: str) -> None:
-    """What makes keys, values and gates of writes learns nothing, queries and the initial state do (the paper's ablation)."""
+    """What makes keys, values and gates of writes learns nothing, all else does (the paper's ablation)."""
     run = [*CHUNKS, f"model.mixer={mixer}"]
     ((taught,), (ablated,)) = (ranks(1, learnt, tiny(*run, *more)) for more in ([], ["model.titans.taught=false"]))
     writes = ["rate.weight", "momentum.weight", "keep.weight", "rate.bias", "momentum.bias", "keep.bias"]
