@@ -61,9 +61,8 @@ class TitansMixer(HeadMixer):
 
     def tokens(self, heads: Heads, scene: Scene) -> Tokens:
         """What the memory is written with."""
-        rate, momentum, keep = gates_of(self, heads)
-        q, k = unit(heads["q"]), unit(heads["k"])
-        return Tokens(q, *written(self, k, heads["v"], rate, momentum, keep), scene.starts_BT)
+        k, v, rate, momentum, keep = written(self, unit(heads["k"]), heads["v"], *gates_of(self, heads))
+        return Tokens(unit(heads["q"]), k, v, rate, momentum, keep, scene.starts_BT)
 
     def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
         """(T, B, D) -> (T, B, D), and the memory after the last token."""
