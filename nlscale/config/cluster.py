@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from nlscale.config.devices import DEVICES, device
-from nlscale.config.errors import require
+from nlscale.config.errors import positive, require
 
 WORD = re.compile(r"[\w.,:;@%/=+*&|()#\[\]-]*")  # what Slurm takes without quotes
 TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})")
@@ -70,10 +70,8 @@ class Cluster:
         least = ("least_free", "least_write", "least_gpu_memory")
         for name in ("watchdog", "lease", "gather", "gpus", "lead", *least):
             require(getattr(self, name) >= 0, f"cluster.{name}={getattr(self, name)} must not be negative")
-        for name in ("attempts", "failures", "skew", "write"):
-            require(getattr(self, name) > 0, f"cluster.{name}={getattr(self, name)} must be above 0")
-        for name in ("tasks", "cores"):
-            require(getattr(self, name) is None or getattr(self, name) > 0, f"cluster.{name} must be at least 1")
+        counts = ("attempts", "failures", "skew", "write", "tasks", "cores", "nproc", "threads", "timeout")
+        positive("cluster", **{name: getattr(self, name) for name in counts})
         for name in ("partition", "account", "quality", "constraint", "bind", "container"):
             self.check(f"cluster.{name}", getattr(self, name), WORD, "without spaces or quotes")
         for name in ("options", "mounts"):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nlscale.config.errors import require
+from nlscale.config.errors import positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,10 @@ class Data:
     def __post_init__(self) -> None:
         require(bool(self.path) != bool(self.streams), "data: give either data.path or data.streams")
         require(self.sequence >= 2, f"data.sequence={self.sequence} must be at least 2")
-        require(self.canonical_nodes >= 1, f"data.canonical_nodes={self.canonical_nodes} must be at least 1")
-        require(self.shuffle_block >= 1, f"data.shuffle_block={self.shuffle_block} must be at least 1")
-        require(self.workers >= 0, f"data.workers={self.workers} must not be negative")
+        counts = ("canonical_nodes", "shuffle_block", "vocabulary")
+        positive("data", **{name: getattr(self, name) for name in counts})
+        for name in ("workers", "shuffle_seed", "replay_batch"):
+            require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)} must not be negative")
         require(
             bool(self.replay) == (self.replay_batch > 0),
             f"data: replay needs both data.replay={self.replay} and data.replay_batch={self.replay_batch}",

@@ -1,6 +1,9 @@
 """What a run's end means to whoever started it: exit codes, and the one error that is the user's to mend."""
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from math import isfinite
+from typing import Any
 
 FINISHED = 0
 SAVED_ON_SIGNAL = 75
@@ -47,6 +50,24 @@ def require(condition: bool, message: str) -> None:
     """Raises UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+def positive(section: str, **values: float | Sequence[float] | None) -> None:
+    """Raises UserError unless all that are said are at least 1 (whole numbers) or above 0."""
+    for name, value in values.items():
+        for each in () if value is None else value if isinstance(value, Sequence) else (value,):
+            least = "at least 1" if isinstance(each, int) else "above 0"
+            require(each >= isinstance(each, int) and each > 0, f"{section}.{name}={each} must be {least}")
+
+
+def finite(section: Any, name: str = "") -> None:
+    """Raises UserError where a number of a section, or of a section in it, is none or has no end."""
+    for part in fields(section):
+        value, place = getattr(section, part.name), f"{name}{part.name}"
+        for each in value if isinstance(value, list) else [value]:
+            if is_dataclass(each):
+                finite(each, f"{place}.{getattr(each, 'name', '')}." if each is not value else f"{place}.")
+        require(not isinstance(value, float) or isfinite(value), f"{place}={value} must be a number that has an end")
 
 
 def nearest(value: int, multiple: int) -> str:

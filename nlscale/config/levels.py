@@ -41,6 +41,11 @@ class Level:
         require(self.period >= 1, f"levels.{self.name}.period={self.period} must be at least 1")
         require(self.inner >= 0, f"levels.{self.name}.inner={self.inner} must not be negative")
         require(
+            self.unit == "token" or self.inner == 1.0,
+            f"levels.{self.name}.inner={self.inner} is a factor on model.inner.lr, which a level with unit: step has not; "
+            "unit: token would work, or lr for the optimizer's",
+        )
+        require(
             self.unit == "step" or self.width > 0,
             f"levels.{self.name}.unit=token moves feed-forward units inside a sequence; width 0 has none",
         )

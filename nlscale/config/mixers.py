@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from nlscale.config.errors import divisors, require
+from nlscale.config.errors import divisors, nearest, positive, require
 
 if TYPE_CHECKING:
     from nlscale.config.model import Model
@@ -14,15 +14,6 @@ Shapes = dict[str, tuple[int, ...]]
 
 VECTORS, GATES = ("key", "value", "query"), ("rate", "keep")  # memories of self-modifying Titans that make these
 MEMORIES = (*VECTORS, *GATES, "main")
-
-
-def positive(section: str, **values: int | float) -> None:
-    """Raises UserError unless all are at least 1 (whole numbers) or above 0."""
-    for name, value in values.items():
-        least = 1 if isinstance(value, int) else 0
-        require(
-            value >= least and value > 0, f"{section}.{name}={value} must be {'at least 1' if least else 'above 0'}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +87,8 @@ class SelfModifying:
         makers = self.maker_chunk
         require(
             makers is None or (makers >= 1 and makers % self.chunk == 0),
-            f"model.self_modifying.maker_chunk={makers} must be a multiple of model.self_modifying.chunk={self.chunk}",
+            f"model.self_modifying.maker_chunk={makers} must be a multiple of model.self_modifying.chunk={self.chunk}; "
+            f"{nearest(makers or 0, self.chunk)} would work",
         )
         require(
             self.hidden is None or self.hidden >= 1, f"model.self_modifying.hidden={self.hidden} must be at least 1"
@@ -128,6 +120,10 @@ def chunk_of(model: "Model") -> tuple[str, int]:
 def check_chunks(model: "Model", tokens: int, ranks: int) -> None:
     """Raises UserError where chunks do not divide the tokens that one rank of `ranks` context-parallel ones walks along."""
     name, chunk = chunk_of(model)
+    require(
+        tokens % ranks == 0,
+        f"data.sequence={tokens} cannot be split over parallel.context={ranks} ranks; {nearest(tokens, ranks)} would work",
+    )
     own = tokens // ranks if model.mixer in ("linear", "delta") else tokens
     where = f" on each of parallel.context={ranks} ranks" if own != tokens else ""
     require(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nlscale.config.errors import divisors, nearest, require
+from nlscale.config.errors import divisors, nearest, positive, require
 from nlscale.config.inner import Inner
 from nlscale.config.mixers import MIXERS, Linear, SelfModifying, Titans
 
@@ -45,9 +45,8 @@ class Model:
 
     def __post_init__(self) -> None:
         require(self.mixer in MIXERS, f"model.mixer={self.mixer} is no mixer; choose one of {', '.join(MIXERS)}")
-        require(self.window is None or self.window >= 1, f"model.window={self.window} must be at least 1")
-        for name in ("layers", "width", "heads", "loops"):
-            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
+        counts = ("layers", "width", "heads", "loops", "window", "kv_heads", "hidden", "vocabulary", "base_width")
+        positive("model", **{name: getattr(self, name) for name in (*counts, "rope_base", "norm_eps", "init_std")})
         require(
             self.width % (2 * self.heads) == 0,
             f"model.width={self.width} must be a multiple of 2 x model.heads={2 * self.heads} (rotary halves of a head); "
@@ -60,9 +59,6 @@ class Model:
         require(
             self.linear.kernels == "own" or self.mixer == "delta",
             f"model.linear.kernels={self.linear.kernels} needs model.mixer=delta, not {self.mixer}; own would work",
-        )
-        require(
-            self.base_width is None or self.base_width >= 1, f"model.base_width={self.base_width} must be at least 1"
         )
         require(
             not (self.tied and self.base_width),

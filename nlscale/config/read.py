@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nlscale.config.errors import UserError, require
+from nlscale.config.errors import UserError, finite, require
 from nlscale.config.model import Model
 from nlscale.config.run import Run
 
@@ -46,6 +46,7 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
     except TypeError as error:  # OmegaConf's word for a mapping in the place of a list
         raise UserError(LEVELS_WHOLE if isinstance(said.get("levels"), DictConfig) else str(error)) from None
     assert isinstance(run, Run)
+    finite(run)
     return run
 
 

@@ -76,6 +76,11 @@ class Run:
         """What levels that move inside a row ask of everything else."""
         levels, model, parallel = token_levels(self.levels), self.model, self.parallel
         if not levels:
+            for name in ("shared", "layers"):
+                said = getattr(model.inner, name)
+                require(
+                    not said, f"model.inner.{name}={said} needs a level with unit: token, such as use.levels=inside"
+                )
             return
         chunk, slow = levels[0].period, levels[-1].period
         require(
@@ -84,8 +89,15 @@ class Run:
             f"{', '.join(str(d) for d in divisors(self.data.sequence)[-6:])} would work",
         )
         name, mixing = chunk_of(model)
-        require(chunk % mixing == 0, f"levels.{levels[0].name}.period={chunk} must be a multiple of {name}={mixing}")
-        require(slow <= self.data.sequence, f"levels.{levels[-1].name}.period={slow} is longer than a row")
+        require(
+            chunk % mixing == 0,
+            f"levels.{levels[0].name}.period={chunk} must be a multiple of {name}={mixing}; "
+            f"{nearest(chunk, mixing)} would work",
+        )
+        require(
+            slow <= self.data.sequence,
+            f"levels.{levels[-1].name}.period={slow} is longer than a row; data.sequence={slow} would work",
+        )
         count, held = model.inner.adaptive(model.layers), model.layers // parallel.stages
         require(
             count <= held,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from nlscale.config.errors import require
+from nlscale.config.errors import positive, require
 
 LIGER = ("norm", "rotary", "swiglu", "loss")
 
@@ -34,9 +34,9 @@ class Train:
     evaluate_rows: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "micro_batch"):
-            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
-        for name in ("evaluate_interval", "evaluate_rows", "spike", "compare"):
+        counts = ("steps", "global_batch", "micro_batch", "stop_at")
+        positive("train", **{name: getattr(self, name) for name in counts})
+        for name in ("evaluate_interval", "evaluate_rows", "spike", "compare", "seed"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
         for name in self.liger:
             require(name in LIGER, f"train.liger: liger-kernel is not asked for '{name}'; choose of {', '.join(LIGER)}")
@@ -87,7 +87,7 @@ class Log:
     peak_flops: float | None = None  # of one device at the run's precision; unset: by the device's name, or measured
 
     def __post_init__(self) -> None:
-        require(self.interval >= 1, f"log.interval={self.interval} must be at least 1")
+        positive("log", interval=self.interval, trace=self.trace, peak_flops=self.peak_flops)
         require(self.allocations >= 0, f"log.allocations={self.allocations} must not be negative, such as 100000")
 
 

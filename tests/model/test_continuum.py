@@ -1,5 +1,6 @@
 """The continuum as a block of ours, as the sum it stands for, and inside another Megatron program."""
 
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import pytest
@@ -9,10 +10,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.identity_op import IdentityOp
-from torch import Tensor
+from torch import Tensor, nn
 
+from nlscale.bench.plain import Layer, Plain
 from nlscale.config.levels import Levels
 from nlscale.config.parallel import Parallel
+from nlscale.config.run import Run
 from nlscale.model.continuum import continuum_spec
 from nlscale.model.count import flops_a_token, parameters
 from nlscale.model.hope import Hope
@@ -23,7 +26,7 @@ from nlscale.parallel.apply import parallelize, stages
 from nlscale.runtime.leaf import prefixed
 from nlscale.runtime.world import World, join
 from nlscale.testing import ranks
-from tests.tiny import tiny
+from tests.tiny import micro_batches, tiny
 
 
 def whole(*overrides: str) -> tuple[Hope, dict[str, Tensor], World]:
@@ -57,6 +60,84 @@ def by_levels(variant: str, activation: str) -> float:
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_i8_a_block_is_the_sum_of_its_levels(variant: str, activation: str) -> None:
     assert ranks(1, by_levels, variant, activation)[0] < 1e-12
+
+
+def deeper(run: Run, values: dict[str, Tensor]) -> Plain:
+    """Torch's Transformer with an MLP for each level after another: a layer whose attention gives nothing is its MLP."""
+    units = {level.name: size for level, size in zip(run.levels, (32, 16, 16), strict=True)}
+    plain = Plain(run.model, 16).double()
+    plain.layers = nn.ModuleList(
+        Layer(replace(run.model, hidden=size)) for _ in range(run.model.layers) for size in units.values()
+    ).double()
+    each = iter(plain.layers)
+    with torch.no_grad():
+        for place in range(run.model.layers):
+            mix = {name: values[f"blocks.{place}.mix.{name}.weight"] for name in ("norm", "q", "k", "v", "out")}
+            for turn, level in enumerate(units):
+                layer = next(each)
+                own = {
+                    n: values[f"blocks.{place}.continuum.{level}.{n}.weight"] for n in ("norm", "gate", "up", "down")
+                }
+                layer.norm1.weight.copy_(mix["norm"])
+                layer.qkv.weight.copy_(torch.cat([mix["q"], mix["k"], mix["v"]]))
+                layer.out.weight.copy_(mix["out"] * (turn == 0))
+                layer.norm2.weight.copy_(own["norm"])
+                layer.up.weight.copy_(torch.cat([own["gate"], own["up"]]))
+                layer.down.weight.copy_(own["down"].T)
+        plain.embed.weight.copy_(values["embed.weight"])
+        plain.norm.weight.copy_(values["norm.weight"])
+        plain.head.weight.copy_(values["head.weight"])
+    for module in plain.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.eps = run.model.norm_eps
+    return plain
+
+
+def chain_and_deeper() -> list[tuple[Tensor, Tensor]]:
+    """Loss, and gradients of embedding and head, of a chain of levels and of torch's Transformer."""
+    said = "model.variant=sequential", "model.attention=causal"
+    model, values, _ = whole(*said)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, value in values.items():
+            value.copy_(("norm" in name) + 0.3 * torch.randn_like(value))
+    tokens, targets = torch.randint(0, 128, (2, 2, 16))
+    loss = model(tokens, targets, torch.zeros_like(tokens, dtype=torch.bool)) / tokens.numel()
+    plain = deeper(tiny(*said), values)
+    other = plain(tokens, targets)
+    ours = torch.autograd.grad(loss, [model.embed.weight, model.head.weight])
+    theirs = torch.autograd.grad(other, [plain.embed.weight, plain.head.weight])
+    return [(loss.detach(), other.detach()), *zip(ours, theirs, strict=True)]
+
+
+def test_row_23_a_chain_of_levels_is_a_transformer_with_a_deeper_mlp() -> None:
+    for ours, theirs in ranks(1, chain_and_deeper)[0]:
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def parted() -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of a level, of its parts as levels, and of these when one has moved."""
+    levels = "levels=[{name: all, period: 1, width: 1.0}]"
+    model, one, world = whole(levels)
+    there = parallelize(tiny(), world, torch.float64)
+    other, three = there.chunks[0], {leaf.name: leaf.value for leaf in there.leaves}
+    with torch.no_grad():
+        for name, value in three.items():
+            level = name.split(".")[3] if ".continuum." in name and ".norm." not in name else ""
+            if not level:
+                value.copy_(one[name])
+                continue
+            first, last = {"fast": (0, 32), "slow": (32, 48), "long": (48, 64)}[level]
+            value.copy_(one[name.replace(f".{level}.", ".all.")][first:last])
+        (batch,) = micro_batches(tiny("train.global_batch=2"), 0, 0, 1)
+        found = [model(*batch), other(*batch)]
+        three["blocks.0.continuum.slow.down.weight"].mul_(1.1)
+        return found[0], found[1], other(*batch)
+
+
+def test_row_31_a_level_parted_into_levels_is_the_same_function_bit_for_bit() -> None:
+    one, three, moved = ranks(1, parted)[0]
+    assert torch.equal(one, three) and not torch.equal(one, moved)
 
 
 def one_level_parts() -> tuple[list[str], dict[str, int], int, float]:

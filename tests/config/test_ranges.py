@@ -1,0 +1,76 @@
+"""Every number of a config that makes no sense is refused before anything starts."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+
+from nlscale.config.errors import UserError, finite
+from nlscale.config.levels import Level
+from nlscale.config.read import read
+
+NONE = {"rate", "persistent", "recompute", "clip", "lr", "warmup", "workers", "shuffle_seed", "replay_batch", "beta1"}
+NONE |= {"weight_decay", "kappa", "offload", "slow_weight", "momentum", "second", "slow_momentum", "slow_gain", "delta"}
+NONE |= {"inner", "decay", "final", "seed", "spike", "compare", "evaluate_interval", "evaluate_rows", "keep", "beta2"}
+NONE |= {"allocations", "watchdog", "lease", "gather", "gpus", "least_free", "least_write", "least_gpu_memory", "lead"}
+NONE |= {"keep_every", "width", "anchor", "project", "replay"}  # may be 0
+SOME = {"optim.lr", "model.width", "model.self_modifying.keep"}  # whose namesakes may
+
+
+def numbers(section: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every key that holds a number, its section, and how -1 is said there."""
+    for part in fields(section):
+        value, kind = getattr(section, part.name), str(part.type)
+        if is_dataclass(value):
+            yield from numbers(value, f"{name}{part.name}.")
+        elif "int" in kind or "float" in kind:
+            least = -1.0 if "float" in kind else -1
+            yield f"{name}{part.name}", section, [least] if "list" in kind else least
+
+
+def accepted(key: str, section: Any, said: Any) -> bool:
+    name = key.rpartition(".")[2]
+    try:
+        finite(replace(section, **{name: said}))
+    except UserError as refusal:
+        assert name in str(refusal)
+        return False
+    return True
+
+
+KEYS = list(numbers(read("demo")))
+
+
+@pytest.mark.parametrize(("key", "section", "least"), KEYS, ids=[key for key, *_ in KEYS])
+def test_a_number_that_makes_no_sense_is_refused_by_name(key: str, section: Any, least: Any) -> None:
+    tried = [least, [0] if isinstance(least, list) else 0]
+    tried += [float(word) for word in ("nan", "inf", "-inf")] if isinstance(least, float) else []
+    found = [said for said in tried if accepted(key, section, said)]
+    assert found == ([0] if key.rpartition(".")[2] in NONE and key not in SOME else [])
+
+
+@pytest.mark.parametrize("key", [name for name, *_ in numbers(Level())])
+def test_a_number_of_a_level_that_makes_no_sense_is_refused_by_name(key: str) -> None:
+    for said in (-1, float("nan"), float("inf")):
+        assert not accepted(key, Level(), said)
+
+
+REFUSED = {
+    "model.inner.shared=true": "model.inner.shared=True needs a level with unit: token, such as use.levels=inside",
+    "model.inner.layers=2": "model.inner.layers=2 needs a level with unit: token",
+    "model.mixer=delta; parallel.context=3": "cannot be split over parallel.context=3 ranks; 255 or 258 would work",
+    "model.mixer=self_modifying; model.self_modifying.maker_chunk=96": "chunk=64; 64 or 128 would work",
+    "use.levels=inside; model.mixer=delta; model.linear.chunk=256": "must be a multiple of model.linear.chunk=256; 256 would",
+    "use.levels=inside; data.sequence=64": "is longer than a row; data.sequence=",
+    "levels=[{name: all, inner: 3.0}]": "levels.all.inner=3.0 is a factor on model.inner.lr",
+    "levels=[{name: all, lr: .inf}]": "levels.all.lr=inf must be a number that has an end",
+    "model.vocabulary=0": "model.vocabulary=0 must be at least 1",
+}
+
+
+@pytest.mark.parametrize("overrides", REFUSED)
+def test_what_does_not_fit_says_what_would_work(overrides: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        read("demo", overrides.split("; "))
+    assert REFUSED[overrides] in str(refusal.value)
