@@ -14,6 +14,13 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_divides(chunk: int, tokens: int) -> None:
+    """Raises ValueError, with chunks that would work, unless `chunk` divides the tokens."""
+    if tokens % chunk:
+        works = [str(size) for size in range(1, tokens + 1) if tokens % size == 0][-6:]
+        raise ValueError(f"{tokens} tokens are no multiple of the chunk of {chunk}; {', '.join(works)} would work")
+
+
 def check_dtypes(operator: str, allowed: Sequence[torch.dtype], **tensors: Tensor | None) -> None:
     """Raises ValueError where a tensor has another dtype than these."""
     for name, tensor in tensors.items():

@@ -61,7 +61,7 @@ REFUSED = {
     "model.inner.layers=2": "model.inner.layers=2 needs a level with unit: token",
     "model.mixer=delta; parallel.context=3": "cannot be split over parallel.context=3 ranks; 255 or 258 would work",
     "model.mixer=self_modifying; model.self_modifying.maker_chunk=96": "chunk=64; 64 or 128 would work",
-    "use.levels=inside; model.mixer=delta; model.linear.chunk=256": "must be a multiple of model.linear.chunk=256; 256 would",
+    "use.levels=inside; model.mixer=delta; model.linear.chunk=256": "a multiple of model.linear.chunk=256; 256 would",
     "use.levels=inside; data.sequence=64": "is longer than a row; data.sequence=",
     "levels=[{name: all, inner: 3.0}]": "levels.all.inner=3.0 is a factor on model.inner.lr",
     "levels=[{name: all, lr: .inf}]": "levels.all.lr=inf must be a number that has an end",

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nlscale_kernels.arguments import check_divides
 from nlscale_kernels.linear_memory.op import matrix_memory
 from nlscale_kernels.linear_memory.reference import Given, Scalars
 from nlscale_kernels.span import Span, span_of
@@ -33,10 +34,8 @@ class Tokens(NamedTuple):
 
     def count(self, size: int) -> int:
         """How many chunks; raises ValueError where their size does not divide the tokens."""
-        tokens = self.k.shape[2]
-        if tokens % size:
-            raise ValueError(f"{tokens} tokens are no multiple of the chunk of {size}")
-        return tokens // size
+        check_divides(size, self.k.shape[2])
+        return self.k.shape[2] // size
 
 
 @dataclass(frozen=True)

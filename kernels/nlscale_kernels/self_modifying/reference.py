@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nlscale_kernels.arguments import check_divides
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.recompute import recomputed
 from nlscale_kernels.self_modifying.parts import (
@@ -139,11 +140,9 @@ def self_modifying(
     `hand_on` false: nobody wants the state, the last chunk writes nothing and None is given. `recompute`: backward computes
     each chunk of the makers again, but for the solves.
     """
-    count, (outer, inner) = tokens.x.shape[2], chunks
-    if count % outer or outer % inner:
-        raise ValueError(
-            f"{count} tokens in chunks of {outer}, and those in chunks of {inner}: each must divide the one before"
-        )
+    outer, inner = chunks
+    check_divides(outer, tokens.x.shape[2])
+    check_divides(inner, outer)
     state = state or begin(initial.copied(tokens.x.shape[0]), tokens.log_momentum is not None)
     call: Caller = recomputed if recompute and torch.is_grad_enabled() else directly
     outputs, pieces = [], tokens.runs(outer)

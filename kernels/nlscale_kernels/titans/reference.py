@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nlscale_kernels.arguments import check_divides
 from nlscale_kernels.mlp_memory import Net, Step, gathered, moved, read
 from nlscale_kernels.recompute import recomputed
 from nlscale_kernels.span import Span, anchored, filtered, span_of
@@ -99,8 +100,7 @@ def titans(
     piece; 0: none.
     """
     count = tokens.k.shape[2]
-    if count % chunk:
-        raise ValueError(f"{count} tokens are no multiple of the chunk of {chunk}")
+    check_divides(chunk, count)
 
     def run(piece: Tokens, memory: Memory, initial: Net) -> tuple[Tensor, Memory]:
         outputs = []
