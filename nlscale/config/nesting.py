@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from nlscale.config.levels import Level, level_of, token_levels
+from nlscale.config.levels import level_of, token_levels
 from nlscale.config.mixers import chunk_of
 from nlscale.config.optim import STATES
 from nlscale.config.run import Run
@@ -69,7 +69,19 @@ def nesting(given: Sequence[Learner]) -> list[set[str]]:
     return [{name for name, place in places.items() if place == each} for each in sorted(set(places.values()))]
 
 
-def belongs(key: str, levels: Sequence[Level]) -> tuple[str, int, str]:
-    """(level, period, unit) of a stored tensor: weights, moments, windows and states by their keys in a checkpoint."""
-    level = level_of(key.rsplit("/", 1)[-1], levels)
-    return level.name, level.period, level.unit
+def belongs(key: str, run: Run) -> tuple[str, int, str]:
+    """(learner, period, unit) of a stored tensor: weights, moments, windows and memories by their keys in a checkpoint."""
+    name = key.rsplit("/", 1)[-1]
+    if not key.startswith("memories/"):
+        level = level_of(name, run.levels)
+        return level.name, level.steps, "step"
+    _, _, part, *rest = name.split(".")
+    if part == "continuum":
+        copies = {level.name: level.period for level in token_levels(run.levels)}
+        return f"{rest[0]}.copy", copies[rest[0]], "token"
+    if "tail" in rest:
+        return "convolution", 1, "token"
+    if run.model.mixer == "self_modifying":
+        settings, main = run.model.self_modifying, "main" in rest
+        return ("memory.main", settings.chunk, "token") if main else ("memory.makers", settings.makers, "token")
+    return "memory", 1 if run.model.mixer in ("linear", "delta") else chunk_of(run.model)[1], "token"

@@ -79,7 +79,8 @@ def test_the_login_node_knows_the_models_parameters(overrides: list[str]) -> Non
 
 
 def test_a_match_moves_parameters_to_its_level() -> None:
-    levels = tiny(TWO % ", {name: late, period: 8, width: 0, match: ['blocks.3.mix.*', head.weight]}").levels
+    run = tiny(TWO % ", {name: late, period: 8, width: 0, match: ['blocks.3.mix.*', head.weight]}")
+    levels = run.levels
     table = {
         "blocks.3.mix.q.weight": "late",
         "blocks.2.mix.q.weight": "fast",
@@ -89,8 +90,8 @@ def test_a_match_moves_parameters_to_its_level() -> None:
         "blocks.0.continuum.gains": "late",
     }
     assert {name: level_of(name, levels).name for name in table} == table
-    assert belongs("moments.first/blocks.3.mix.q.weight", levels) == ("late", 8, "step")
-    assert belongs("windows/1/0/blocks.3.continuum.slow.up.weight", levels) == ("slow", 4, "step")
+    assert belongs("moments.first/blocks.3.mix.q.weight", run) == ("late", 8, "step")
+    assert belongs("windows/1/0/blocks.3.continuum.slow.up.weight", run) == ("slow", 4, "step")
 
 
 def test_phases_are_a_pure_function_of_layer_and_step() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from nlscale.config.data import Data
 from nlscale.config.errors import UserError
+from nlscale.config.nesting import belongs
 from nlscale.config.run import Run
 from nlscale.data.card import load_card
 from nlscale.data.loader import Loader
@@ -17,6 +18,7 @@ from nlscale.runtime.folder import Folder, read_lines
 from nlscale.runtime.world import join
 from nlscale.testing import ranks
 from nlscale.train.loop import train
+from nlscale.train.memories import named
 from tests.corpus import small_run
 from tests.exact import exact_loss
 from tests.records import losses
@@ -84,6 +86,31 @@ def summed_losses(run: Run, steps: int) -> torch.Tensor:
         step = [tuple(part[:, first : first + size] for part in batch) for batch in whole]
         total += model.forward_backward(step, True)[:2]  # type: ignore[arg-type]
     return total if world.last_stage and world.tensor_rank == 0 else torch.zeros_like(total)
+
+
+def owners(run: Run) -> set[tuple[str, int, str]]:
+    """Of every tensor that a stage hands on, by its key in a checkpoint."""
+    world = join(run.parallel, run.cluster, 0)
+    (carried,) = parallelize(run, world).carried
+    return {belongs(f"memories/{name}", run) for name, *_ in named(carried, carried.open()[0])}
+
+
+OWNERS = {
+    "delta": {("memory", 1, "token")},
+    "titans_mac": {("memory", 4, "token")},
+    "titans_mal": {("memory", 4, "token")},
+    "self_modifying": {("memory.main", 2, "token"), ("memory.makers", 4, "token")},
+    "attention": set(),
+}
+
+
+@pytest.mark.parametrize("mixer", OWNERS)
+def test_row_10_every_state_is_of_a_learner_with_a_period_of_tokens(mixer: str) -> None:
+    tail = {("convolution", 1, "token")} if mixer not in ("titans_mac", "attention") else set()
+    run = tiny(*SEEN, *NEVER, QUICK, f"model.mixer={mixer}", "model.inner.form=whole")
+    assert ranks(1, owners, run)[0] == OWNERS[mixer] | tail | {("quick.copy", 8, "token")}
+    assert belongs("weights/blocks.1.continuum.quick.up.weight", run) == ("quick", 1, "step")
+    assert belongs("windows/1/0/blocks.1.continuum.slow.up.weight", run) == ("slow", 4, "step")
 
 
 def place(world) -> tuple[int, int]:  # noqa: ANN001
