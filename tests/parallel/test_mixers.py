@@ -1,12 +1,19 @@
 """Every mixer on every layout, context parallelism included: loss and gradients equal those of one process."""
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nlscale.config.run import Run
+from nlscale.parallel.apply import parallelize
+from nlscale.runtime.world import join
 from nlscale.testing import ranks
 from tests.parallel.test_equal import gradients
 from tests.sampled import sampled
-from tests.tiny import tiny
+from tests.tiny import micro_batches, tiny
 from tests.whole import assemble
 
 SMALL = [
@@ -78,3 +85,44 @@ def test_layout_equals_one_process(one: dict, mixer: str, layout: str) -> None:
     for name, grad in expected.items():
         assert grad.norm() > 0, name
         assert (actual[name] - grad).norm() <= 1e-11 * grad.norm(), name
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what goes through a process group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[function._schema.name] += function.namespace == "c10d"
+        return function(*args, **(kwargs or {}))
+
+
+def collectives(run: Run) -> Counter[str]:
+    """Of the forward and backward pass of a micro-batch."""
+    world = join(run.parallel, run.cluster, 0)
+    model = parallelize(run, world, torch.float64)
+    with Collectives() as counted:
+        model.forward_backward(micro_batches(run, 0, 0, 1)[:1], True)
+    return +counted.seen
+
+
+WRITES = {
+    "titans": ("model.titans.chunk=2", "model.titans.chunk=16"),
+    "titans_mac": ("model.titans.chunk=2", "model.titans.chunk=16"),
+    "self_modifying": ("model.self_modifying.maker_chunk=4", "model.self_modifying.maker_chunk=16"),
+    "delta": ("model.linear.chunk=2", "model.linear.chunk=8"),
+}
+
+
+@pytest.mark.parametrize("layout", ["tensor", "context"])
+@pytest.mark.parametrize("mixer", WRITES)
+def test_a_memory_writes_without_a_collective(mixer: str, layout: str) -> None:
+    """Several more writes a row, and not one more collective; under tensor parallelism as many as attention has."""
+    said = [*SMALL, *MIXERS[mixer], *LAYOUTS[layout][1]]
+    often, seldom = (ranks(2, collectives, tiny(*said, chunk))[0] for chunk in WRITES[mixer])
+    assert often == seldom and often.total() > 0
+    if layout == "tensor":
+        attention = ranks(2, collectives, tiny(*SMALL, *MIXERS["attention"], *LAYOUTS[layout][1]))[0]
+        assert often == attention
