@@ -57,9 +57,11 @@ OUT ?= gpu
 gpu: $(if $(BARE),,$(VENV)/tested)
 	tests/gpu/all.sh "$(or $(BARE),$(BIN)/python)" "$(OUT)"
 
-# Speed, MFU and memory of the ladder's small sizes on one GPU, compiled and not: 24 runs, a quarter of an hour or so.
+# Speed, MFU and memory of the ladder's small sizes on one GPU, compiled and not: 24 runs, a quarter of an hour or so. The figures
+# are written to OUT/ladder.json after each, and the table of README is printed at the end.
 ladder: $(VENV)/tested
-	$(BIN)/nlscale bench ladder
+	mkdir -p $(OUT)
+	$(BIN)/nlscale bench ladder --json $(OUT)/ladder.json
 
 # Machine code for more GPUs and by more versions of Triton than `make test` compiles.
 TRITONS := 3.6.0 3.8.0 3.9.0

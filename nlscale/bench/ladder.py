@@ -5,14 +5,15 @@ random rows of 4,096 tokens, the micro-batch of the shipped layout for one GPU.
 """
 
 from dataclasses import dataclass, replace
-from statistics import median
+from datetime import UTC, datetime
+from math import nan
 from time import perf_counter
 
 import torch
 
 from nlscale.bench.memory import predicted
 from nlscale.bench.rows import random_rows
-from nlscale.bench.table import Row, gpu_here, show, within
+from nlscale.bench.table import Row, gpu_here, show, within, write
 from nlscale.config.errors import UserError, require
 from nlscale.config.read import read
 from nlscale.config.run import Run
@@ -23,11 +24,11 @@ from nlscale.runtime.world import join
 from nlscale.testing import ranks
 from nlscale.train.peak import peak_bytes, peak_flops
 
-SIZES = ("125m", "350m", "760m", "1.3b")
+SIZES = ("1.3b", "125m", "350m", "760m")  # those with targets first: time may run out
 VARIANTS = ("plain", "hope-attention", "hope")
 TARGETS = {("125m", "plain"): 0.45, ("350m", "plain"): 0.45, ("1.3b", "plain"): 0.55}  # MFU on an H100 or H200
 OVER_PLAIN = {"hope-attention": 1 / 0.98, "hope": 1.5}  # seconds of a step, over the plain one's
-WARM, STEPS = 3, 8
+WARM, STEPS = 4, 16  # every residue of levels that move every 1, 4 and 16 steps; 64 and 512 do not move
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,18 @@ def configure(size: str, variant: str, compiled: bool) -> Run:
 
 
 def measured(run: Run) -> Figures:
-    """Median of STEPS steps of this rank; the last level does not move in them."""
+    """Means of STEPS steps of this rank."""
     world = join(run.parallel, run.cluster, run.train.seed, 0)
     model = parallelize(run, world)
     optimizer = build_optimizer(run, model.leaves, world)
     optimizer.await_in(model.modules)
-    rows, seconds = random_rows(run, run.train.global_batch // run.train.micro_batch, world.device), []
+    rows, began = random_rows(run, run.train.global_batch // run.train.micro_batch, world.device), 0.0
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in range(1, WARM + STEPS + 1):
-        began = perf_counter()
         optimizer.step(step, model.forward_backward(rows, True)[2])  # its end reads norms: the host waits for the step
-        if step > WARM:
-            seconds.append(perf_counter() - began)
-    speed = run.train.global_batch * run.data.sequence / median(seconds)
+        began = perf_counter() if step == WARM else began
+    speed = STEPS * run.train.global_batch * run.data.sequence / (perf_counter() - began)
     peak, _ = peak_flops(run.log.peak_flops, PRECISIONS[run.train.precision], world.device)
     return Figures(speed, speed * flops_a_token(run.model, run.levels, run.data.sequence) / peak, peak_bytes())
 
@@ -89,27 +88,48 @@ def rows_of(name: str, found: Figures, target: float | None, plain: Figures | No
     return [*table, Row(f"{name}: peak memory", found.peak_bytes / 2**30, "GiB", None, None, "-", True)]
 
 
+def tried(size: str, variant: str, compiled: bool, plain: Figures | None) -> tuple[Figures | None, list[Row]]:
+    """One configuration's figures and rows; a row that misses where it cannot run."""
+    name, run = f"{size}-{variant}{', compiled' if compiled else ''}", configure(size, variant, compiled)
+    try:
+        (found,) = ranks(1, measured, run, timeout=600)
+        # a plan is of the eager model: what a compiler keeps, it does not know
+        planned = None if compiled else ranks(1, predicted, run, 1, timeout=600)[0][0]
+    except (RuntimeError, UserError) as error:
+        print(f"{name}: {str(error).splitlines()[-1]}", flush=True)
+        return None, [Row(f"{name}: failed", nan, "-", None, None, "runs", False)]
+    rows = rows_of(name, found, TARGETS.get((size, variant)), plain, OVER_PLAIN.get(variant))
+    if planned:
+        rows.append(within(f"{name}: memory / plan", found.peak_bytes / 2**30, "GiB", planned / 2**30, 0.05))
+    return found, rows
+
+
+def readme(found: dict[tuple[str, str, bool], Figures | None], device: str) -> list[str]:
+    """The README's table: a line a size and variant."""
+    lines = ["| one GPU, bf16 | tokens/s, MFU, peak GiB | with torch.compile | measured on |", "|---|---|---|---|"]
+    for size, variant in dict.fromkeys(key[:2] for key in found):
+        each = [found.get((size, variant, compiled)) for compiled in (False, True)]
+        said = [
+            f"{one.tokens_per_second:,.0f}, {one.mfu:.1%}, {one.peak_bytes / 2**30:.1f}" if one else "not measured"
+            for one in each
+        ]
+        lines.append(f"| {size}-{variant} | {' | '.join(said)} | {device if any(each) else '-'} |")
+    return lines
+
+
 def main(target: str | None) -> int:
-    """Prints the table; raises UserError without a GPU."""
+    """Prints the table, written after each configuration; raises UserError without a GPU."""
     require(gpu_here(), "bench ladder measures a GPU, and there is none here; `nlscale plan` estimates one")
     table: list[Row] = []
+    found: dict[tuple[str, str, bool], Figures | None] = {}
     for size in SIZES:
         for compiled in (False, True):
-            plain: Figures | None = None
             for variant in VARIANTS:
-                name = f"{size}-{variant}{', compiled' if compiled else ''}"
-                try:
-                    (found,) = ranks(1, measured, configure(size, variant, compiled), timeout=600)
-                except (RuntimeError, UserError) as error:
-                    print(f"{name}: {str(error).splitlines()[-1]}")
-                    continue
-                if not compiled:  # a plan is of the eager model: what a compiler keeps, it does not know
-                    (expected,) = ranks(1, predicted, configure(size, variant, False), 1, timeout=600)
-                    planned = expected[0] / 2**30
-                    table.append(within(f"{name}: memory / plan", found.peak_bytes / 2**30, "GiB", planned, 0.05))
-                table += rows_of(name, found, TARGETS.get((size, variant)), plain, OVER_PLAIN.get(variant))
-                print(f"{name}: {found}", flush=True)  # what stands where the time runs out
-                plain = plain or (found if variant == "plain" else None)
-    return show(
-        f"one {torch.cuda.get_device_name()}, torch {torch.__version__}, median of {STEPS} steps", table, target
-    )
+                plain = found.get((size, "plain", compiled))
+                found[size, variant, compiled], rows = tried(size, variant, compiled, plain)
+                table += rows
+                if target:
+                    write(table, target)  # what stands where the time runs out
+    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}"
+    print("\n".join(readme(found, device)))
+    return show(f"{device}, mean of {STEPS} steps", table, target)

@@ -98,15 +98,20 @@ def show(title: str, rows: Sequence[Row], target: str | None) -> int:
         mark = "MISSED" if not row.ok else "ok" if row.target != "-" else ""
         print(f"{row.name:{wide}s} {row.value:12.5g} {baseline} {ratio} {row.target:>10s}  {mark:6s}  ({row.unit})")
     if target:
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "gpu": torch.cuda.get_device_name() if gpu_here() else None,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        installed = {each.metadata["Name"]: each.version for each in metadata.distributions()}
-        versions = {name: installed.get(name, "not installed") for name in PACKAGES}
-        record = {"rows": [asdict(row) for row in rows], "machine": machine, "versions": versions}
-        Path(target).write_text(json.dumps(record, indent=1) + "\n")
+        write(rows, target)
     return 0 if all(row.ok for row in rows) else 1
+
+
+def write(rows: Sequence[Row], target: str) -> None:
+    """The rows as JSON, with the machine, the date and the versions of what ran."""
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "gpu": torch.cuda.get_device_name() if gpu_here() else None,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    installed = {each.metadata["Name"]: each.version for each in metadata.distributions()}
+    versions = {name: installed.get(name, "not installed") for name in PACKAGES}
+    record = {"rows": [asdict(row) for row in rows], "machine": machine, "versions": versions}
+    Path(target).write_text(json.dumps(record, indent=1) + "\n")

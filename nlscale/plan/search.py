@@ -142,7 +142,7 @@ def candidates(run: Run, gpus: int, device: Device, tried: Sequence[int]) -> Ite
 def variants(run: Run, parallel: Parallel, micro: int) -> Iterator[Run]:
     """A layout as runs that nobody has checked yet; each but the first may save memory, at the price of time."""
     slow = sorted({level.steps for level in run.levels if level.steps >= 16})
-    for recompute, offload, reduce in itertools.product(RECOMPUTE, (0, *slow[:1]), get_args(Reduce)):
+    for offload, recompute, reduce in itertools.product((0, *slow[:1], 1), RECOMPUTE, get_args(Reduce)):
         made = copy(run)  # checked as a whole where it is reported: the check takes longer than the estimate
         optim = replace(run.optim, reduce=reduce, offload=offload)
         train = replace(run.train, micro_batch=micro, recompute=recompute)

@@ -25,7 +25,9 @@ COUNTS = (1, 8, 64, 512, 1024)
 CLASSES = ("h100", "h200")
 ENOUGH = 0.7
 MARGIN = 0.9
-LEAST = 14  # bytes a parameter, over all GPUs, below which nothing fits: weights, masters, moments
+LEAST = (
+    6  # bytes a parameter, over all GPUs, below which nothing fits: weights and windows; all else may be on the host
+)
 DOUBLINGS = 7
 TRIED = 40  # layouts, until one fits the control, too
 BETTER = 0.03
@@ -79,11 +81,12 @@ def fastest(recipe: str, rows: int, gpus: int, on: Device) -> Choice | None:
 
 
 def control_fits(recipe: str, choice: Choice, on: Device) -> bool:
-    """Whether a layout of HOPE-Attention is one of the control, too, which has no slow levels to keep elsewhere."""
+    """Whether a layout of HOPE-Attention is one of the control, too, which has no slow levels alone to keep elsewhere."""
     if not recipe.endswith("hope-attention"):
         return True
     run, made = choice.run, plain(recipe.removesuffix("-hope-attention"))
-    made = replace(made, parallel=run.parallel, train=run.train, optim=replace(made.optim, reduce=run.optim.reduce))
+    optim = replace(made.optim, reduce=run.optim.reduce, offload=run.optim.offload == 1)
+    made = replace(made, parallel=run.parallel, train=run.train, optim=optim)
     found = assessed(made, choice.gpus, on)
     return found is not None and found.fits(on)
 

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Iterator
@@ -79,15 +80,22 @@ def check(options: argparse.Namespace) -> int:
 
 
 def replicas_on(run: Run, world: int, gpu: str, options: argparse.Namespace) -> int:
-    """Data-parallel degree; where the world does not fit, the error also names the tables that have a layout for it."""
+    """Data-parallel degree; where the world does not fit, the error also names tables that have a layout for this model."""
     try:
         return replicas(run, world)
     except UserError as error:
         tables = tables_for(options.recipe, options.overrides)
-        exact = [name for name in tables if name.endswith(f"-{world}") and name.startswith(gpu)]
-        some = exact or [name for name in tables if name.startswith(gpu)] or tables
-        hint = f"; use.layout={' or '.join(some)} has a layout for this model" if some else ""
-        raise UserError(f"{error}{hint}") from None
+        some = [name for name in tables if name.startswith(gpu)] or tables
+        exact, counts = (
+            [name for name in some if name.endswith(f"-{world}")],
+            {int(name.split("-")[1]) for name in some},
+        )
+        if exact and not any(f"use.layout={name}" in options.overrides for name in exact):
+            raise UserError(f"{error}; use.layout={' or '.join(exact)} has a layout for it") from None
+        if exact or not counts:
+            raise
+        there = ", ".join(f"{count:,}" for count in sorted(counts))
+        raise UserError(f"{error}; this model has layouts for {there} GPUs (use.layout)") from None
 
 
 def show_levels(run: Run) -> None:
@@ -229,8 +237,11 @@ def plan(options: argparse.Namespace) -> int:
     found["checkpoint"] = checkpoint_bytes(run, options.gpus)
     print(text(run, found, on))
     print(f"\ncheckpoint   {found['checkpoint'] / GIB:.1f} GiB")
-    if not any(each["fits"] for each in found["layouts"]):
+    if not found["fits"] and not any(each["fits"] for each in found["layouts"]):
         print(remedy(run, options.gpus, on, ROOM * on.memory))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    found["took"] = {"seconds": used.ru_utime + used.ru_stime, "bytes": 1024 * used.ru_maxrss}
+    print(f"planned      in {found['took']['seconds']:.0f} s of a core and {found['took']['bytes'] / GIB:.1f} GiB")
     if missing:
         print(f"\n{missing}")
     if options.json:

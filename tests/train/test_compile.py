@@ -1,12 +1,18 @@
 """Blocks through torch.compile compute what they compute without; the bench of the ladder measures what it says."""
 
+import json
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nlscale.bench import ladder
 from nlscale.bench.ladder import Figures, measured, rows_of
 from nlscale.config.errors import UserError
+from nlscale.config.read import read
+from nlscale.config.run import Run
 from nlscale.parallel import apply
 from nlscale.testing import ranks
 from tests.optim.driver import built, usual
@@ -73,6 +79,40 @@ def test_the_ladder_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ladder.torch.cuda.is_available():
         with pytest.raises(UserError, match="bench ladder measures a GPU"):
             ladder.main(None)
+
+
+def test_the_ladder_goes_on_where_a_size_fails_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By doubles of the GPU and of what is measured there: what stands is on disk after each, and a failure is a miss."""
+    target = tmp_path / "ladder.json"
+
+    def run_on(count: int, function: Any, run: Run, *rest: Any, **options: Any) -> list[Any]:
+        if function is not measured:
+            return [(2.0**31, 0)]
+        if run.train.compile == "block" and run.model.width == read("1.3b-plain").model.width:
+            assert len(json.loads(target.read_text())["rows"]) >= 9, "what was measured before"
+            raise RuntimeError("1 ranks ended with 1\nCUDA out of memory")
+        return [Figures(1000.0, 0.6, 2**31)]
+
+    monkeypatch.setattr(ladder, "gpu_here", lambda: True)
+    monkeypatch.setattr(ladder, "ranks", run_on)
+    monkeypatch.setattr(ladder.torch.cuda, "get_device_name", lambda: "a double")
+    assert ladder.main(str(target)) == 1
+    said, rows = capsys.readouterr().out, json.loads(target.read_text())["rows"]
+    assert [row["name"] for row in rows if not row["ok"]] == [
+        f"1.3b-{variant}, compiled: failed" for variant in ladder.VARIANTS
+    ]
+    assert "1.3b-plain, compiled: CUDA out of memory" in said
+    day = f"{datetime.now(UTC):%Y-%m-%d}"
+    assert f"| 1.3b-plain | 1,000, 60.0%, 2.0 | not measured | a double, torch {torch.__version__}, {day} |" in said
+    assert f"| 125m-hope | 1,000, 60.0%, 2.0 | 1,000, 60.0%, 2.0 | a double, torch {torch.__version__}, {day} |" in said
+
+
+def test_readme_has_a_row_for_everything_that_the_ladder_measures() -> None:
+    told = Path("README.md").read_text()
+    head, _, *rows = ladder.readme({(s, v, c): None for s in ladder.SIZES for v in ladder.VARIANTS for c in (0, 1)}, "")
+    assert head in told and len(rows) == 12 and all(f"\n{row[: row.index('|', 2)]}|" in told for row in rows)
 
 
 def test_targets_are_held() -> None:
