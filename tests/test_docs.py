@@ -51,6 +51,33 @@ CONCRETE = sorted(
         if said.startswith("nlscale ") and not PLACEHOLDER.search(said) and (len(said.split()) > 2 or "status" in said)
     }
 )
+FILL = {
+    "RUN": "told",
+    "DIR": "corpora/stdlib",
+    "FILES": "in",
+    "SOURCE": "in",
+    "FILE": "one.safetensors",
+}
+FILL |= {"NAME": "h100", "N": "1"}
+QUEUED = ("cancel", "submit", "bench")  # tests/slurm runs the first two; benches are looked at one by one below
+
+
+def filled(said: str) -> Iterator[str]:
+    """A command with names for its placeholders and without its options; each of several verbs."""
+    plain = re.sub(r"\[[^\]]*\]|\.\.\.", "", said).replace("--out DIR", "--out made")
+    several = re.match(r"(nlscale \w+) (\w+) / (\w+) (.*)", plain)
+    for each in [f"{several[1]} {verb} {several[4]}" for verb in several.group(2, 3)] if several else [plain]:
+        recipe = "125m-hope-attention" if each.startswith("nlscale plan") else "demo"
+        yield " ".join({**FILL, "RECIPE": recipe}.get(word, word) for word in each.split())
+
+
+FILLED = {
+    each
+    for _, said in ALL
+    if said.startswith("nlscale ") and PLACEHOLDER.search(said) and said.split()[1] not in QUEUED
+    if "bpe:32768" not in said  # more words than the tests' corpus has
+    for each in filled(said)
+}
 
 
 def headings(page: Path) -> set[str]:
@@ -149,7 +176,19 @@ def somewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("said", CONCRETE)
+MADE = sorted({said for _, said in ALL if said.startswith("make ")})
+
+
+@pytest.mark.parametrize("said", MADE)
+def test_targets_of_make_resolve(said: str) -> None:
+    """To commands, with all that they need; `.ci/run` runs the first two."""
+    done = subprocess.run(
+        ["make", "--dry-run", *shlex.split(said)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and len(done.stdout.splitlines()) >= 1, done.stderr
+
+
+@pytest.mark.parametrize("said", sorted({*CONCRETE, *FILLED}))
 def test_commands_run(said: str, somewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by itself, from a folder with the demo's corpus: training for one step, submissions without sending them."""
     monkeypatch.chdir(somewhere)
@@ -169,7 +208,11 @@ def test_commands_run(said: str, somewhere: Path, monkeypatch: pytest.MonkeyPatc
         )
         assert done.returncode == 0, done.stderr
         return
-    if words[0] in ("status", "plot") and "--levels" not in words:
+    if (
+        words[0] in ("status", "plot", "logs", "checkpoint")
+        and "--levels" not in words
+        and not Path("runs/told").exists()
+    ):
         with contextlib.redirect_stdout(io.StringIO()):
             main(["train", "demo", "run.name=told", "parallel.tensor=1", "--nproc", "1", *quick])
     with contextlib.redirect_stdout(io.StringIO()) as heard:
