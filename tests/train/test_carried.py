@@ -118,11 +118,17 @@ def place(world) -> tuple[int, int]:  # noqa: ANN001
 
 
 SEEN = [*CHUNKS, "train.global_batch=4", "train.micro_batch=2"]
+ALONE = [
+    "model.window=1",
+    "model.titans.persistent=0",
+]  # attention, which sees its own row from its begin, hears nothing
 MIXERS = {
     "linear": ["model.mixer=linear"],
     "delta": ["model.mixer=delta"],
     "titans": ["model.mixer=titans"],
     "titans_mac": ["model.mixer=titans_mac"],
+    "titans_mag": ["model.mixer=titans_mag", *ALONE],
+    "titans_mal": ["model.mixer=titans_mal", *ALONE],
     "self_modifying": ["model.mixer=self_modifying"],
     "delta-loops": ["model.mixer=delta", "model.loops=2"],
     "delta-in-sequence": ["model.mixer=delta", QUICK, "model.inner.form=whole", "model.inner.lr=0.5"],
@@ -145,7 +151,9 @@ EXCEPT = {("delta-loops", "pipeline")}
 EXCEPT |= {("self_modifying-shared", layout) for layout in ("pipeline", "context", "data")}
 
 
-@pytest.mark.parametrize("mixer", sampled(MIXERS, ("linear", "titans", "delta-loops", "self_modifying-shared")))
+@pytest.mark.parametrize(
+    "mixer", sampled(MIXERS, ("linear", "titans", "titans_mal", "delta-loops", "self_modifying-shared"))
+)
 def test_two_rows_are_one_long_row_at_every_layout(mixer: str) -> None:
     said = [*SEEN, *MIXERS[mixer]]
     long = ranks(1, summed_losses, tiny(*said, "data.sequence=32"), 1)[0]
