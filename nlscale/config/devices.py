@@ -18,6 +18,12 @@ class Device:
     network: float  # to another node, one way, its share
     host: float = 50e9  # to the host's memory, one way
     node: int = 8  # GPUs of a node
+    beside: float = 250e9  # memory of the host, its share: 2 TB of a node of eight
+
+    @property
+    def host_room(self) -> float:
+        """Bytes that may lie in host memory between saves: while one is written, as much again is copied there."""
+        return ROOM * self.beside / 2
 
 
 MIB = 2**20

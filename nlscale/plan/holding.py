@@ -219,6 +219,11 @@ class Holding:
         """Resident bytes of the rank that holds most: the first stage has most in flight, the last one the loss."""
         return max(self.memory(rank).resident for rank in {0, self.run.parallel.pipeline - 1})
 
+    @property
+    def beside(self) -> float:
+        """Bytes in host memory of the rank that holds most there."""
+        return max(self.memory(rank).host for rank in {0, self.run.parallel.pipeline - 1})
+
     def mean(self, weighs: Callable[[Level], float]) -> float:
         """Parameters of a rank, each counted by its level, the mean over stages."""
         by_name = {level.name: weighs(level) for level in self.run.levels}

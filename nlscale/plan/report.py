@@ -30,7 +30,7 @@ def figures(run: Run, gpus: int, device: Device, stages: Sequence[Stage], choice
     mixing = 3.0 * run.model.layers * run.model.loops * FLOPS[run.model.mixer](run.model, run.data.sequence)
     mean, peak = in_all(busiest)
     control = replace(run.model, mixer="attention")  # whose parameters decide what all recipes of a size train with
-    largest = max(stage.resident for stage in stages)
+    largest, beside = max(stage.resident for stage in stages), max(stage.memory.host for stage in stages)
     return {
         "run": run.run.name,
         "gpus": gpus,
@@ -43,8 +43,9 @@ def figures(run: Run, gpus: int, device: Device, stages: Sequence[Stage], choice
                     "resident": stage.resident, "in_flight": stage.flying,
                     "twice": estimate.width * estimate.sliced(),
                     "activations_by_formula": by_policy(run, gpus, stage.index)} for stage in stages],
-        "fits": largest <= ROOM * device.memory,
+        "fits": largest <= ROOM * device.memory and beside <= device.host_room,
         "over": largest - ROOM * device.memory,
+        "over_host": beside - device.host_room,
         "bubble": times.bubble / times.step,
         "times": asdict(times),
         "step_seconds": times.step,
@@ -172,13 +173,17 @@ def memory(plan: Values, device: Device) -> list[str]:
     first = plan["memory"][0]["activations_by_formula"]
     said = ", ".join(f"recompute={policy} {size / GIB:.2f}" for policy, size in first.items())
     lines.append("resident: what is held, and activations or what moves, whichever is more; host memory is beside it")
+    if any(stage["host"] for stage in plan["memory"]):
+        room = f"up to {device.host_room / GIB:.0f} of {device.beside / GIB:.0f} GiB a GPU can be used"
+        lines.append(f"host memory: {room}, as a save copies as much there again")
     lines.append(f"activations of stage 0 by formula: {said}")
     if (twice := plan["memory"][0]["twice"]) >= 0.005 * GIB:
         lines.append(
             f"{twice / GIB:.2f} of its weights lie twice: where they are gathered, and in a fused product's weight"
         )
-    if not plan["fits"]:
-        lines.append(f"does not fit: {plan['over'] / GIB:.1f} GiB too much")
+    for over, where in ((plan["over"], ""), (plan["over_host"], " in host memory")):
+        if over > 0:
+            lines.append(f"does not fit: {over / GIB:.1f} GiB too much{where}")
     return lines
 
 

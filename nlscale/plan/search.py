@@ -28,6 +28,7 @@ class Choice:
     run: Run
     gpus: int
     resident: float  # bytes, of the stage that holds most
+    host: float  # bytes in host memory, of the same
     times: Times
     mfu: float
 
@@ -37,8 +38,8 @@ class Choice:
         return self.run.parallel.ranks * self.run.parallel.virtual_pipeline
 
     def fits(self, device: Device) -> bool:
-        """Whether the memory of every GPU is enough."""
-        return self.resident <= ROOM * device.memory
+        """Whether the memory of every GPU is enough, and that beside it."""
+        return self.resident <= ROOM * device.memory and self.host <= device.host_room
 
     def differences(self, beside: Run | None = None) -> dict[str, str]:
         """What makes the layout: key -> value, where it is not what `beside` says (unset: the defaults)."""
@@ -69,19 +70,11 @@ def ranked(run: Run, gpus: int, device: Device, rows: Sequence[int] = MICRO) -> 
 
     `rows`: micro-batches that are tried.
     """
-    choices: list[Choice] = []
-    fitting: list[Choice] = []
-    counted = count(run)
-    for parallel, micro in candidates(run, gpus, device, rows):
-        each_way = variants(run, parallel, micro)
-        first = assessed(next(each_way), gpus, device, counted)
-        if first is None:
-            continue
-        ways = [first]
-        if not first.fits(device):
-            ways += [each for each in (assessed(way, gpus, device, counted) for way in each_way) if each]
-        choices += ways
-        fitting += [each for each in ways if each.fits(device)]
+    slow = sorted(level.steps for level in run.levels if level.steps >= 16)
+    choices = list(weighed(run, gpus, device, rows, (0, *slow[:1])))
+    if not any(each.fits(device) for each in choices):
+        choices += weighed(run, gpus, device, rows, (1,))  # slower than anything else, and better than nothing
+    fitting = [each for each in choices if each.fits(device)]
     if not fitting:
         return sorted(choices, key=lambda each: each.resident)
     least = min(each.times.step for each in fitting)
@@ -91,6 +84,19 @@ def ranked(run: Run, gpus: int, device: Device, rows: Sequence[int] = MICRO) -> 
         return slower, each.cuts, tight, -each.run.train.micro_batch
 
     return sorted(fitting, key=order)
+
+
+def weighed(run: Run, gpus: int, device: Device, rows: Sequence[int], offloads: Sequence[int]) -> Iterator[Choice]:
+    """Every layout; of one that does not fit, also the ways to save memory."""
+    counted = count(run)
+    for parallel, micro in candidates(run, gpus, device, rows):
+        each_way = variants(run, parallel, micro, offloads)
+        first = assessed(next(each_way), gpus, device, counted)
+        if first is None:
+            continue
+        yield first
+        if not first.fits(device):
+            yield from (each for each in (assessed(way, gpus, device, counted) for way in each_way) if each)
 
 
 def accepted(run: Run, gpus: int, device: Device, rows: Sequence[int] = MICRO) -> Iterator[Choice]:
@@ -116,7 +122,7 @@ def assessed(run: Run, gpus: int, device: Device, counted: Counted | None = None
         return None
     if run.optim.reduce == "hierarchical" and estimate.replicas % estimate.node:
         return None
-    return Choice(run, gpus, estimate.largest, estimate.times(device), estimate.mfu(device))
+    return Choice(run, gpus, estimate.largest, estimate.beside, estimate.times(device), estimate.mfu(device))
 
 
 def candidates(run: Run, gpus: int, device: Device, tried: Sequence[int]) -> Iterator[tuple[Parallel, int]]:
@@ -139,10 +145,9 @@ def candidates(run: Run, gpus: int, device: Device, tried: Sequence[int]) -> Ite
                 yield parallel, micro
 
 
-def variants(run: Run, parallel: Parallel, micro: int) -> Iterator[Run]:
+def variants(run: Run, parallel: Parallel, micro: int, offloads: Sequence[int]) -> Iterator[Run]:
     """A layout as runs that nobody has checked yet; each but the first may save memory, at the price of time."""
-    slow = sorted({level.steps for level in run.levels if level.steps >= 16})
-    for offload, recompute, reduce in itertools.product((0, *slow[:1], 1), RECOMPUTE, get_args(Reduce)):
+    for recompute, offload, reduce in itertools.product(RECOMPUTE, offloads, get_args(Reduce)):
         made = copy(run)  # checked as a whole where it is reported: the check takes longer than the estimate
         optim = replace(run.optim, reduce=reduce, offload=offload)
         train = replace(run.train, micro_batch=micro, recompute=recompute)

@@ -143,6 +143,12 @@ def problems(run: Run, world: int, on: Device | None) -> Iterator[str]:
     if room and most > room:
         over = f"{(most - room) / GIB:.1f} more than {room / GIB:.1f}"
         yield f"a rank needs {most / GIB:.1f} GiB, {over}; {remedy(run, world, on, room)}"
+    if on and estimate.beside > on.host_room:
+        yield (
+            f"a rank keeps {estimate.beside / GIB:.1f} GiB in host memory (optim.offload={run.optim.offload}), and a save "
+            f"copies as much again: more than the {2 * on.host_room / GIB:.0f} that {on.name} is taken to have beside it; "
+            "a larger optim.offload, or more GPUs, would need less"
+        )
     kept = checkpoints_kept(run)
     place = next(path for path in (Path(run.folder).absolute(), *Path(run.folder).absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free

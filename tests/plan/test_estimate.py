@@ -110,6 +110,23 @@ def test_checkpoints_that_stay_are_counted() -> None:
     assert count("checkpoint.keep=2", "checkpoint.keep_every=50") == 5 and count("checkpoint.keep=30") == 10
 
 
+def test_everything_is_kept_on_the_host_where_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """7B's control, whose only level moves every step, on one GPU; not where its host would have too little memory."""
+    run, on = read("7b-plain", ["use.layout=null"]), device("h200")
+    best = next(accepted(run, 1, on))
+    assert best.run.optim.offload == 1 and best.fits(on) and best.host > 70e9
+    assert not any(each.run.optim.offload for each in ranked(run, 8, on))
+    little = replace(on, beside=1.5 * best.host)
+    assert not any(each.fits(little) for each in ranked(run, 1, little))
+    said = ["7b-plain", "--gpus", "1", "--gpu", "h200", "use.layout=null", "optim.offload=1", "train.recompute=block"]
+    assert main(["check", *said, "checkpoint.keep=1", "cluster.write=1e9", "cluster.lead=3600"]) in (0, 78)
+    assert "in host memory" not in capsys.readouterr().out
+    main(["check", "13b-plain", *said[1:]])
+    assert "in host memory (optim.offload=1), and a save copies as much again: more than the 214" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
 def test_layouts_are_ranked_by_what_their_step_takes() -> None:
     run, on = read("7b-hope-attention", ["use.layout=null"]), DEVICES["h100"]
     found = ranked(run, 64, on)
