@@ -190,6 +190,6 @@ OPERATORS = {kind: _glue(kind) for kind in ACTIVATIONS}
 
 
 def glue_for(x: Tensor, activation: str) -> Glue:
-    """Operators on a GPU and where torch.compile traces; else torch's, which writes over what is no longer needed."""
+    """Operators on a GPU; else torch's, which writes over what is no longer needed, and which torch.compile can fuse."""
     check(activation in TORCH, f"mlp_memory: no activation {activation}; choose of {', '.join(TORCH)}")
-    return (TORCH if x.is_cpu and not torch.compiler.is_compiling() else OPERATORS)[activation]
+    return (TORCH if x.is_cpu else OPERATORS)[activation]
