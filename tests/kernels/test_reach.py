@@ -85,8 +85,9 @@ def test_operator_is_well_formed_and_twice_differentiable() -> None:
     *leaves, document = given(4, 2)
     leaves = [x.requires_grad_() for x in leaves]
     torch.library.opcheck(op.reach, (*leaves, document))
-    assert torch.autograd.gradcheck(lambda *x: op.reach(*x, document), leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(lambda *x: op.reach(*x, document), leaves, fast_mode=True)
+    for reach in (op.reach, lambda *x: op.arriving(op.Given(*x))):
+        assert torch.autograd.gradcheck(lambda *x, f=reach: f(*x, document), leaves, fast_mode=True)
+        assert torch.autograd.gradgradcheck(lambda *x, f=reach: f(*x, document), leaves, fast_mode=True)
 
 
 def test_what_a_gpu_runs_is_the_operator() -> None:
@@ -110,8 +111,9 @@ def test_what_a_gpu_runs_is_the_operator() -> None:
 def test_bad_arguments_are_named(place: int, value: Tensor, words: str) -> None:
     arguments = given()
     arguments[place] = value
-    with pytest.raises(ValueError, match=words):
-        op.reach(*arguments)
+    for reach in (op.reach, lambda *x: op.arriving(op.Given(*x))):
+        with pytest.raises(ValueError, match=words):
+            reach(*arguments)
 
 
 def test_sizes_without_a_kernel_are_named() -> None:

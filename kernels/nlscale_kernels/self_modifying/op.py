@@ -3,6 +3,7 @@
 B rows, H heads, C tokens of a chunk, K head width.
 """
 
+from collections.abc import Callable
 from math import log
 from typing import Any, NamedTuple
 
@@ -149,11 +150,34 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs, output)
 
 
-def _backward(ctx: Any, d_reach: Tensor) -> tuple[Tensor | None, ...]:
+def _derived(ctx: Any, d_reach: Tensor, found: Callable[..., Any]) -> tuple[Tensor | None, ...]:
     *given, said = ctx.saved_tensors
     if in_turn.asked():
         return (*in_turn.gradients(lambda *each: (reached(Given(*each)),), given, (d_reach,)),)
-    return (*backward(*given, said, d_reach), None)
+    return (*found(*given, said, d_reach), None)
 
 
-reach.register_autograd(_backward, setup_context=_save)
+reach.register_autograd(lambda ctx, d_reach: _derived(ctx, d_reach, backward), setup_context=_save)
+
+
+class Plainly(torch.autograd.Function):
+    """`reached` without an operator's dispatch: torch.compile fuses what lies around its products and its solve."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        """See `reached`."""
+        _check(Given._make(given))
+        said = reached(Given._make(given))
+        ctx.save_for_backward(*given, said)
+        return said
+
+    @staticmethod
+    def backward(ctx: Any, d_reach: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """See `gradients`; differentiable in turn."""
+        return _derived(ctx, d_reach, lambda *each: gradients(Given(*each[:-2]), *each[-2:]))
+
+
+def arriving(given: Given) -> Tensor:
+    """Where each token's write arrives: the operator on a GPU; on a CPU `Plainly`."""
+    arrives: Tensor = Plainly.apply(*given) if given.k.is_cpu else reach(*given)
+    return arrives

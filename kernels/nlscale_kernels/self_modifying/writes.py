@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nlscale_kernels.self_modifying.op import reach
+from nlscale_kernels.self_modifying.op import Given, arriving
 from nlscale_kernels.span import filtered, span_of
 
 
@@ -59,7 +59,7 @@ def writes_of(
     `erase`: how much of its rate a token erases with along its key; 0 is gradient descent without the delta rule's term.
     """
     span, rate = span_of(log_keep, starts), rate * erase
-    arrives = reach(k, rate, span.earlier_BHC, span.total_BHC, span.after_BHC, span.document_BC)
+    arrives = arriving(Given(k, rate, span.earlier_BHC, span.total_BHC, span.after_BHC, span.document_BC))
     unit = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
     turn = span.whole_BH[..., None, None] * unit - Erased.apply(k, (rate * span.before_BHC).unsqueeze(-1), arrives)
     nothing = torch.zeros_like(span.whole_BH)
