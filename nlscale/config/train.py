@@ -21,6 +21,7 @@ class Train:
     precision: Literal["bf16", "fp32"] = "bf16"
     recompute: Literal["none", "block"] = "none"  # block: activations inside a block are computed again in backward
     compile: Literal["none", "block"] = "none"  # block: torch.compile of each block, once a layout and shape
+    activation_budget: float = 1.0  # compile: share of what backward wants that is kept; below 1 some is made anew
     kernels: Literal["fused", "reference"] = (
         "fused"  # reference: plain torch in place of every kernel, to find a wrong one
     )
@@ -38,6 +39,10 @@ class Train:
         positive("train", **{name: getattr(self, name) for name in counts})
         for name in ("evaluate_interval", "evaluate_rows", "spike", "compare", "seed"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
+        require(
+            0 <= self.activation_budget <= 1,
+            f"train.activation_budget={self.activation_budget} is a share of what backward wants, from 0 to 1",
+        )
         for name in self.liger:
             require(name in LIGER, f"train.liger: liger-kernel is not asked for '{name}'; choose of {', '.join(LIGER)}")
         require(

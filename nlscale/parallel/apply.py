@@ -82,6 +82,7 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
     for chunk in chunks:
         adopt(chunk, run.train.liger)
     if run.train.compile == "block":
+        torch._functorch.config.activation_memory_budget = run.train.activation_budget  # torch's only place for it
         for block in (each for chunk in chunks for each in chunk.blocks if type(each) is Block):
             block.forward = torch.compile(block.forward, backend=BACKEND)  # type: ignore[method-assign]
     if run.train.recompute == "block":

@@ -14,7 +14,7 @@ NONE = {"rate", "persistent", "recompute", "clip", "lr", "warmup", "workers", "s
 NONE |= {"weight_decay", "kappa", "offload", "slow_weight", "momentum", "second", "slow_momentum", "slow_gain", "delta"}
 NONE |= {"inner", "decay", "final", "seed", "spike", "compare", "evaluate_interval", "evaluate_rows", "keep", "beta2"}
 NONE |= {"allocations", "watchdog", "lease", "gather", "gpus", "least_free", "least_write", "least_gpu_memory", "lead"}
-NONE |= {"keep_every", "width", "anchor", "project", "replay"}  # may be 0
+NONE |= {"keep_every", "activation_budget", "width", "anchor", "project", "replay"}  # may be 0
 SOME = {"optim.lr", "model.width", "model.self_modifying.keep"}  # whose namesakes may
 
 

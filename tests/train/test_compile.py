@@ -68,6 +68,30 @@ def test_machine_code_computes_the_same() -> None:
     assert compiled == pytest.approx(plain, rel=1e-6) and graphs > 0
 
 
+def kept(overrides: list[str]) -> tuple[float, int]:
+    """The loss of a step, and the bytes that its forward pass keeps for backward."""
+    apply.BACKEND = "aot_eager"
+    run = tiny("model.layers=1", *overrides)
+    world, model, _ = built(run)
+    batch, held = usual(run, 1, world)[0], dict[int, int]()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model.chunks[0](*batch)
+    loss.backward()
+    return float(loss), sum(held.values())
+
+
+def test_a_compiled_block_keeps_no_more_than_it_is_told_to() -> None:
+    (most, little) = (
+        ranks(1, kept, ["train.compile=block", f"train.activation_budget={share}"])[0] for share in (1.0, 0.4)
+    )
+    assert most[0] == pytest.approx(little[0], rel=1e-6) and little[1] < 0.8 * most[1]
+
+
 def test_the_ladder_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a model of this machine's size: MFU is tokens a second x FLOPs a token / peak, as told."""
     run = tiny("log.peak_flops=1e9", "train.micro_batch=4")

@@ -202,6 +202,8 @@ def plus(total: Tensor, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
     count = total.shape[:-2]
     first, second = (x.expand(*count, *x.shape[-2:]).flatten(0, -3) for x in (a, b))
     flat = total.view(-1, *total.shape[-2:])
+    if torch.compiler.is_compiling():  # which would copy back what is written over
+        return torch.baddbmm(flat, first, second, alpha=sign).view_as(total)
     torch.baddbmm(flat, first, second, alpha=sign, out=flat)
     return total
 
