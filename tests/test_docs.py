@@ -103,7 +103,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_there_is_something_to_hold_the_documentation_to() -> None:
-    assert len(ALL) > 40 and len(CONCRETE) > 12 and len(PAGES) >= 8
+    assert len(ALL) > 40 and len(CONCRETE) > 12 and len(FILLED) > 8 and len(PAGES) >= 8
 
 
 def options(verbs: list[str]) -> set[str]:
@@ -185,7 +185,7 @@ def test_targets_of_make_resolve(said: str) -> None:
     done = subprocess.run(
         ["make", "--dry-run", *shlex.split(said)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 0 and len(done.stdout.splitlines()) >= 1, done.stderr
+    assert done.returncode == 0 and "python" in done.stdout + done.stderr or ".venv/bin/" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("said", sorted({*CONCRETE, *FILLED}))

@@ -14,11 +14,11 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_divides(chunk: int, tokens: int) -> None:
-    """Raises ValueError, with chunks that would work, unless `chunk` divides the tokens."""
+def check_divides(chunk: int, tokens: int, of: str = "") -> None:
+    """Raises ValueError, with chunks that would work, unless `chunk` divides the tokens (`of` what)."""
     if tokens % chunk:
         works = [str(size) for size in range(1, tokens + 1) if tokens % size == 0][-6:]
-        raise ValueError(f"{tokens} tokens are no multiple of the chunk of {chunk}; {', '.join(works)} would work")
+        raise ValueError(f"{tokens} tokens{of} are no multiple of the chunk of {chunk}; {', '.join(works)} would work")
 
 
 def check_dtypes(operator: str, allowed: Sequence[torch.dtype], **tensors: Tensor | None) -> None:

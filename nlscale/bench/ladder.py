@@ -6,7 +6,6 @@ random rows of 4,096 tokens, the micro-batch of the shipped layout for one GPU.
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from math import nan
 from time import perf_counter
 
 import torch
@@ -90,16 +89,17 @@ def rows_of(name: str, found: Figures, target: float | None, plain: Figures | No
 
 def tried(size: str, variant: str, compiled: bool, plain: Figures | None) -> tuple[Figures | None, list[Row]]:
     """One configuration's figures and rows; a row that misses where it cannot run."""
-    name, run = f"{size}-{variant}{', compiled' if compiled else ''}", configure(size, variant, compiled)
+    name = f"{size}-{variant}{', compiled' if compiled else ''}"
     try:
+        run = configure(size, variant, compiled)
         (found,) = ranks(1, measured, run, timeout=600)
-        # a plan is of the eager model: what a compiler keeps, it does not know
-        planned = None if compiled else ranks(1, predicted, run, 1, timeout=600)[0][0]
     except (RuntimeError, UserError) as error:
         print(f"{name}: {str(error).splitlines()[-1]}", flush=True)
-        return None, [Row(f"{name}: failed", nan, "-", None, None, "runs", False)]
+        return None, [Row(f"{name}: failed", None, "-", None, None, "runs", False)]
+    print(f"{name}: {found}", flush=True)
     rows = rows_of(name, found, TARGETS.get((size, variant)), plain, OVER_PLAIN.get(variant))
-    if planned:
+    if not compiled:  # a plan is of the eager model: what a compiler keeps, it does not know
+        planned = ranks(1, predicted, run, 1, timeout=600)[0][0]
         rows.append(within(f"{name}: memory / plan", found.peak_bytes / 2**30, "GiB", planned / 2**30, 0.05))
     return found, rows
 

@@ -11,7 +11,7 @@ import torch
 
 from nlscale.bench.plain import PlainTrainer
 from nlscale.bench.step import REST, SHAPE, Contestant, Operations, data
-from nlscale.bench.table import Row, alternating, at_most, exactly, show
+from nlscale.bench.table import Row, alternating, at_most, beside, exactly, show
 from nlscale.config.read import read
 from nlscale.config.run import Run
 from nlscale.parallel.apply import parallelize
@@ -23,6 +23,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LENGTHS = (256, 1024, 4096)  # tokens of a row for the growth of HOPE's cost
 HOPE = ["use.levels=four", "model.mixer=self_modifying"]
 INSIDE = "HOPE, chunks of 128, makers of 256"  # which move inside the row
+COMPILED = f"{INSIDE}, by torch.compile"
 
 
 def inside(*periods: int, shares: Sequence[float] = ()) -> str:
@@ -38,11 +39,12 @@ def chunks(main: int, makers: int, *more: str) -> list[str]:
     return [*HOPE, f"{name}.chunk={main}", f"{name}.maker_chunk={makers}", *(f"{name}.{each}" for each in more)]
 
 
-MODELS: dict[str, tuple[list[str], float]] = {  # what differs from the plain Transformer, and the target
+MODELS: dict[str, tuple[list[str], float | None]] = {  # what differs from the plain Transformer, and the target
     "HOPE, chunks of 128, makers of 512": (chunks(128, 512), 1.40),
     "HOPE, chunks of 256, makers of 512": (chunks(256, 512), 1.40),
-    INSIDE: (chunks(128, 256), 1.40),
-    "HOPE, chunks of 128, makers of 256, computed again": (chunks(128, 256, "recompute=true"), 1.75),
+    COMPILED: ([*chunks(128, 256), "train.compile=block", "train.activation_budget=0.95"], 1.40),
+    INSIDE: (chunks(128, 256), None),  # one operation at a time nothing is promised
+    "HOPE, chunks of 128, makers of 256, computed again": (chunks(128, 256, "recompute=true"), None),
     "Mode I, 1 level": ([inside(128)], 2.0),
     "Mode I, 4 levels": ([inside(64, 128, 256, 512)], 2.5),
     "Titans MAC": (["use.levels=plain", "model.mixer=titans_mac"], 2.5),
@@ -69,24 +71,36 @@ def plain_stepper(rows: int, sequence: int) -> Callable[[], Any]:
     return lambda: trainer.step(*batch)
 
 
-def peak(make: Callable[..., Callable[[], Any]], *args: Any) -> float:
-    """Bytes that a model and two of its steps hold at most: growth of the resident set's high-water mark.
+def compiled_stepper(rows: int = ROWS, sequence: int = SEQUENCE) -> Callable[[], Any]:
+    """The plain Transformer with each layer through torch.compile."""
+    run, batch = configure(["use.levels=plain"], rows, sequence), data(rows, sequence)
+    trainer = PlainTrainer(run.model, sequence, run.optim.lr)
+    trainer.model.layers = torch.nn.ModuleList(torch.compile(layer) for layer in trainer.model.layers)  # type: ignore[misc]
+    return lambda: trainer.step(*batch)
+
+
+def peak(make: Callable[..., Callable[[], Any]], *args: Any) -> tuple[float, float]:
+    """Bytes that a model and its optimizer hold after two steps, and what a third takes beside them at most: growth of
+    the resident set, and of its high-water mark.
 
     The allocator gives every tensor of 64 KiB or more pages of its own, so that the mark counts what lives and not the
     holes between.
     """
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the mark begins anew
     step = make(*args)
     step()
     step()
-    return float(resident("VmHWM") - before)
+    held = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the mark begins anew
+    step()
+    return float(held - before), float(resident("VmHWM") - held)
 
 
-def peaks_of(*made: Any) -> float:
-    """The median of three processes' peaks."""
-    return median(ranks(1, peak, *made)[0] for _ in range(3))
+def peaks_of(*made: Any, processes: int = 3) -> tuple[float, float]:
+    """Medians over processes."""
+    held, beside = zip(*(ranks(1, peak, *made, timeout=600)[0] for _ in range(processes)), strict=True)
+    return median(held), median(beside)
 
 
 def resident(field: str) -> int:
@@ -125,16 +139,24 @@ def reads(world: World) -> Row:
 def main(target: str | None) -> int:
     """Prints the table; 0 if every target is kept."""
     torch.set_num_threads(1)
-    plain_peak = peaks_of(plain_stepper, ROWS, SEQUENCE)  # in processes of their own, forked before any thread
-    peaks = {name: peaks_of(stepper, said, ROWS, SEQUENCE) for name, (said, _) in MODELS.items()}
+    plain_peak = sum(peaks_of(plain_stepper, ROWS, SEQUENCE))  # in processes of their own, forked before any thread
+    eager = {name: said for name, (said, _) in MODELS.items() if name != COMPILED}
+    parts = {name: peaks_of(stepper, said, ROWS, SEQUENCE) for name, said in eager.items()}
+    _, taken = peaks_of(stepper, MODELS[COMPILED][0], ROWS, SEQUENCE, processes=1)
+    parts[COMPILED] = parts[INSIDE][0], taken  # the same is held, but for what the compiler itself does
+    peaks = {name: sum(both) for name, both in parts.items()}
     keep_pages()
     first = configure([], ROWS, SEQUENCE)
     world = join(first.parallel, first.cluster, 0)
     steps = [stepper(said, ROWS, SEQUENCE, world) for said, _ in MODELS.values()]
-    plain, *seconds = alternating([plain_stepper(ROWS, SEQUENCE), *steps], ROUNDS)
-    table: list[Row] = []
+    plain, by_compiler, *seconds = alternating([plain_stepper(ROWS, SEQUENCE), compiled_stepper(), *steps], ROUNDS)
+    table = [
+        beside("the plain Transformer, its layers by torch.compile", by_compiler, "s", plain),
+        beside(f"{COMPILED}, step / this", seconds[list(MODELS).index(COMPILED)], "s", by_compiler),
+    ]
     for (name, (_, limit)), value in zip(MODELS.items(), seconds, strict=True):
-        table.append(at_most(f"{name}, step / plain", value, "s", plain, limit))
+        step = f"{name}, step / plain"
+        table.append(at_most(step, value, "s", plain, limit) if limit else beside(step, value, "s", plain))
         table.append(at_most(f"{name}, peak memory / plain", peaks[name] / 2**20, "MB", plain_peak / 2**20, 1.5))
     table += [growth(world), reads(world)]
     title = f"width 256, 4 layers, {SEQUENCE} tokens, batch {ROWS}, one thread, CPU, median of {ROUNDS}"

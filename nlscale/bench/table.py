@@ -22,7 +22,7 @@ class Row:
     """One figure. `ok` says whether `ratio` (or `value` where there is no baseline) keeps the target."""
 
     name: str
-    value: float
+    value: float | None  # None: it failed
     unit: str
     baseline: float | None
     ratio: float | None
@@ -93,10 +93,11 @@ def show(title: str, rows: Sequence[Row], target: str | None) -> int:
     wide = max([48, *(len(row.name) for row in rows)])
     print(f"{'':{wide}s} {'value':>12s} {'baseline':>12s} {'ratio':>8s} {'target':>10s}")
     for row in rows:
+        value = f"{row.value:12.5g}" if row.value is not None else f"{'-':>12s}"
         baseline = f"{row.baseline:12.5g}" if row.baseline is not None else " " * 12
         ratio = f"{row.ratio:8.3f}" if row.ratio is not None else " " * 8
         mark = "MISSED" if not row.ok else "ok" if row.target != "-" else ""
-        print(f"{row.name:{wide}s} {row.value:12.5g} {baseline} {ratio} {row.target:>10s}  {mark:6s}  ({row.unit})")
+        print(f"{row.name:{wide}s} {value} {baseline} {ratio} {row.target:>10s}  {mark:6s}  ({row.unit})")
     if target:
         write(rows, target)
     return 0 if all(row.ok for row in rows) else 1

@@ -64,9 +64,9 @@ def finite(section: Any, name: str = "") -> None:
     """Raises UserError where a number of a section, or of a section in it, is none or has no end."""
     for part in fields(section):
         value, place = getattr(section, part.name), f"{name}{part.name}"
-        for each in value if isinstance(value, list) else [value]:
+        for index, each in enumerate(value if isinstance(value, list) else [value]):
             if is_dataclass(each):
-                finite(each, f"{place}.{getattr(each, 'name', '')}." if each is not value else f"{place}.")
+                finite(each, f"{place}." if each is value else f"{place}.{getattr(each, 'name', index)}.")
         require(not isinstance(value, float) or isfinite(value), f"{place}={value} must be a number that has an end")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import lcm
 from typing import TYPE_CHECKING, Literal
 
 from nlscale.config.errors import divisors, nearest, positive, require
@@ -88,7 +89,7 @@ class SelfModifying:
         require(
             makers is None or (makers >= 1 and makers % self.chunk == 0),
             f"model.self_modifying.maker_chunk={makers} must be a multiple of model.self_modifying.chunk={self.chunk}; "
-            f"{nearest(makers or 0, self.chunk)} would work",
+            f"{nearest(max(makers or 0, 0), self.chunk)} would work",
         )
         require(
             self.hidden is None or self.hidden >= 1, f"model.self_modifying.hidden={self.hidden} must be at least 1"
@@ -120,9 +121,10 @@ def chunk_of(model: "Model") -> tuple[str, int]:
 def check_chunks(model: "Model", tokens: int, ranks: int) -> None:
     """Raises UserError where chunks do not divide the tokens that one rank of `ranks` context-parallel ones walks along."""
     name, chunk = chunk_of(model)
+    unit = ranks * chunk if model.mixer in ("linear", "delta") else lcm(ranks, chunk)
     require(
         tokens % ranks == 0,
-        f"data.sequence={tokens} cannot be split over parallel.context={ranks} ranks; {nearest(tokens, ranks)} would work",
+        f"data.sequence={tokens} cannot be split over parallel.context={ranks} ranks; {nearest(tokens, unit)} would work",
     )
     own = tokens // ranks if model.mixer in ("linear", "delta") else tokens
     where = f" on each of parallel.context={ranks} ranks" if own != tokens else ""

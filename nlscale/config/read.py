@@ -115,11 +115,12 @@ def laid_out(layout: str | None, model: str, mixer: str) -> DictConfig:
     return OmegaConf.create(rows.get(f"{model}-{mixer}", rows[model]))
 
 
-def tables_for(recipe: str, overrides: Sequence[str]) -> list[str]:
-    """Names of the shipped tables of layouts that have a row for the recipe's model."""
+def tables_for(recipe: str, overrides: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The table of layouts that a recipe uses, and the shipped ones that have a row for its model."""
     said = OmegaConf.from_dotlist([override.removeprefix("--") for override in overrides])
-    model = OmegaConf.select(OmegaConf.merge(load(find(recipe)), said), "use.model", default="")
-    return tables_with(model)
+    merged = OmegaConf.merge(load(find(recipe)), said)
+    used = OmegaConf.select(merged, "use.layout", default=None)
+    return used, tables_with(OmegaConf.select(merged, "use.model", default=""))
 
 
 def tables_with(model: str) -> list[str]:

@@ -43,6 +43,10 @@ class Train:
             0 <= self.activation_budget <= 1,
             f"train.activation_budget={self.activation_budget} is a share of what backward wants, from 0 to 1",
         )
+        require(
+            self.activation_budget == 1 or self.compile != "none",
+            f"train.activation_budget={self.activation_budget} is of torch.compile: it needs train.compile=block",
+        )
         for name in self.liger:
             require(name in LIGER, f"train.liger: liger-kernel is not asked for '{name}'; choose of {', '.join(LIGER)}")
         require(

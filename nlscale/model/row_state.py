@@ -27,7 +27,8 @@ def mapped(change: Callable[..., Any], name: str, first: Any, *others: Any) -> A
     """
     kinds = [kind_of(each) for each in (first, *others)]
     if any(kind != kinds[0] for kind in kinds):
-        raise ValueError(f"{name}: the state is another model's: {kinds[-1]} where this one has {kinds[0]}")
+        other = next(kind for kind in kinds if kind != kinds[0])
+        raise ValueError(f"{name}: the state is another model's: {other} where this one has {kinds[0]}")
     if first is None or isinstance(first, str):
         return first
     if isinstance(first, Tensor):
@@ -45,8 +46,8 @@ def kind_of(value: Any) -> str:
     """What two values must have in common to be parts of states of one model."""
     if isinstance(value, str):
         return value
-    keys = ", ".join(value) if isinstance(value, dict) else len(value) if type(value) in (list, tuple) else None
-    return type(value).__name__ + ("" if keys is None else f" of {keys}")
+    parts = ", ".join(value) if isinstance(value, dict) else len(value) if type(value) in (list, tuple) else None
+    return type(value).__name__ + ("" if parts is None else f" of {parts}")
 
 
 def check(given: Any, expected: Any, name: str) -> None:

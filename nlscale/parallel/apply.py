@@ -67,6 +67,19 @@ def stages(run: Run, pipeline_rank: int) -> list[Stage]:
     ]
 
 
+def compiled(forward: Callable[..., Any], budget: float) -> Callable[..., Any]:
+    """`forward` through torch.compile, which keeps `budget` of what backward wants (its own word for 1: all)."""
+    made: Callable[..., Any] = torch.compile(forward, backend=BACKEND)
+    if budget == 1:
+        return made
+
+    def within(*given: Any, **named: Any) -> Any:
+        with torch._functorch.config.patch(activation_memory_budget=budget):  # compiled at the first call
+            return made(*given, **named)
+
+    return within
+
+
 def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Parallelized:
     """Builds, initialises and schedules the model. `dtype` overrides the precision's (float64 references)."""
     check_liger(run.train.liger)
@@ -82,9 +95,8 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
     for chunk in chunks:
         adopt(chunk, run.train.liger)
     if run.train.compile == "block":
-        torch._functorch.config.activation_memory_budget = run.train.activation_budget  # torch's only place for it
         for block in (each for chunk in chunks for each in chunk.blocks if type(each) is Block):
-            block.forward = torch.compile(block.forward, backend=BACKEND)  # type: ignore[method-assign]
+            block.forward = compiled(block.forward, run.train.activation_budget)  # type: ignore[method-assign]
     if run.train.recompute == "block":
         for chunk in chunks:
             for block in (each for each in chunk.blocks if type(each) is Block):

@@ -28,7 +28,7 @@ class Choice:
     run: Run
     gpus: int
     resident: float  # bytes, of the stage that holds most
-    host: float  # bytes in host memory, of the same
+    host: float  # bytes in host memory, of the stage that holds most there
     times: Times
     mfu: float
 
@@ -37,9 +37,13 @@ class Choice:
         """Pieces of the model."""
         return self.run.parallel.ranks * self.run.parallel.virtual_pipeline
 
+    def share(self, device: Device) -> float:
+        """Of the memory that can be used, on the GPU or beside it, whichever is nearer to its end."""
+        return max(self.resident / (ROOM * device.memory), self.host / device.host_room)
+
     def fits(self, device: Device) -> bool:
         """Whether the memory of every GPU is enough, and that beside it."""
-        return self.resident <= ROOM * device.memory and self.host <= device.host_room
+        return self.share(device) <= 1
 
     def differences(self, beside: Run | None = None) -> dict[str, str]:
         """What makes the layout: key -> value, where it is not what `beside` says (unset: the defaults)."""
@@ -76,7 +80,7 @@ def ranked(run: Run, gpus: int, device: Device, rows: Sequence[int] = MICRO) -> 
         choices += weighed(run, gpus, device, rows, (1,))  # slower than anything else, and better than nothing
     fitting = [each for each in choices if each.fits(device)]
     if not fitting:
-        return sorted(choices, key=lambda each: each.resident)
+        return sorted(choices, key=lambda each: each.share(device))
     least = min(each.times.step for each in fitting)
 
     def order(each: Choice) -> tuple[int, int, bool, int]:

@@ -52,7 +52,7 @@ def batches(size: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def chosen(size: str, gpus: int, on: Device) -> dict[str, dict[str, Any]]:
     """Rows of a table: size, and size-mixer where that differs; none where nothing fits."""
     found: list[tuple[dict[str, Any], Choice, Choice]] = []
-    run, tight = plain(size), replace(on, memory=MARGIN * on.memory)
+    run, tight = plain(size), replace(on, memory=MARGIN * on.memory, beside=MARGIN * on.beside)
     if LEAST * sum(parameters(run.model, run.levels).values()) > gpus * tight.memory:
         return {}
     for rows, differs in batches(size):
@@ -81,11 +81,11 @@ def fastest(recipe: str, rows: int, gpus: int, on: Device) -> Choice | None:
 
 
 def control_fits(recipe: str, choice: Choice, on: Device) -> bool:
-    """Whether a layout of HOPE-Attention is one of the control, too, which has no slow levels alone to keep elsewhere."""
+    """Whether a layout of HOPE-Attention is one of the control, too, which keeps all of its state on the host or none."""
     if not recipe.endswith("hope-attention"):
         return True
     run, made = choice.run, plain(recipe.removesuffix("-hope-attention"))
-    optim = replace(made.optim, reduce=run.optim.reduce, offload=run.optim.offload == 1)
+    optim = replace(made.optim, reduce=run.optim.reduce, offload=1 if run.optim.offload == 1 else 0)
     made = replace(made, parallel=run.parallel, train=run.train, optim=optim)
     found = assessed(made, choice.gpus, on)
     return found is not None and found.fits(on)

@@ -84,14 +84,12 @@ def replicas_on(run: Run, world: int, gpu: str, options: argparse.Namespace) -> 
     try:
         return replicas(run, world)
     except UserError as error:
-        tables = tables_for(options.recipe, options.overrides)
+        used, tables = tables_for(options.recipe, options.overrides)
         some = [name for name in tables if name.startswith(gpu)] or tables
-        exact, counts = (
-            [name for name in some if name.endswith(f"-{world}")],
-            {int(name.split("-")[1]) for name in some},
-        )
-        if exact and not any(f"use.layout={name}" in options.overrides for name in exact):
+        exact = [name for name in some if name.endswith(f"-{world}")]
+        if exact and used not in exact:
             raise UserError(f"{error}; use.layout={' or '.join(exact)} has a layout for it") from None
+        counts = {int(name.split("-")[1]) for name in some}
         if exact or not counts:
             raise
         there = ", ".join(f"{count:,}" for count in sorted(counts))

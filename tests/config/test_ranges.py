@@ -14,7 +14,7 @@ NONE = {"rate", "persistent", "recompute", "clip", "lr", "warmup", "workers", "s
 NONE |= {"weight_decay", "kappa", "offload", "slow_weight", "momentum", "second", "slow_momentum", "slow_gain", "delta"}
 NONE |= {"inner", "decay", "final", "seed", "spike", "compare", "evaluate_interval", "evaluate_rows", "keep", "beta2"}
 NONE |= {"allocations", "watchdog", "lease", "gather", "gpus", "least_free", "least_write", "least_gpu_memory", "lead"}
-NONE |= {"keep_every", "activation_budget", "width", "anchor", "project", "replay"}  # may be 0
+NONE |= {"keep_every", "width", "anchor", "project", "replay"}  # may be 0
 SOME = {"optim.lr", "model.width", "model.self_modifying.keep"}  # whose namesakes may
 
 
@@ -59,7 +59,7 @@ def test_a_number_of_a_level_that_makes_no_sense_is_refused_by_name(key: str) ->
 REFUSED = {
     "model.inner.shared=true": "model.inner.shared=True needs a level with unit: token, such as use.levels=inside",
     "model.inner.layers=2": "model.inner.layers=2 needs a level with unit: token",
-    "model.mixer=delta; parallel.context=3": "cannot be split over parallel.context=3 ranks; 255 or 258 would work",
+    "model.mixer=delta; parallel.context=3": "cannot be split over parallel.context=3 ranks; 192 or 384 would work",
     "model.mixer=self_modifying; model.self_modifying.maker_chunk=96": "chunk=64; 64 or 128 would work",
     "use.levels=inside; model.mixer=delta; model.linear.chunk=256": "a multiple of model.linear.chunk=256; 256 would",
     "use.levels=inside; data.sequence=64": "is longer than a row; data.sequence=",

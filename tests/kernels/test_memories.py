@@ -361,7 +361,10 @@ def test_gradients_agree_with_finite_differences() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="24 tokens are no multiple of the chunk of 5; 3, 4, 6, 8, 12, 24 would work"):
         titans(surprises(), 5, net(1))
-    with pytest.raises(ValueError, match="12 tokens are no multiple of the chunk of 5; 1, 2, 3, 4, 6, 12 would work"):
+    with pytest.raises(
+        ValueError,
+        match="12 tokens of the makers' chunk are no multiple of the chunk of 5; 1, 2, 3, 4, 6, 12 would work",
+    ):
         self_modifying(inputs(), (12, 5), FIVE, GATES)
     with pytest.raises(ValueError, match="no multiple"):
         linear_memory("delta", pairs(), 7, numbers(H, K, K))

@@ -1,4 +1,4 @@
-"""Every mixer by hand, a head and a row at a time: the papers' formulas, softmax written out, memories token by token."""
+"""Every memory by hand, a head and a row at a time: the papers' formulas, softmax written out, memories token by token."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,9 @@ class Layer:
     def below(self, prefix: str) -> "Layer":
         """One half of a mixer of two."""
         found = object.__new__(Layer)
-        found.__dict__ |= self.__dict__ | {"w": {n.removeprefix(prefix): w for n, w in self.w.items() if prefix in n}}
+        found.__dict__ |= self.__dict__ | {
+            "w": {n.removeprefix(prefix): w for n, w in self.w.items() if n.startswith(prefix)}
+        }
         return found
 
     def rms(self, z: Tensor, gain: Tensor | float = 1.0) -> Tensor:

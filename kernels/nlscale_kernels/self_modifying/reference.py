@@ -146,7 +146,7 @@ def self_modifying(
     """
     outer, inner = chunks
     check_divides(outer, tokens.x.shape[2])
-    check_divides(inner, outer)
+    check_divides(inner, outer, " of the makers' chunk")
     state = state or begin(initial.copied(tokens.x.shape[0]), tokens.log_momentum is not None)
     call: Caller = recomputed if recompute and torch.is_grad_enabled() else directly
     outputs, pieces = [], tokens.runs(outer)
