@@ -25,9 +25,8 @@ COUNTS = (1, 8, 64, 512, 1024)
 CLASSES = ("h100", "h200")
 ENOUGH = 0.7
 MARGIN = 0.9
-LEAST = (
-    6  # bytes a parameter, over all GPUs, below which nothing fits: weights and windows; all else may be on the host
-)
+# bytes a parameter, over all GPUs, below which nothing fits: weights and windows; all else may be on the host
+LEAST = 6
 DOUBLINGS = 7
 TRIED = 40  # layouts, until one fits the control, too
 BETTER = 0.03

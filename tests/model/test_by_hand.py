@@ -72,7 +72,7 @@ class Layer:
 
     def window(self, t: int, i: int) -> bool:
         """Whether token t sees token i of its row."""
-        return 0 <= t - i < 5 and bool(self.document[t] == self.document[i])
+        return 0 <= t - i < (self.model.window or 16) and bool(self.document[t] == self.document[i])
 
     def turned(self, z: Tensor, places: Tensor = PLACES) -> Tensor:
         """Rotary positions (Su et al., 2021), from tables in float32."""
@@ -101,12 +101,9 @@ def matrix(layer: Layer, x: Tensor) -> Tensor:
     said, erases = [], layer.model.mixer == "delta"
     for h in range(layer.heads):
         q, k, v = (layer.part(x, name, h) for name in "qkv")
-        rate, keep, initial = (
-            layer.model.linear.rate * layer.gate(x, "rate", h),
-            layer.gate(x, "keep", h),
-            layer.of("memory.start", h),
-        )
-        M, rows = initial, []
+        rate, keep = layer.model.linear.rate * layer.gate(x, "rate", h), layer.gate(x, "keep", h)
+        M = initial = layer.of("memory.start", h)
+        rows = []
         for t, key in enumerate(one(k)):
             M = initial if layer.starts[t] else M
             M = keep[t] * M + rate[t] * torch.outer(v[t] - (M @ key if erases else 0), key)

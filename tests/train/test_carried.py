@@ -118,10 +118,8 @@ def place(world) -> tuple[int, int]:  # noqa: ANN001
 
 
 SEEN = [*CHUNKS, "train.global_batch=4", "train.micro_batch=2"]
-ALONE = [
-    "model.window=1",
-    "model.titans.persistent=0",
-]  # attention, which sees its own row from its begin, hears nothing
+# attention, which sees its own row from its begin, hears nothing
+ALONE = ["model.window=1", "model.titans.persistent=0"]
 MIXERS = {
     "linear": ["model.mixer=linear"],
     "delta": ["model.mixer=delta"],

@@ -1,6 +1,7 @@
 """Records on disks that fill, wandb that cannot be reached, secrets that stay where they are."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,39 @@ def test_where_wandb_cannot_be_reached_the_run_is_kept_for_later(prepared: str, 
     assert len(kept) == 1 and kept[0].stat().st_size > 1000
     content = everything(folder.path)
     assert len(content) > 10_000 and SECRET.encode() not in content
+
+
+class Heard:
+    """A wandb run that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.id, self.lines = "heard", list[dict[str, Any]]()
+
+    def log(self, line: dict[str, Any]) -> None:
+        self.lines.append(dict(line))
+
+    def finish(self, exit_code: int) -> None:
+        self.lines.append({"exit": exit_code})
+
+
+def heard(run: Run) -> list[dict[str, Any]]:
+    """What a run tells wandb."""
+    told = Heard()
+    metrics.Metrics._open_wandb = lambda self: told  # type: ignore[method-assign]
+    loop.train(run)
+    return told.lines
+
+
+def test_wandb_hears_every_line_of_metrics_the_goodput_of_saves_among_them(prepared: str, tmp_path: Path) -> None:
+    run = small_run(prepared, tmp_path / "run", *SMALL, "log.wandb=offline")
+    folder = Folder(Path(run.folder))
+    folder.open()
+    Lines(folder.events).write({"event": "attempt", "time": time.time(), "attempt": 1})
+    *lines, last = ranks(1, heard, run)[0]
+    assert last == {"exit": 0} and lines == read_lines(folder.metrics)
+    goodput = [line for line in lines if "goodput/share" in line]
+    assert len(goodput) == 2 and all(line["goodput/productive_seconds"] > 0 for line in goodput)
+    assert {"goodput/recomputed_seconds", "goodput/restart_seconds"} <= goodput[-1].keys()
 
 
 @pytest.mark.parametrize("name", ["NLSCALE_SECRET", "AWS_SECRET_ACCESS_KEY", "${oc.env:A}", "wandb_api_key"])

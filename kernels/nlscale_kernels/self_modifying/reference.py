@@ -42,9 +42,8 @@ from nlscale_kernels.self_modifying.walk import lessons, look, whole, write
 from nlscale_kernels.self_modifying.writes import Writes, joined, writes_of
 from nlscale_kernels.unit import unit
 
-PIECE = (
-    256  # tokens of a makers' chunk that are worked on at a time, at least: fewer calls, and more memory while it lasts
-)
+# tokens of a makers' chunk that are worked on at a time, at least: fewer calls, and more memory while it lasts
+PIECE = 256
 
 
 def made(tokens: Tokens, initial: Memories, now: Memories, gates: Gates) -> Made:
