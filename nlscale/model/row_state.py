@@ -25,10 +25,9 @@ def mapped(change: Callable[..., Any], name: str, first: Any, *others: Any) -> A
 
     Raises ValueError where the others are built otherwise.
     """
-    kinds = [kind_of(each) for each in (first, *others)]
-    if any(kind != kinds[0] for kind in kinds):
-        other = next(kind for kind in kinds if kind != kinds[0])
-        raise ValueError(f"{name}: the state is another model's: {other} where this one has {kinds[0]}")
+    for other in others:
+        if (theirs := kind_of(other)) != (ours := kind_of(first)):
+            raise ValueError(f"{name}: the state is another model's: {theirs} where this one has {ours}")
     if first is None or isinstance(first, str):
         return first
     if isinstance(first, Tensor):
