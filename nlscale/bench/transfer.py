@@ -6,6 +6,7 @@ the width in it is 0; without, matrices that grow wider move what they say furth
 
 from collections.abc import Sequence
 from math import log2
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,18 +23,34 @@ HEAD, STEPS, SEEDS, VOCABULARY = 16, 5, 2, 512
 SHAPE = ("model.layers=3", f"model.vocabulary={VOCABULARY}", "train.precision=fp32", "parallel.tensor=1")
 STEADY = ("optim.lr=4e-3", "optim.schedule=wsd", "optim.warmup=0", "optim.decay=0", "optim.weight_decay=0")
 TOKENS = 32
-ROWS = (f"data.sequence={TOKENS}", "train.global_batch=8", "train.micro_batch=8", "use.levels=plain")
+ROWS = (f"data.sequence={TOKENS}", "train.global_batch=8", "train.micro_batch=8")
 CHUNKS = ("model.self_modifying.chunk=16", "model.self_modifying.maker_chunk=16")
 PLACES = ("first block", "last block", "logits")
 TOLERANCE = 0.3  # of a power: at such widths what decays with the root of the width is not gone yet
 
 
-def configure(recipe: str, width: int, transfers: bool) -> Run:
+class Arm(NamedTuple):
+    """One model that is checked."""
+
+    name: str
+    recipe: str
+    levels: str  # one that moves every step; or several, of which some move within the steps and some do not
+
+
+ARMS = (
+    Arm("attention", "demo", "plain"),
+    Arm("self-modifying Titans", "demo-hope", "plain"),
+    Arm("attention, levels 1/4/16/64", "demo", "four"),
+    Arm("self-modifying Titans, levels 1/4/16/64", "demo-hope", "four"),
+)
+
+
+def configure(arm: Arm, width: int, transfers: bool) -> Run:
     """The bench's shape at a width."""
     heads = width // HEAD
     wide = [f"model.width={width}", f"model.heads={heads}", f"model.kv_heads={heads}", f"model.hidden={3 * width}"]
     base = [f"model.base_width={WIDTHS[0]}"] if transfers else []
-    return read(recipe, [*SHAPE, *STEADY, *ROWS, *CHUNKS, *wide, *base])
+    return read(arm.recipe, [f"use.levels={arm.levels}", *SHAPE, *STEADY, *ROWS, *CHUNKS, *wide, *base])
 
 
 def batch(seed: int) -> list[MicroBatch]:
@@ -68,12 +85,12 @@ def moved(run: Run, world: World, seed: int) -> list[float]:
 
 
 def powers(
-    recipe: str, transfers: bool, world: World, widths: Sequence[int] = WIDTHS, seeds: int = SEEDS
+    arm: Arm, transfers: bool, world: World, widths: Sequence[int] = WIDTHS, seeds: int = SEEDS
 ) -> list[float]:
     """The power of the width in each of PLACES, by least squares over the widths; means over seeds."""
     logs = []
     for width in widths:
-        each = [moved(configure(recipe, width, transfers), world, seed) for seed in range(seeds)]
+        each = [moved(configure(arm, width, transfers), world, seed) for seed in range(seeds)]
         logs.append([log2(sum(values) / seeds) for values in zip(*each, strict=True)])
     x = torch.tensor([log2(width) for width in widths], dtype=torch.float64)
     y = torch.tensor(logs, dtype=torch.float64)
@@ -83,11 +100,11 @@ def powers(
 
 def main(target: str | None) -> int:
     """Prints the table; 0 if activations move equally far at every width."""
-    run = configure("demo", WIDTHS[0], True)
+    run = configure(ARMS[0], WIDTHS[0], True)
     world, table = join(run.parallel, run.cluster, 0), []
-    for recipe, mixer in (("demo", "attention"), ("demo-hope", "self-modifying Titans")):
-        with_it, without = (powers(recipe, transfers, world) for transfers in (True, False))
+    for arm in ARMS:
+        with_it, without = (powers(arm, transfers, world) for transfers in (True, False))
         for place, power, plain in zip(PLACES, with_it, without, strict=True):
             ok = abs(power) <= TOLERANCE
-            table.append(Row(f"{mixer}: {place}", power, "power of the width", plain, None, f"+- {TOLERANCE}", ok))
+            table.append(Row(f"{arm.name}: {place}", power, "power of the width", plain, None, f"+- {TOLERANCE}", ok))
     return show(f"{STEPS} steps at widths {WIDTHS}; baseline: one rate for all", table, target)

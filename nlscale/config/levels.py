@@ -6,9 +6,9 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from nlscale.config.errors import nearest, require
-from nlscale.config.mixers import mixer_shapes
 from nlscale.config.model import Model
 from nlscale.config.optim import RULES
+from nlscale.config.shapes import mixer_shapes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,20 @@
 """The network's shape."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nlscale.config.errors import divisors, nearest, positive, require
 from nlscale.config.inner import Inner
-from nlscale.config.mixers import MIXERS, Linear, SelfModifying, Titans
+from nlscale.config.mixers import Linear, SelfModifying, Titans, Written
+from nlscale.config.shapes import MIXERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A mixer of tokens, then a continuum of feed-forward levels, `layers` times: HOPE-Attention, HOPE and their kin.
 
-    `mixer`: attention (HOPE-Attention), self_modifying (HOPE), titans, titans_mac, titans_mag, titans_mal, linear, delta.
+    `mixer`: attention (HOPE-Attention), self_modifying (HOPE), titans, titans_mac, titans_mag, titans_mal, linear, delta,
+    written.
     """
 
     layers: int = 12
@@ -20,10 +22,12 @@ class Model:
     heads: int = 12  # of attention, or memories side by side; a recipe that says none has one for 64 of the width
     mixer: str = "attention"
     linear: Linear = field(default_factory=Linear)
+    written: Written = field(default_factory=Written)
     titans: Titans = field(default_factory=Titans)
     self_modifying: SelfModifying = field(default_factory=SelfModifying)
     inner: Inner = field(default_factory=Inner)  # for levels whose unit is token
     reset: Literal["row", "never"] = "row"  # never: memories go on from row to row (row i of a step after row i before)
+    writes: bool = True  # false: no memory and no token level moves inside a row (an ablation)
     window: int | None = None  # tokens that attention sees; unset: the row
     loops: int = 1  # times that a row passes the same blocks (loop Transformer)
     kv_heads: int | None = None  # grouped-query attention; unset: as many as heads
@@ -69,6 +73,16 @@ class Model:
             f"model.heads={self.heads} must be a multiple of model.kv_heads={self.key_value_heads}; "
             f"kv_heads in {divisors(self.heads)} would work",
         )
+
+    @property
+    def acting(self) -> "Model":
+        """With the inner rates that act: where nothing is to be written, all of them are 0."""
+        if self.writes:
+            return self
+        still = {
+            name: replace(getattr(self, name), rate=0.0) for name in ("linear", "written", "titans", "self_modifying")
+        }
+        return replace(self, inner=replace(self.inner, lr=0.0), **still)
 
     @property
     def key_value_heads(self) -> int:

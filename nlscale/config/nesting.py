@@ -5,9 +5,10 @@ that are updated equally often and need nothing of each other share a level of t
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from nlscale.config.levels import level_of, token_levels
 from nlscale.config.mixers import chunk_of
@@ -27,6 +28,11 @@ class Learner:
 def learners(run: Run) -> list[Learner]:
     """The blocks' mixer of tokens, and each level's windows, rule and weights."""
     found = list(mixers(run))
+    if (
+        run.model.loops > 1
+    ):  # a token's activation, which passes the blocks again with what attention and memories then say
+        at_once = frozenset(learner.name for learner in found if learner.frequency == math.inf)
+        found.append(Learner("loop", math.inf, at_once))
     for level in run.levels:
         beat = Fraction(0) if level.frozen else Fraction(1, level.steps)
         states = [f"{level.name}.{state}" for state in STATES[level.optimizer or run.optim.name]]
@@ -41,9 +47,9 @@ def mixers(run: Run) -> Iterator[Learner]:
     """Attention sees every token at once; a memory moves once a chunk of each row."""
     model, tokens = run.model, run.train.global_batch * run.data.sequence
     chunk = Fraction(tokens, chunk_of(model)[1])
-    if model.mixer in ("attention", "titans_mag", "titans_mal", "titans_mac"):
+    if model.mixer in ("attention", "written", "titans_mag", "titans_mal", "titans_mac"):
         yield Learner("attention", math.inf)
-    if model.mixer in ("linear", "delta"):
+    if model.mixer in ("linear", "delta", "written"):
         yield Learner("memory", math.inf)
     elif model.mixer == "self_modifying":
         yield Learner("memory.makers", chunk)
@@ -70,11 +76,14 @@ def nesting(given: Sequence[Learner]) -> list[set[str]]:
 
 
 def belongs(key: str, run: Run) -> tuple[str, int, str]:
-    """(learner, period, unit) of a stored tensor: weights, moments, windows and memories by their keys in a checkpoint."""
+    """(learner, period, unit) of a stored tensor: weights, moments, windows and memories by their keys in a checkpoint.
+
+    A period of 0: it never moves.
+    """
     name = key.rsplit("/", 1)[-1]
     if not key.startswith("memories/"):
         level = level_of(name, run.levels)
-        return level.name, level.steps, "step"
+        return level.name, 0 if level.frozen else level.steps, "step"
     _, _, part, *rest = name.split(".")
     if part == "continuum":
         copies = {level.name: level.period for level in token_levels(run.levels)}
@@ -84,4 +93,15 @@ def belongs(key: str, run: Run) -> tuple[str, int, str]:
     if run.model.mixer == "self_modifying":
         settings, main = run.model.self_modifying, "main" in rest
         return ("memory.main", settings.chunk, "token") if main else ("memory.makers", settings.makers, "token")
-    return "memory", 1 if run.model.mixer in ("linear", "delta") else chunk_of(run.model)[1], "token"
+    return "memory", 1 if run.model.mixer in ("linear", "delta", "written") else chunk_of(run.model)[1], "token"
+
+
+def registry(sizes: Mapping[str, int], run: Run) -> dict[str, dict[str, Any]]:
+    """Of each learner that stored tensors belong to: period, unit, bytes and the tensors' keys; `sizes`: bytes by key."""
+    found: dict[str, dict[str, Any]] = {}
+    for key in sorted(sizes):
+        learner, period, unit = belongs(key, run)
+        own = found.setdefault(learner, {"period": period, "unit": unit, "bytes": 0, "tensors": []})
+        own["bytes"] += sizes[key]
+        own["tensors"].append(key)
+    return found

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from math import prod
 
 from nlscale.config.levels import Level, Levels, learning, level_of, parameter_names
-from nlscale.config.mixers import mixer_shapes, units_of
 from nlscale.config.model import Model
+from nlscale.config.shapes import mixer_shapes, units_of
 
 
 def parameters(model: Model, levels: list[Level]) -> dict[str, int]:
@@ -57,6 +57,13 @@ def linear_flops(model: Model, tokens: int) -> float:
     return float(model.heads * (inside + (6 if model.mixer == "delta" else 4) * width * width))
 
 
+def written_flops(model: Model, tokens: int) -> float:
+    """Attention, and a matrix memory that attention's output is put to."""
+    width, chunk, erases = model.head_width, model.written.chunk, model.written.rule == "delta"
+    inside = (2 + 2 + (2 + 1 if erases else 0)) * chunk * width
+    return attention_flops(model, tokens) + model.heads * (inside + (6 if erases else 4) * width * width)
+
+
 def titans_flops(model: Model, tokens: int) -> float:
     """Five passes of a two-layer network, two kinds of writes (spec 3.5): four products by W2, five by W1."""
     inward, units = units_of(model.titans, model.head_width)
@@ -95,6 +102,7 @@ FLOPS: dict[str, Callable[[Model, int], float]] = {
     "attention": attention_flops,
     "linear": linear_flops,
     "delta": linear_flops,
+    "written": written_flops,
     "titans": titans_flops,
     "titans_mac": mac_flops,
     "titans_mag": beside_flops,

@@ -23,6 +23,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("blocks.*.mix.*keep.bias", "kept"),
     ("blocks.*.mix.*momentum.bias", "faint"),
     ("blocks.*.mix.memory.start", "zeros"),
+    ("blocks.*.mix.memory.slow", "identity"),
     ("blocks.*.mix.*memory.*.up", "heads"),
     ("blocks.*.mix.*memory.*.down", "normal"),
     ("blocks.*.mix.memory.context_[kv]", "heads"),
@@ -74,6 +75,10 @@ def initialize(leaves: list[Leaf], model: Model, seed: int, tensor_rank: int) ->
             continue
         if word == "first":
             leaf.value.zero_()[:, 0] = 1.0
+            continue
+        if word == "identity":  # of each head, one below the other
+            rows, width = leaf.value.shape
+            leaf.value.zero_().view(rows // width, width, width).diagonal(dim1=1, dim2=2).fill_(1.0)
             continue
         axis = leaf.shard or 0
         offset = tensor_rank * leaf.value.shape[axis] if leaf.shard is not None else 0

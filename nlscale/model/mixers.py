@@ -1,4 +1,4 @@
-"""The table of mixers: `model.mixer` -> how a block mixes tokens. Their parameters' names are in config/mixers.py."""
+"""The table of mixers: `model.mixer` -> how a block mixes tokens. Their parameters' names are in config/shapes.py."""
 
 from collections.abc import Callable
 
@@ -11,11 +11,13 @@ from nlscale.model.exchange import Exchange
 from nlscale.model.linear import LinearMixer
 from nlscale.model.self_modifying import SelfModifyingMixer
 from nlscale.model.titans import TitansContext, TitansGate, TitansLayer, TitansMixer
+from nlscale.model.written import WrittenMixer
 
 MIXERS: dict[str, Callable[[Model, TransformerConfig, Exchange], MegatronModule]] = {
     "attention": Attention,
     "linear": LinearMixer,
     "delta": LinearMixer,
+    "written": WrittenMixer,
     "titans": TitansMixer,
     "titans_mac": TitansContext,
     "titans_mag": TitansGate,

@@ -11,8 +11,9 @@ from nlscale_kernels.self_modifying import Gates, Memories, State, Still, Tokens
 from nlscale_kernels.unit import unit
 from torch import Tensor, nn
 
-from nlscale.config.mixers import GATES, units_of
+from nlscale.config.mixers import GATES
 from nlscale.config.model import Model
+from nlscale.config.shapes import units_of
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, Heads, exact, stacked
 from nlscale.model.row_state import spread

@@ -22,8 +22,9 @@ from nlscale_kernels.titans import Memory, Tokens, begin, look, step, titans
 from nlscale_kernels.unit import unit
 from torch import Tensor, nn
 
-from nlscale.config.mixers import Titans, units_of
+from nlscale.config.mixers import Titans
 from nlscale.config.model import Model
+from nlscale.config.shapes import units_of
 from nlscale.model.attention import Attention, Context, Persistent, attend, flash
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, Heads, exact, stacked

@@ -130,7 +130,7 @@ def built(
     run: Run, units: dict[str, int], config: TransformerConfig, stage: Stage, exchange: Exchange, world: World
 ) -> Hope:
     """One stage: the last one learns while it reads, where levels move inside a row."""
-    shape = run.model, units, run.data.sequence, config, stage, exchange
+    shape = run.model.acting, units, run.data.sequence, config, stage, exchange
     levels = learning(run.levels)
     if not levels or not stage.last:
         return Hope(*shape)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from nlscale.config.levels import Level, Levels, learning, level_of, parameter_names
-from nlscale.config.mixers import units_of
 from nlscale.config.model import Model
 from nlscale.config.optim import STATES
 from nlscale.config.run import Run, replicas
+from nlscale.config.shapes import units_of
 from nlscale.model.count import inward, sizes
 
 # Bytes that a block keeps in bf16 a token and unit of width: beside the mixer, on all of a row's tokens ...
@@ -22,6 +22,7 @@ KEPT = {
     "attention": 7.4,
     "linear": 58.6,
     "delta": 65.8,
+    "written": 24.0,
     "titans": 73.0,
     "titans_mac": 40.1,
     "titans_mag": 104.3,
@@ -35,6 +36,7 @@ FUSED = {
     "attention": 1,
     "linear": 4,
     "delta": 4,
+    "written": 3,
     "titans": 4,
     "titans_mac": 4,
     "titans_mag": 6,
@@ -259,6 +261,8 @@ def state_elements(model: Model) -> int:
         vectors = len(settings.vectors) + 1
         nets = (vectors + 2) * width * inward + vectors * width * units + 2 * units
         return (2 if settings.momentum else 1) * nets + width * (settings.convolution - 1)
+    if model.mixer == "written":
+        return width * width
     if model.mixer.startswith("titans"):
         tail = 0 if model.mixer == "titans_mac" else 3 * width * (model.titans.convolution - 1)
         return 2 * width * sum(units_of(model.titans, width)) + tail

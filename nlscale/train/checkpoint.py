@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
 from nlscale.config.errors import StoppedOnPurpose
+from nlscale.config.nesting import registry
 from nlscale.config.read import dump
 from nlscale.config.run import Run
 from nlscale.runtime.folder import MANIFEST, STATE, Folder, write_durably
@@ -31,7 +32,7 @@ from nlscale.train.agree import everywhere, led
 from nlscale.train.beside import Beside, Staging
 from nlscale.train.manifest import anew, commit, digest, surplus, verify
 from nlscale.train.memories import memories
-from nlscale.train.pieces import Pieces, save
+from nlscale.train.pieces import Pieces, save, stored
 from nlscale.train.remote import Remote
 from nlscale.train.restore import apply
 from nlscale.train.state import TrainState
@@ -57,7 +58,7 @@ class Checkpoints:
     def __init__(self, run: Run, world: World, folder: Folder, journal: Journal, hold: Hold) -> None:
         """A collective."""
         self.settings, self.world, self.folder, self.journal, self.hold = run.checkpoint, world, folder, journal, hold
-        self.config = dump(run)
+        self.run, self.config = run, dump(run)
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)  # saves go on beside steps, and storage is slow
         self.staging, self.beside = Staging(), Beside(world.device)
         self.waiting: Callable[[str], None] = lambda _: None  # told while the run waits for a storage
@@ -138,7 +139,9 @@ class Checkpoints:
         )
 
         def conclude() -> None:
-            write_durably(draft_folder / STATE, draft.facts)
+            sizes = {name: each.nbytes for name, each in stored(draft_folder).items()}
+            facts = json.loads(draft.facts) | {"learners": registry(sizes, self.run)}
+            write_durably(draft_folder / STATE, json.dumps(facts))
             write_durably(draft_folder / "config.yaml", self.config)
             files = {name: each for mine in digests for name, each in mine.items()}
             files |= {name: digest(draft_folder / name) for name in (".metadata", STATE, "config.yaml")}

@@ -6,6 +6,7 @@ rectangles of the whole tensor, any layout reads what any other wrote.
 
 import pickle
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple
 
@@ -138,6 +139,11 @@ class Stored(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.shape} {self.dtype}"
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole tensor."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def stored(folder: Path) -> dict[str, Stored]:

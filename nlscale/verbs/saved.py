@@ -64,7 +64,7 @@ def draw(options: argparse.Namespace) -> None:
 def list_checkpoints(options: argparse.Namespace) -> None:
     """`nlscale checkpoint list`."""
     folder = existing(options.run)
-    for step in reversed(folder.steps()):
+    for step in reversed(folder.steps()):  # the newest last
         path = folder.checkpoint(step)
         facts = json.loads((path / STATE).read_text())
         size = sum(file.stat().st_size for file in path.iterdir())
@@ -73,6 +73,9 @@ def list_checkpoints(options: argparse.Namespace) -> None:
             f"step {step:8d}  {facts['tokens']:>14,} tokens  {size / 2**20:10.1f} MiB  "
             f"open windows: {', '.join(open_levels) or 'none'}"
         )
+    for name, each in facts.get("learners", {}).items() if folder.steps() else ():  # of the newest one, said last
+        beat = f"every {each['period']} {each['unit']}s" if each["period"] else "never"
+        print(f"  {name:<16s} moves {beat:<18s} {len(each['tensors']):6,} tensors  {each['bytes'] / 2**20:10.1f} MiB")
 
 
 def verify_checkpoints(options: argparse.Namespace) -> None:

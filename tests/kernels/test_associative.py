@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nlscale_kernels.associative import (
+    ADAM,
     DELTA,
     MOMENTUM,
     SGD,
     Associative,
+    Context,
     Gates,
     State,
     adam_memory,
@@ -16,12 +18,15 @@ from nlscale_kernels.associative import (
     follow_leader,
     generated,
     handed,
+    hold,
     linear,
     mlp,
     momentum_memory,
     nearest,
     programmed,
     proximal,
+    regression,
+    scaled,
     signals,
     square,
     written_in_context,
@@ -45,10 +50,7 @@ def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> None:
 
 
 def remember(memory: Associative, keys: Tensor, values: Tensor, gates: list[Gates], weight: Tensor) -> State:
-    state = memory.begin({"up": weight})
-    for key, value, gate in zip(keys, values, gates, strict=True):
-        state = memory.write(state, key, value, gate)
-    return state
+    return memory.learn(memory.begin({"up": weight}), Context(keys, values), gates)
 
 
 def slope(objective, at: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -122,6 +124,24 @@ def test_row_3_backpropagation_is_self_referential() -> None:
     assert (again - replayed).norm() > 1e-2 * (again - start["0.weight"]).norm()
 
 
+def test_row_3_a_network_under_backpropagation_is_a_memory_for_each_layer() -> None:
+    """Each layer's memory writes (its input, -its error): T steps of SGD on the whole network, rows side by side."""
+    network = nn.Sequential(nn.Linear(I, 5, bias=False), nn.Tanh(), nn.Linear(5, O, bias=False)).double()
+    optimizer, rate = torch.optim.SGD(network.parameters(), lr=0.1), Gates(0.1)
+    memory = Associative(linear, dot, SGD)
+    layers = {name: memory.begin({"up": network.get_parameter(f"{name}.weight").detach().clone()}) for name in "02"}
+    for step in range(T):
+        with signals(network) as seen:
+            (network(numbers(6, I, seed=step)) - numbers(6, O, seed=99 + step)).square().sum().backward()
+        for name, at in layers.items():  # all rows' gradients are taken where the step begins, as a chunk's are
+            for x, u in zip(seen[name].x, seen[name].u, strict=True):  # type: ignore[arg-type]
+                layers[name] = memory.write(layers[name], x, -u, rate, at)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, state in layers.items():
+            assert_close(state.weights["up"], network.get_parameter(f"{name}.weight").detach())
+
+
 def test_row_4_momentum_is_two_memories() -> None:
     weight, share, rate = nn.Parameter(numbers(O, I)), 0.8, 0.1
     xs, us = numbers(T, I, seed=1), numbers(T, O, seed=2)
@@ -148,6 +168,12 @@ def test_row_5_adam_is_the_best_elementwise_memory_where_its_betas_are_equal() -
     size = (w * gradients.square()).sum(0).sqrt()
     best = adam_memory(gradients, beta)
     assert_close(slope(lambda m: (w * (m * gradients - size).square()).sum(), best.clone()), torch.zeros(7).double())
+    memory = Associative(scaled, square, ADAM)
+    gates = [Gates(rate=1 - beta, keep=beta)] * 30
+    state = memory.learn(memory.begin({"scale": torch.zeros(7).double()}), Context(gradients, gradients), gates)
+    assert_close(memory.read(state, torch.ones(7).double()), best)
+    fit = lambda m: sum(a * memory.objective(m * g, size) for a, g in zip(w, gradients, strict=True))  # noqa: E731
+    assert_close(slope(fit, state.weights["scale"].clone()), torch.zeros(7).double())
 
     def adam(beta1: float, beta2: float) -> Tensor:
         weight = nn.Parameter(torch.zeros(7).double())
@@ -189,12 +215,22 @@ def test_row_8_softmax_attention_is_the_non_parametric_memory() -> None:
     s = torch.exp(keys @ query * I**-0.5)
     assert_close(slope(lambda m: (s * (values - m).square().sum(-1)).sum(), said.clone()), torch.zeros(O).double())
     assert_close(said, F.scaled_dot_product_attention(query[None], keys, values)[0])
+    empty = {"keys": torch.zeros(0, I).double(), "values": torch.zeros(0, O).double()}
+    memory = Associative(regression(I**-0.5), square, hold())
+    state = memory.learn(memory.begin(empty), Context(keys, values), [Gates()] * T)
+    assert_close(memory.read(state, query), said)
+    fit = lambda m: sum(a * memory.objective(m, v) for a, v in zip(s, values, strict=True))  # noqa: E731
+    assert_close(slope(fit, memory.read(state, query)), torch.zeros(O).double())
     queries = numbers(T, I, seed=3)
     near = (torch.arange(T)[:, None] - torch.arange(T)).abs() < 4
     window = F.scaled_dot_product_attention(queries, keys, values, near.tril())
+    memory = Associative(regression(I**-0.5), square, hold(4))
+    state = memory.begin(empty)
     for t in range(T):  # window attention: the same sum, over the last tokens
         few = slice(max(0, t - 3), t + 1)
         assert_close(nearest(queries[t], keys[few], values[few], I**-0.5), window[t])
+        state = memory.write(state, keys[t], values[t], Gates())
+        assert_close(memory.read(state, queries[t]), window[t])
 
 
 def test_row_9_a_weight_may_be_written_in_context() -> None:

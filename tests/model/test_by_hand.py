@@ -17,7 +17,13 @@ from nlscale.testing import ranks
 from tests.kernels.oracles import TITANS, Five, titans_row
 from tests.tiny import tiny
 
-CHUNKS = ["model.layers=1", "model.linear.chunk=4", "model.titans.chunk=4", "model.self_modifying.chunk=2"]
+CHUNKS = [
+    "model.layers=1",
+    "model.linear.chunk=4",
+    "model.written.chunk=4",
+    "model.titans.chunk=4",
+    "model.self_modifying.chunk=2",
+]
 CHUNKS += ["model.self_modifying.maker_chunk=4", "model.window=5"]
 PLACES = torch.arange(16)
 
@@ -112,6 +118,22 @@ def matrix(layer: Layer, x: Tensor) -> Tensor:
     return layer.finish(x, said)
 
 
+def written(layer: Layer, x: Tensor) -> Tensor:
+    """Attention, then a matrix that the row writes (eq. 69)."""
+    said, settings = [], layer.model.written
+    for h in range(layer.heads):
+        q, k, v = (layer.part(x, name, h) for name in "qkv")
+        y = layer.attend(layer.turned(q), layer.turned(k), v, layer.window, "persistent", h)
+        W = slow = layer.of("memory.slow", h)
+        rate, rows = settings.rate * layer.gate(x, "rate", h), []
+        for t, key in enumerate(one(k)):
+            W = slow if layer.starts[t] else W
+            W = W + rate[t] * torch.outer(v[t] - (W @ key if settings.rule == "delta" else 0), key)
+            rows.append(W @ y[t])
+        said.append(torch.stack(rows))
+    return layer.finish(x, said, normed=False)
+
+
 def gates_of(layer: Layer, x: Tensor, h: int) -> Tensor:
     rate = layer.model.titans.rate * layer.gate(x, "rate", h)
     return torch.stack([rate, layer.gate(x, "momentum", h), layer.gate(x, "keep", h)])
@@ -190,7 +212,7 @@ def self_modifying(layer: Layer, x: Tensor) -> Tensor:
 
 
 HANDS = {"linear": matrix, "delta": matrix, "titans": titans, "titans_mag": titans_mag, "titans_mal": titans_mal}
-HANDS |= {"titans_mac": titans_mac, "self_modifying": self_modifying}
+HANDS |= {"written": written, "titans_mac": titans_mac, "self_modifying": self_modifying}
 
 
 def compared(run: Run) -> tuple[float, float]:

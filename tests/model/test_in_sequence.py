@@ -212,6 +212,7 @@ MIXERS = {
     "attention": [],
     "delta": ["model.linear.chunk=4"],
     "linear": ["model.linear.chunk=4"],
+    "written": ["model.written.chunk=4"],
     **dict.fromkeys(("titans", "titans_mac", "titans_mag", "titans_mal"), ["model.titans.chunk=2"]),
     "self_modifying": [
         "model.self_modifying.chunk=2",

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nlscale.config.errors import UserError
 from nlscale.config.levels import parameter_names
-from nlscale.config.mixers import MIXERS, mixer_shapes
 from nlscale.config.run import Run
+from nlscale.config.shapes import MIXERS, mixer_shapes
 from nlscale.model.count import FLOPS, flops_a_token, parameters
 from nlscale.model.hope import Hope
 from nlscale.model.init import TABLE
@@ -20,10 +20,11 @@ from nlscale.runtime.world import join
 from nlscale.testing import ranks
 from tests.tiny import tiny
 
-CHUNKS = ["model.linear.chunk=4", "model.titans.chunk=4", "model.self_modifying.chunk=2"]
+CHUNKS = ["model.linear.chunk=4", "model.written.chunk=4", "model.titans.chunk=4", "model.self_modifying.chunk=2"]
 CHUNKS += ["model.self_modifying.maker_chunk=4", "model.layers=2"]
 CASES = {name: [f"model.mixer={name}"] for name in MIXERS}
 CASES["attention-window"] = ["model.window=5"]
+CASES["written-linear-window"] = ["model.mixer=written", "model.written.rule=linear", "model.window=5"]
 CASES["titans_mag-window"] = ["model.mixer=titans_mag", "model.window=5"]
 CASES["self_modifying-gate"] = ["model.mixer=self_modifying", "model.self_modifying.gate=true"]
 CASES["self_modifying-swiglu"] = ["model.mixer=self_modifying", "model.self_modifying.activation=swiglu"]
@@ -127,7 +128,7 @@ def one_by_one(run: Run) -> tuple[list[float], list[float]]:
     return apart, (states(model, other, nowhere) - states(model, tokens, nowhere)).abs().amax((1, 2)).tolist()
 
 
-ALONE = ["linear", "titans", "self_modifying", "self_modifying.maker"]  # whose chunks are single tokens
+ALONE = ["linear", "written", "titans", "self_modifying", "self_modifying.maker"]  # whose chunks are single tokens
 TOKENS = [f"model.{name}_chunk=1" if "." in name else f"model.{name}.chunk=1" for name in ALONE]
 
 
@@ -200,12 +201,10 @@ def test_row_27_a_loop_passes_the_same_blocks_again() -> None:
     assert not torch.allclose(once, thrice)
 
 
-FROZEN = {
-    "linear": ["model.linear.rate=0", "model.linear.convolution=1"],
-    "delta": ["model.linear.rate=0", "model.linear.convolution=1"],
-    "titans": ["model.titans.rate=0", "model.titans.convolution=1"],
-    "self_modifying": ["model.self_modifying.rate=0", "model.self_modifying.convolution=1"],
-}
+# What else hears of earlier tokens is switched off: the short convolution, and attention, which sees each token alone.
+ELSE = ["model.window=1", *(f"model.{name}.convolution=1" for name in ("linear", "titans", "self_modifying"))]
+FROZEN = {mixer: "" for mixer in MIXERS if mixer not in ("attention", "titans_mac")}
+FROZEN |= {"delta": "linear.rate=0", "titans": "titans.rate=0", "self_modifying": "self_modifying.rate=0"}
 
 
 def echoes(run: Run) -> tuple[float, float, bool]:
@@ -226,8 +225,46 @@ def echoes(run: Run) -> tuple[float, float, bool]:
 
 @pytest.mark.parametrize("mixer", FROZEN)
 def test_row_16_without_inner_writes_nothing_is_learned_in_context(mixer: str) -> None:
-    """A largest inner rate of 0 freezes the memory: later tokens hear nothing of a disturbed one; else they do."""
-    said = [*CHUNKS, f"model.mixer={mixer}"]
-    later, own, finite = ranks(1, echoes, tiny(*said, *FROZEN[mixer]))[0]
-    assert later == 0 and own > 1e-6 and finite
-    assert ranks(1, echoes, tiny(*said, FROZEN[mixer][1]))[0][0] > 1e-9
+    """One switch freezes whatever moves faster than a step: later tokens hear nothing of a disturbed one; else they do."""
+    said = [*CHUNKS, *ELSE, f"model.mixer={mixer}"]
+    still = ["model.writes=false", *([f"model.{FROZEN[mixer]}"] if FROZEN[mixer] else [])]
+    for each in still:  # the switch, and the mixer's own largest rate
+        later, own, finite = ranks(1, echoes, tiny(*said, each))[0]
+        assert later == 0 and own > 1e-6 and finite
+    assert ranks(1, echoes, tiny(*said))[0][0] > 1e-9
+
+
+def segments(run: Run) -> tuple[float, float]:
+    """MAC: how a disturbed token changes its own segment of four, and those after it."""
+    model, _ = built(run)
+    tokens = torch.randint(1, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+    nowhere, other = torch.zeros_like(tokens, dtype=torch.bool), tokens.clone()
+    other[:, 2] = 1 + other[:, 2] % 126
+    moved = (states(model, other, nowhere) - states(model, tokens, nowhere)).abs()
+    return float(moved[3].max()), float(moved[4:].max())
+
+
+def test_row_16_mac_hears_its_segment_alone_without_writes() -> None:
+    said = [*CHUNKS, *ELSE, "model.mixer=titans_mac"]
+    (own, later), (_, written) = (ranks(1, segments, tiny(*said, *more))[0] for more in (["model.writes=false"], []))
+    assert own > 1e-9 and later == 0 and written > 1e-9
+
+
+def mixed(*said: str) -> Tensor:
+    """What a block adds to a row, by projections that are the same for every mixer."""
+    model, leaves = built(tiny(*CHUNKS, "model.kv_heads=4", "model.layers=1", *said))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for leaf in sorted(leaves, key=lambda each: each.name):
+            if leaf.name.startswith(("blocks.0.mix.q.", "blocks.0.mix.k.", "blocks.0.mix.v.")):
+                leaf.value.copy_(torch.randn(leaf.value.shape, generator=generator, dtype=torch.float64))
+        x = torch.randn(16, 2, 32, generator=generator, dtype=torch.float64)
+        return model.blocks[0].mix(x, model.scene(torch.zeros(2, 16, dtype=torch.bool)))[0] - x
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_row_9_a_block_that_writes_nothing_is_a_transformers_bit_for_bit(rule: str) -> None:
+    said = ["model.mixer=written", f"model.written.rule={rule}"]
+    plain, still, writing = (ranks(1, mixed, *each)[0] for each in ([], [*said, "model.writes=false"], said))
+    assert torch.equal(plain, still)
+    assert (plain - writing).norm() > 1e-3 * plain.norm()

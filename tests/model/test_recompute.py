@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from nlscale.config.mixers import MIXERS
 from nlscale.config.run import Run
+from nlscale.config.shapes import MIXERS
 from nlscale.parallel.apply import parallelize
 from nlscale.runtime.world import join
 from nlscale.testing import ranks

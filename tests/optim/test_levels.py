@@ -34,6 +34,17 @@ def test_the_nesting_of_adam_attention_and_a_continuum_is_the_papers() -> None:
     ]
 
 
+def test_row_27_a_loop_is_a_level_of_the_nesting() -> None:
+    """A token passes the blocks again with what attention says by then: as often as attention, and after it."""
+    assert nesting(learners(tiny(TWO % "", "model.loops=3")))[:3] == [
+        {"attention"},
+        {"loop"},
+        {"fast.window", "slow.window"},
+    ]
+    chunks = nesting(learners(tiny(TWO % "", "model.loops=3", "model.mixer=titans", "model.titans.chunk=4")))
+    assert chunks[:2] == [{"loop"}, {"memory"}]  # a memory that moves once a chunk is slower than a token's passes
+
+
 def test_the_order_is_by_frequency_then_by_need() -> None:
     chain = [
         Learner("c", Fraction(1), frozenset({"b"})),

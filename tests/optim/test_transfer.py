@@ -2,11 +2,11 @@
 
 import pytest
 
-from nlscale.bench.transfer import TOLERANCE, configure, powers
+from nlscale.bench.transfer import ARMS, TOLERANCE, Arm, configure, powers
 from nlscale.config.errors import UserError
 from nlscale.config.levels import parameter_names
-from nlscale.config.mixers import MIXERS
 from nlscale.config.read import read
+from nlscale.config.shapes import MIXERS
 from nlscale.config.transfer import deviation_factor, rate_factor
 from nlscale.model.count import sizes
 from nlscale.runtime.world import join
@@ -15,15 +15,15 @@ from tests.optim.driver import built, usual, weights
 from tests.tiny import tiny
 
 
-def check(recipe: str, transfers: bool) -> list[float]:
-    run = configure(recipe, 64, True)
-    return powers(recipe, transfers, join(run.parallel, run.cluster, 0), (64, 128, 256), 1)
+def check(arm: Arm, transfers: bool) -> list[float]:
+    run = configure(arm, 64, True)
+    return powers(arm, transfers, join(run.parallel, run.cluster, 0), (64, 128, 256), 1)
 
 
-@pytest.mark.parametrize("recipe", ["demo", "demo-hope"])
-def test_a_step_moves_activations_equally_far_at_any_width(recipe: str) -> None:
-    """Without transfer it moves them the further, the wider the model is."""
-    ((with_it,), (without,)) = (ranks(1, check, recipe, transfers) for transfers in (True, False))
+@pytest.mark.parametrize("arm", ARMS, ids=[arm.name for arm in ARMS])
+def test_a_step_moves_activations_equally_far_at_any_width(arm: Arm) -> None:
+    """Without transfer it moves them the further, the wider the model is; so it is with levels of several periods."""
+    ((with_it,), (without,)) = (ranks(1, check, arm, transfers) for transfers in (True, False))
     assert all(abs(power) <= TOLERANCE for power in with_it), with_it
     assert all(power > 2 * TOLERANCE - 0.1 for power in without), without
 
@@ -32,8 +32,8 @@ def test_a_step_moves_activations_equally_far_at_any_width(recipe: str) -> None:
 def test_whoever_has_more_inputs_at_another_width_moves_by_a_smaller_rate(mixer: str) -> None:
     """Of every mixer's leaves, those whose number of inputs grows with the width, told by their shapes at two widths."""
     runs = [tiny(f"model.mixer={mixer}", f"model.width={w}", f"model.heads={w // 8}", f"model.kv_heads={w // 8}",
-                 f"model.hidden={2 * w}", "model.base_width=32", "model.linear.chunk=8", "model.titans.chunk=8",
-                 "model.self_modifying.chunk=8") for w in (32, 64)]  # fmt: skip
+                 f"model.hidden={2 * w}", "model.base_width=32", "model.linear.chunk=8", "model.written.chunk=8",
+                 "model.titans.chunk=8", "model.self_modifying.chunk=8") for w in (32, 64)]  # fmt: skip
     for name in parameter_names(runs[0].model, runs[0].levels):
         small, large = (sizes(run.model, run.levels)(name) for run in runs)
         grew = large / small  # 4: matrices between widths; 2: one axis grows

@@ -18,6 +18,7 @@ from tests.whole import assemble
 
 SMALL = [
     "model.linear.chunk=4",
+    "model.written.chunk=4",
     "model.titans.chunk=4",
     "model.self_modifying.chunk=4",
     "model.self_modifying.maker_chunk=8",
@@ -29,6 +30,7 @@ MIXERS = {
     "attention-window": ["model.kv_heads=4", "model.window=6"],
     "linear": ["model.mixer=linear"],
     "delta": ["model.mixer=delta"],
+    "written": ["model.mixer=written", "model.window=6"],
     "titans": ["model.mixer=titans"],
     "titans_mac": ["model.mixer=titans_mac"],
     "titans_mag": ["model.mixer=titans_mag", "model.window=6"],
@@ -53,7 +55,9 @@ CASES = [
     if "-" not in layout or mixer in ("attention", "delta", "self_modifying")
 ]
 LEFT = [(mixer, layout) for mixer in MIXERS for layout in ("data", "pipeline")]  # test_equal.py has both, for attention
-LEFT += [(mixer, "context4") for mixer in ("titans", "titans_mag", "titans_mal", "attention-window", "linear")]
+LEFT += [
+    (mixer, "context4") for mixer in ("written", "titans", "titans_mag", "titans_mal", "attention-window", "linear")
+]
 LEFT += [(mixer, "tensor-sequence-context") for mixer in ("attention", "delta")]
 LEFT = [case for case in LEFT if case not in (("self_modifying", "pipeline"), ("titans_mac", "pipeline"))]
 
@@ -113,6 +117,7 @@ WRITES = {
     "titans_mac": ("model.titans.chunk=2", "model.titans.chunk=16"),
     "self_modifying": ("model.self_modifying.maker_chunk=4", "model.self_modifying.maker_chunk=16"),
     "delta": ("model.linear.chunk=2", "model.linear.chunk=8"),
+    "written": ("model.written.chunk=2", "model.written.chunk=8"),
 }
 
 

@@ -51,6 +51,7 @@ CASES = {
     "delta": ("760m-plain", 8, ["use.layout=null", "model.mixer=delta", "data.sequence=1024"]),
     "titans": ("760m-plain", 8, ["use.layout=null", "model.mixer=titans", "data.sequence=1024"]),
     "linear": ("760m-plain", 8, ["use.layout=null", "model.mixer=linear", "data.sequence=512"]),
+    "written": ("760m-plain", 8, ["use.layout=null", "model.mixer=written", "data.sequence=1024"]),
     "titans_mac": ("760m-plain", 8, ["use.layout=null", "model.mixer=titans_mac", "data.sequence=512"]),
     "titans_mag": ("760m-plain", 8, ["use.layout=null", "model.mixer=titans_mag", "data.sequence=512"]),
     "titans_mal": ("760m-plain", 8, ["use.layout=null", "model.mixer=titans_mal", "data.sequence=512"]),

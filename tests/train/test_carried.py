@@ -26,7 +26,7 @@ from tests.sampled import sampled
 from tests.tiny import micro_batches, tiny
 
 NEVER = ["model.reset=never", "data.shuffle=false"]
-CHUNKS = ["model.linear.chunk=4", "model.titans.chunk=4", "model.self_modifying.chunk=2"]
+CHUNKS = ["model.linear.chunk=4", "model.written.chunk=4", "model.titans.chunk=4", "model.self_modifying.chunk=2"]
 CHUNKS += ["model.self_modifying.maker_chunk=4", "model.layers=2"]
 ADAPTS = ["model.mixer=delta", "data.sequence=16", "model.inner.form=whole"]
 QUICK = "levels=[{name: quick, period: 8, unit: token, width: 0.5}, {name: slow, period: 4, width: 0.5}]"
@@ -97,6 +97,7 @@ def owners(run: Run) -> set[tuple[str, int, str]]:
 
 OWNERS = {
     "delta": {("memory", 1, "token")},
+    "written": {("memory", 1, "token")},
     "titans_mac": {("memory", 4, "token")},
     "titans_mal": {("memory", 4, "token")},
     "self_modifying": {("memory.main", 2, "token"), ("memory.makers", 4, "token")},
@@ -106,7 +107,7 @@ OWNERS = {
 
 @pytest.mark.parametrize("mixer", OWNERS)
 def test_row_10_every_state_is_of_a_learner_with_a_period_of_tokens(mixer: str) -> None:
-    tail = {("convolution", 1, "token")} if mixer not in ("titans_mac", "attention") else set()
+    tail = {("convolution", 1, "token")} if mixer not in ("titans_mac", "written", "attention") else set()
     run = tiny(*SEEN, *NEVER, QUICK, f"model.mixer={mixer}", "model.inner.form=whole")
     assert ranks(1, owners, run)[0] == OWNERS[mixer] | tail | {("quick.copy", 8, "token")}
     assert belongs("weights/blocks.1.continuum.quick.up.weight", run) == ("quick", 1, "step")
@@ -123,6 +124,7 @@ ALONE = ["model.window=1", "model.titans.persistent=0"]
 MIXERS = {
     "linear": ["model.mixer=linear"],
     "delta": ["model.mixer=delta"],
+    "written": ["model.mixer=written", *ALONE],
     "titans": ["model.mixer=titans"],
     "titans_mac": ["model.mixer=titans_mac"],
     "titans_mag": ["model.mixer=titans_mag", *ALONE],
@@ -150,7 +152,7 @@ EXCEPT |= {("self_modifying-shared", layout) for layout in ("pipeline", "context
 
 
 @pytest.mark.parametrize(
-    "mixer", sampled(MIXERS, ("linear", "titans", "titans_mal", "delta-loops", "self_modifying-shared"))
+    "mixer", sampled(MIXERS, ("linear", "written", "titans", "titans_mal", "delta-loops", "self_modifying-shared"))
 )
 def test_two_rows_are_one_long_row_at_every_layout(mixer: str) -> None:
     said = [*SEEN, *MIXERS[mixer]]

@@ -9,26 +9,29 @@ from nlscale_kernels.associative.closed import (
     proximal,
 )
 from nlscale_kernels.associative.generation import generated, programmed, written_in_context
+from nlscale_kernels.associative.moves import ADAM, DELTA, MOMENTUM, SGD, hold
 from nlscale_kernels.associative.reference import (
-    DELTA,
-    MOMENTUM,
-    SGD,
     Associative,
+    Context,
     Gates,
     State,
     dot,
     handed,
     linear,
     mlp,
+    regression,
+    scaled,
     square,
 )
 from nlscale_kernels.associative.signals import Signal, signals
 
 __all__ = [
+    "ADAM",
     "DELTA",
     "MOMENTUM",
     "SGD",
     "Associative",
+    "Context",
     "Gates",
     "Signal",
     "State",
@@ -38,12 +41,15 @@ __all__ = [
     "follow_leader",
     "generated",
     "handed",
+    "hold",
     "linear",
     "mlp",
     "momentum_memory",
     "nearest",
     "programmed",
     "proximal",
+    "regression",
+    "scaled",
     "signals",
     "square",
     "written_in_context",

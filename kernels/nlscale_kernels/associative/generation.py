@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nlscale_kernels.associative.reference import SGD, Associative, Gates, Weights, dot, linear
+from nlscale_kernels.associative.moves import SGD
+from nlscale_kernels.associative.reference import Associative, Gates, Weights, dot, linear
 
 
 def generated(generator: Weights, z_Z: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Weights:

@@ -1,20 +1,23 @@
 """Associative memory as one small interface (Behrouz et al., 2025, Definition 1, eq. 6; spec 1, row 1).
 
-A memory is an operator from keys to values; learning it is minimising an objective over the pairs that it has seen, its
-context. Four things make one: a network (what the operator may be), an objective, an inner optimizer (how one pair changes
-it) and a state. A weight matrix under SGD, a momentum, linear attention, the delta rule and Titans are all instances; the
-fast forms elsewhere in this package are held against these.
+A memory is an operator from keys to values; learning it is minimising an objective over the pairs of its context. Five
+things make one: a network (what the operator may be), an objective, an inner optimizer (how a pair changes it), a context
+and a state. A weight matrix under SGD, every layer of a network under backpropagation, a momentum, Adam, linear attention,
+the delta rule, softmax attention and Titans are all instances; the fast forms elsewhere in this package are held against
+these.
 
 One memory, one pair at a time: key (K,), value (V,). `torch.vmap` makes rows and heads of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nlscale_kernels.associative.closed import nearest
 
 Weights = dict[str, Tensor]
 Network = Callable[[Weights, Tensor], Tensor]
@@ -35,6 +38,20 @@ def handed(state: State, taught: bool) -> State:
     return state if taught else State(*({name: each.detach() for name, each in part.items()} for part in state))
 
 
+class Pair(NamedTuple):
+    """One association."""
+
+    key: Tensor
+    value: Tensor
+
+
+class Context(NamedTuple):
+    """The pairs that a memory is to hold, in the order in which they come."""
+
+    keys: Tensor  # (T, K)
+    values: Tensor  # (T, V)
+
+
 class Gates(NamedTuple):
     """How one pair is written: scalars of that token."""
 
@@ -43,16 +60,22 @@ class Gates(NamedTuple):
     momentum: Tensor | float = 0.0
 
 
+Surprise = Callable[[], Weights]
+
+
 class Optimizer(NamedTuple):
-    """An inner optimizer: what it remembers at the start, and one move."""
+    """An inner optimizer: what it remembers at the start, and one move.
+
+    A move is told the state, the objective's gradient for the pair (computed when it is asked for), the pair and its gates.
+    """
 
     begin: Callable[[Weights], Weights]
-    move: Callable[[State, Weights, Tensor, Gates], State]
+    move: Callable[[State, Surprise, Pair, Gates], State]
 
 
 @dataclass(frozen=True)
 class Associative:
-    """Network, objective and optimizer; the state goes in and comes out."""
+    """Network, objective and optimizer; a context and a state go in, a state comes out."""
 
     network: Network
     objective: Objective
@@ -68,8 +91,16 @@ class Associative:
         def loss(weights: Weights) -> Tensor:
             return self.objective(self.network(weights, key), value)
 
-        gradient = torch.func.grad(loss)((at or state).weights)
-        return self.optimizer.move(state, gradient, key, gates)
+        def surprise() -> Weights:
+            return torch.func.grad(loss)((at or state).weights)
+
+        return self.optimizer.move(state, surprise, Pair(key, value), gates)
+
+    def learn(self, state: State, context: Context, gates: Sequence[Gates]) -> State:
+        """The state after a context; one entry of `gates` a pair."""
+        for key, value, gate in zip(*context, gates, strict=True):
+            state = self.write(state, key, value, gate)
+        return state
 
     def read(self, state: State, query: Tensor) -> Tensor:
         """What the memory says."""
@@ -86,6 +117,22 @@ def mlp(weights: Weights, key: Tensor) -> Tensor:
     return key + weights["down"] @ F.silu(weights["up"] @ key)
 
 
+def scaled(weights: Weights, key: Tensor) -> Tensor:
+    """m * k, element by element."""
+    return weights["scale"] * key
+
+
+def regression(scale: float) -> Network:
+    """argmin_m sum_i exp(scale <k_i, q>) |v_i - m|^2 over the pairs held: softmax attention, whose weights are its context
+    (Nadaraya and Watson's estimate; eqs. 62, 63).
+    """
+
+    def answer(weights: Weights, query: Tensor) -> Tensor:
+        return nearest(query, weights["keys"], weights["values"], scale)
+
+    return answer
+
+
 def dot(said: Tensor, value: Tensor) -> Tensor:
     """-<M k, v>: Hebbian."""
     return -(said * value).sum()
@@ -94,37 +141,3 @@ def dot(said: Tensor, value: Tensor) -> Tensor:
 def square(said: Tensor, value: Tensor) -> Tensor:
     """|M k - v|^2 / 2."""
     return 0.5 * (said - value).square().sum()
-
-
-def no_memory(weights: Weights) -> Weights:
-    """An optimizer that remembers nothing."""
-    return {}
-
-
-def zeros(weights: Weights) -> Weights:
-    """An optimizer with one tensor a weight, zero at the start."""
-    return {name: torch.zeros_like(weight) for name, weight in weights.items()}
-
-
-def descend(state: State, gradient: Weights, key: Tensor, gates: Gates) -> State:
-    """w <- keep w - rate g."""
-    moved = {name: gates.keep * w - gates.rate * gradient[name] for name, w in state.weights.items()}
-    return State(moved, state.extra)
-
-
-def accelerate(state: State, gradient: Weights, key: Tensor, gates: Gates) -> State:
-    """s <- momentum s - rate g, w <- keep w + s: two memories, the inner one of gradients (eqs. 10-13, A1)."""
-    speed = {name: gates.momentum * s - gates.rate * gradient[name] for name, s in state.extra.items()}
-    return State({name: gates.keep * w + speed[name] for name, w in state.weights.items()}, speed)
-
-
-def erase(state: State, gradient: Weights, key: Tensor, gates: Gates) -> State:
-    """Delta Gradient Descent: w <- w (keep I - rate k k^T) - rate g where k enters, keep w - rate g elsewhere."""
-    plain = descend(state, gradient, key, gates).weights
-    up = state.weights["up"]
-    return State(plain | {"up": plain["up"] - gates.rate * torch.outer(up @ key, key)}, state.extra)
-
-
-SGD = Optimizer(no_memory, descend)
-MOMENTUM = Optimizer(zeros, accelerate)
-DELTA = Optimizer(no_memory, erase)
