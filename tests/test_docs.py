@@ -142,7 +142,7 @@ def test_commands_name_what_there_is(page: str, said: str) -> None:
         assert importlib.util.find_spec(words[words.index("-m") + 1]) is not None, said
 
 
-LONG = {  # benches that no test runs, and why
+LONG = {  # benches that are run with less to do, and why
     **dict.fromkeys(("kernels", "ladder"), "a GPU"),
     **dict.fromkeys(
         ("parts", "hops", "beyond", "states", "forgetting", "classes"), "models are trained, for up to an hour"
@@ -201,7 +201,7 @@ def test_commands_run(said: str, somewhere: Path, monkeypatch: pytest.MonkeyPatc
     if words[0] == "bench":
         assert said in BENCHED or words[1] in LONG, said
         build_parser().parse_known_args(words)
-        pytest.skip("`make matrices` runs it, or says why not; its name and options are checked above")
+        pytest.skip("`make matrices` runs it, a long one with less to do (test_docs_long.py)")
     if words[0] == "plan":  # pretends a world, which this process is not to join
         done = subprocess.run(
             [sys.executable, "-m", "nlscale.cli", *words], capture_output=True, text=True, timeout=250

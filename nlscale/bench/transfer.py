@@ -84,9 +84,7 @@ def moved(run: Run, world: World, seed: int) -> list[float]:
     return [float((new - old).square().mean().sqrt()) for new, old in zip(after, before, strict=True)]
 
 
-def powers(
-    arm: Arm, transfers: bool, world: World, widths: Sequence[int] = WIDTHS, seeds: int = SEEDS
-) -> list[float]:
+def powers(arm: Arm, transfers: bool, world: World, widths: Sequence[int] = WIDTHS, seeds: int = SEEDS) -> list[float]:
     """The power of the width in each of PLACES, by least squares over the widths; means over seeds."""
     logs = []
     for width in widths:

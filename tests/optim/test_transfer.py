@@ -12,18 +12,24 @@ from nlscale.model.count import sizes
 from nlscale.runtime.world import join
 from nlscale.testing import ranks
 from tests.optim.driver import built, usual, weights
+from tests.sampled import sampled
 from tests.tiny import tiny
 
 
 def check(arm: Arm, transfers: bool) -> list[float]:
     run = configure(arm, 64, True)
-    return powers(arm, transfers, join(run.parallel, run.cluster, 0), (64, 128, 256), 1)
+    return powers(
+        arm, transfers, join(run.parallel, run.cluster, 0), (64, 128, 256), 1 if arm.recipe == "demo-hope" else 2
+    )
 
 
-@pytest.mark.parametrize("arm", ARMS, ids=[arm.name for arm in ARMS])
-def test_a_step_moves_activations_equally_far_at_any_width(arm: Arm) -> None:
+BY_NAME = {arm.name: arm for arm in ARMS}
+
+
+@pytest.mark.parametrize("name", sampled(BY_NAME, [ARMS[3].name]))
+def test_a_step_moves_activations_equally_far_at_any_width(name: str) -> None:
     """Without transfer it moves them the further, the wider the model is; so it is with levels of several periods."""
-    ((with_it,), (without,)) = (ranks(1, check, arm, transfers) for transfers in (True, False))
+    ((with_it,), (without,)) = (ranks(1, check, BY_NAME[name], transfers) for transfers in (True, False))
     assert all(abs(power) <= TOLERANCE for power in with_it), with_it
     assert all(power > 2 * TOLERANCE - 0.1 for power in without), without
 

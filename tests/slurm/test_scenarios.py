@@ -22,6 +22,7 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.runs import PROGRAM, Submitted, equal, unbroken
 from tests.slurm.stories import STORIES, Scene, story
 
+LAUNCH = Path(__file__).parents[2] / "launch" / "README.md"
 FOUR = ["parallel.tensor=2"]  # two nodes of two ranks: TP2 x DP2
 TWO = ["parallel.tensor=2", "cluster.tasks=1"]  # two nodes of one rank: TP2
 LONG = "train.steps=3000"
@@ -198,15 +199,17 @@ def chain(scene: Scene) -> None:
 
 @story
 def plain_srun(scene: Scene) -> None:
-    """Ranks take their places from srun alone, without a job script of ours."""
+    """Ranks take their places from srun alone, without a job script of ours, by the words of the documentation."""
     run = small_run(
         scene.data, scene.folder / "run", "parallel.tensor=2", "cluster.threads=1", "checkpoint.interval=10"
     )
     (scene.folder / "config.yaml").write_text(dump(run))
-    words = ["-n2", "-N2", "--kill-on-bad-exit=1", f"--nodelist={','.join(scene.nodes[:2])}", "--exclusive"]
+    (said,) = (line.split("  #")[0] for line in LAUNCH.read_text().splitlines() if line.startswith("srun "))
+    fill = {"8": "1", "nlscale": PROGRAM, "RECIPE": [scene.folder / "config.yaml"]}
+    first, *words = (part for word in said.split() for part in fill.get(word, [word]))
+    where = ["-N2", f"--nodelist={','.join(scene.nodes[:2])}", "--exclusive"]
     environment = scene.slurm.env | {"MASTER_ADDR": scene.nodes[0], "TMPDIR": f"{scene.slurm.dir}/local"}
-    command = ["srun", *words, *PROGRAM, "train", scene.folder / "config.yaml"]
-    said = scene.slurm.said(*command, env=environment)
+    said = scene.slurm.said(first, *where, *words, env=environment)
     assert "2 ranks, 1 replica, " in said and equal(run, scene.whole["two"]), said
     assert [event["code"] for event in events(run, "attempt ended")] == [0]
 
