@@ -157,22 +157,6 @@ def test_a_folder_that_cannot_be_written_is_refused(prepared: str, tmp_path: Pat
     assert result.returncode == 78 and "cannot write the run folder" in result.stderr
 
 
-def test_rank_comes_from_torchruns_environment(prepared: str, tmp_path: Path) -> None:
-    command = ["train", "demo", *SHAPE, f"data.path={prepared}", f"run.folder={tmp_path}", "train.steps=2"]
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--standalone",
-        "-m",
-        "nlscale.cli",
-    ]
-    result = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=180)
-    assert result.returncode == 0, result.stderr
-    assert "2 ranks, 1 replica, " in result.stdout
-
-
 def test_help_names_every_verb() -> None:
     text = nlscale("--help").stdout
     for verb in ("train", "check", "data", "plot", "checkpoint", "bench"):

@@ -7,6 +7,7 @@ not the time that figures need.
 import importlib
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -133,17 +134,20 @@ def test_torchrun_starts_ranks_as_documented(nodes: int, prepared: str, tmp_path
     parts = ("--standalone",) if nodes == 1 else ("--rdzv-endpoint",)
     fill = {"HOST:29500": f"127.0.0.1:{free_port()}", "RECIPE": "demo"}
     words = [str(2 // nodes) if word == "8" else word for word in documented("torchrun", *parts)]
-    more = [*SMALL, f"data.path={prepared}", "data.sequence=32", f"run.folder={tmp_path}", "parallel.tensor=2"]
+    more = [*SMALL, f"data.path={prepared}", "data.sequence=32", f"run.folder={tmp_path / 'run'}", "parallel.tensor=2"]
     command = [*started(words, fill), *more]
     if nodes > 1 and not separate():
         pytest.skip("two nodes on one machine need a /dev/shm each, which only root can mount")
     command = [*(NODE if nodes > 1 else []), *command]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    begun = [subprocess.Popen(command, **piped) for _ in range(nodes)]  # type: ignore[call-overload]
+    begun = []
+    for node in range(nodes):  # each with a /tmp of its own, too, where jobs of one machine wait for each other
+        (own := tmp_path / f"node{node}").mkdir()
+        begun.append(subprocess.Popen(command, env=os.environ | {"TMPDIR": str(own)}, **piped))  # type: ignore[call-overload]
     told = [each.communicate(timeout=200)[0] for each in begun]
     assert [each.returncode for each in begun] == [0] * nodes, told
     assert sum("2 ranks, 1 replica, " in said for said in told) == 1, told
-    assert (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").is_file()
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").is_file()
 
 
 @pytest.mark.matrix
