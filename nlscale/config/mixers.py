@@ -74,6 +74,7 @@ class SelfModifying:
     keep: float = 0.99  # share of a memory that a token keeps, at the start of training
     momentum: bool = True
     erase: bool = True  # Delta Gradient Descent: a write erases along its key first; false: plain gradient descent
+    per_layer: bool = False  # true: a memory's second layer erases along its own inputs, too: an ablation, slower
     unit_values: bool = True  # values of length one, as keys are; false: as they come, which can grow without bound
     clip: float = 1.0  # largest norm of what a chunk adds to a matrix of a memory; 0 switches it off
     written: list[str] = field(
@@ -89,6 +90,7 @@ class SelfModifying:
             value = getattr(self, number)
             require(value >= 0, f"model.self_modifying.{number}={value} must not be negative")
         require(0 < self.keep < 1, f"model.self_modifying.keep={self.keep} must lie between 0 and 1, such as 0.99")
+        require(self.erase or not self.per_layer, "model.self_modifying.per_layer=true needs erase=true")
         for name in self.written:
             require(
                 name in MEMORIES,

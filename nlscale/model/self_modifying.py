@@ -67,7 +67,8 @@ class SelfModifyingMixer(HeadMixer):
         rate, keep = (exact(self.exchange.mine(self.squash[name])) for name in GATES)
         keep = keep if settings.rate else keep + torch.inf
         erase, values = float(settings.erase), settings.unit_values
-        return Gates(rate, keep, settings.rate, erase, values, settings.clip, self.still(), settings.activation)
+        kind = settings.clip, self.still(), settings.activation, settings.per_layer
+        return Gates(rate, keep, settings.rate, erase, values, *kind)
 
     def still(self) -> Still:
         """Which memories stay as they began."""

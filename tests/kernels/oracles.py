@@ -57,6 +57,7 @@ class Five:
         unit_values: bool = True,
         clip: float = 0.0,
         activation: str = "silu",
+        per_layer: bool = False,
     ) -> None:
         """`erase`: whether writes erase along their key; `still`: a memory that is never written; else as in `Gates`."""
         names = (("key", "value", "query"), ("rate", "keep"), ("main",))
@@ -66,6 +67,7 @@ class Five:
             for place, name in enumerate(group[: net.up.shape[2]])
         }
         self.biases, self.erase, self.unwritten, self.unit_values = biases, erase, still, unit_values
+        self.per_layer = per_layer
         self.clip, self.units = clip or float("inf"), ACTIVATIONS[activation]
 
     def say(self, name: str, weights: dict[str, Tensor], z: Tensor) -> Tensor:
@@ -80,7 +82,15 @@ class Five:
         def fresh(name: str) -> dict[str, Tensor]:
             weights = self.initial[name]
             zeros = {f"speed.{n}": torch.zeros_like(w) for n, w in weights.items()}
-            return weights | zeros | {"learnt": torch.zeros_like(weights["up"]), "kept": weights["down"]}
+            return (
+                weights
+                | zeros
+                | {
+                    "learnt": torch.zeros_like(weights["up"]),
+                    "added": torch.zeros_like(weights["down"]),
+                    "kept": weights["down"],
+                }
+            )
 
         now = {name: fresh(name) for name in self.initial}
         anchor, means, outputs = dict(self.initial), {name: [] for name in now}, []
@@ -106,9 +116,14 @@ class Five:
                 if name == self.unwritten:
                     continue
                 g = self.slope(name, anchor[name], k, self.say(name, anchor[name], v))
-                state["speed.down"] = share[t] * state["speed.down"] - rate * g["down"]
-                state["down"] = keep * state["down"] + state["speed.down"]
-                state["kept"] = keep * state["kept"]
+                if self.per_layer:  # W1 as W2, along its own input; its momentum from chunk to chunk, too
+                    u = self.units(anchor[name]["up"] @ k)
+                    inward = keep * torch.eye(len(u), dtype=u.dtype) - rate * torch.outer(u, u) / u.square().sum()
+                    state["down"], state["added"] = state["down"] @ inward, state["added"] @ inward - rate * g["down"]
+                else:
+                    state["speed.down"] = share[t] * state["speed.down"] - rate * g["down"]
+                    state["down"] = keep * state["down"] + state["speed.down"]
+                    state["kept"] = keep * state["kept"]
                 state["up"], state["learnt"] = state["up"] @ turn, state["learnt"] @ turn - rate * g["up"]
                 if (t + 1) % size[name] == 0:  # W2's momentum goes from chunk to chunk
                     mean = torch.stack(means[name]).mean()
@@ -116,6 +131,11 @@ class Five:
                     state["speed.up"] = moved * min(1.0, self.clip / float(moved.norm()))
                     state["up"] = state["up"] + state["speed.up"]
                     state["learnt"] = torch.zeros_like(state["learnt"])
+                    if self.per_layer:
+                        moved = mean * state["speed.down"] + state["added"]
+                        state["speed.down"] = moved * min(1.0, self.clip / float(moved.norm()))
+                        state["down"], state["added"] = state["down"] + state["speed.down"], 0 * state["added"]
+                        continue
                     added = state["down"] - state["kept"]
                     share_kept = min(1.0, self.clip / float(added.norm()))
                     state["down"] = state["kept"] + share_kept * added

@@ -156,6 +156,8 @@ LEFT_OUT = {
     "erase": (GATES._replace(erase=0.0), {"erase": False}),
     "unit values": (GATES._replace(unit_values=False), {"unit_values": False}),
     "clip": (GATES._replace(clip=0.3), {"clip": 0.3}),
+    "per layer": (GATES._replace(per_layer=True), {"per_layer": True}),
+    "per layer, clip": (GATES._replace(per_layer=True, clip=0.3), {"per_layer": True, "clip": 0.3}),
     "key": (GATES._replace(still=Still(vectors=torch.tensor([True, False]))), {"still": "key"}),
     "value": (GATES._replace(still=Still(vectors=torch.tensor([False, True]))), {"still": "value"}),
     "keep": (GATES._replace(still=Still(gates=torch.tensor([False, True]))), {"still": "keep"}),
@@ -239,11 +241,11 @@ def run_titans(starts: Tensor | None, first: int, last: int, state: object) -> t
     return titans(part, 4, net(1), state)  # type: ignore[arg-type]
 
 
-def run_self_modifying(momentum: bool, chunks: tuple[int, int], recompute: bool = False) -> Form:
+def run_self_modifying(momentum: bool, chunks: tuple[int, int], recompute: bool = False, gates: Gates = GATES) -> Form:
     def run(starts: Tensor | None, first: int, last: int, state: object) -> tuple[Tensor, object]:
         part = Inputs(*(t if t is None else t[:, :, first:last] for t in inputs(None, momentum)))
         part = part._replace(starts=None if starts is None else starts[:, first:last])
-        return self_modifying(part, chunks, FIVE, GATES, state, recompute=recompute)  # type: ignore[arg-type]
+        return self_modifying(part, chunks, FIVE, gates, state, recompute=recompute)  # type: ignore[arg-type]
 
     return run
 
@@ -255,6 +257,7 @@ FORMS: dict[str, Form] = {
     "self-modifying": run_self_modifying(False, (4, 4)),
     "self-modifying-momentum": run_self_modifying(True, (4, 4)),
     "self-modifying-two-chunks": run_self_modifying(True, (12, 4)),
+    "self-modifying-per-layer": run_self_modifying(True, (12, 4), gates=GATES._replace(per_layer=True)),
 }
 
 

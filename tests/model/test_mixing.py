@@ -31,6 +31,7 @@ CASES["self_modifying-swiglu"] = ["model.mixer=self_modifying", "model.self_modi
 CASES["titans_mac-gelu"] = ["model.mixer=titans_mac", "model.titans.activation=gelu"]
 CASES["titans_mag-swiglu"] = ["model.mixer=titans_mag", "model.titans.activation=swiglu"]
 CASES["self_modifying-query"] = ["model.mixer=self_modifying", "model.self_modifying.query=true"]
+CASES["self_modifying-per-layer"] = ["model.mixer=self_modifying", "model.self_modifying.per_layer=true"]
 CASES["self_modifying-plain"] = ["model.mixer=self_modifying", "model.self_modifying.momentum=false"]
 
 
@@ -170,6 +171,7 @@ REFUSED = {
     "parallel.context=4": "model.kv_heads=2 cannot be split over parallel.tensor x parallel.context=4",
     "parallel.context=3": "model.heads=4 cannot be split",
     "model.loops=2 parallel.pipeline=2": "model.loops=2 passes the same blocks again",
+    "model.self_modifying.erase=false model.self_modifying.per_layer=true": "per_layer=true needs erase=true",
     "model.titans.rate=-0.1": "model.titans.rate=-0.1 must not be negative",
 }
 

@@ -78,6 +78,7 @@ class Kind(NamedTuple):
 
     clip: float = 0.0
     activation: str = "silu"
+    per_layer: bool = False
 
 
 class Gates(NamedTuple):
@@ -91,11 +92,12 @@ class Gates(NamedTuple):
     clip: float = 0.0  # largest Frobenius norm of what a chunk adds to a matrix; 0: any
     still: Still = Still()
     activation: str = "silu"  # of the memories' units; gelu, or swiglu, whose W2 has gates and then units
+    per_layer: bool = False  # W1 erases along its own inputs, too (per_layer.py); with `erase` 1
 
     @property
     def kind(self) -> Kind:
         """Of the memories."""
-        return Kind(self.clip, self.activation)
+        return Kind(self.clip, self.activation, self.per_layer)
 
 
 class Made(NamedTuple):

@@ -6,6 +6,7 @@ Five memories a head: key, value, rate, keep and main. With x_t the token's inpu
     o = M_main(q)         target of memory M: M(v), taken as given;  gradient g of |M(k) - M(v)|^2 / 2
     q: given, or of a sixth memory, M_query(x) / |.|, which is written like the others
     W2 <- W2 (a I - e k k^T) - e g,   W1 <- a W1 - e g      Delta Gradient Descent on the layer that k enters
+    (per_layer.py: on both)
 
 The paper leaves v as long as it comes (`Gates.unit_values` false). Its target M(v) is then long where v is, a memory that
 learns it makes longer values still, and within a few hundred tokens they can grow without bound; of length one they do not.
@@ -38,7 +39,7 @@ from nlscale_kernels.self_modifying.parts import (
     directly,
 )
 from nlscale_kernels.self_modifying.resident import walk
-from nlscale_kernels.self_modifying.walk import lessons, look, whole, write
+from nlscale_kernels.self_modifying.walk import look, whole, writer
 from nlscale_kernels.self_modifying.writes import Writes, joined, writes_of
 from nlscale_kernels.unit import unit
 
@@ -102,28 +103,29 @@ def block(
     outputs, main = call(walk, tokens, said, main_writes, before, initial.main, gates.kind, chunk)
     makers: list[Moving] = [(state.memories.vectors, speeds[0]), (state.memories.gates, speeds[1])]
     if not last:
-        makers = call(move, said, all_writes, makers, initial, gates, max(chunk, PIECE), left == 1)
+        makers = call(move, said, tokens.starts, all_writes, makers, initial, gates, chunk, left == 1)
     memories, momenta = (Memories(*each) for each in zip(*makers, main, strict=True))
     return outputs, State(memories, momenta if state.momentum else None)
 
 
 def move(
     said: Made,
+    starts: Tensor | None,
     all_writes: Sequence[Writes],
     makers: list[Moving],
     initial: Memories,
     gates: Gates,
-    piece: int,
+    chunk: int,
     ends: bool,
 ) -> list[Moving]:
-    """The makers after their chunk, the writes of whose pieces are given; `ends`: see Writes."""
+    """The makers after their chunk, the writes of whose pieces, of `chunk` tokens, are given; `ends`: see Writes."""
     writes, moved_on = joined(all_writes)._replace(ends=ends), []
-    taught = lessons(said, writes)
+    write = writer(said, starts, writes, chunk, max(chunk, PIECE), gates.kind)
     for (net, speed), first, still in zip(makers, initial[:2], gates.still[:2], strict=True):
         if still is True:
             moved_on.append((net, speed))
             continue
-        new, then = write(net, speed, first, taught, writes, piece, gates.kind)
+        new, then = write(net, speed, first)
         moved_on.append((held(still, net, new), then))
     return moved_on
 

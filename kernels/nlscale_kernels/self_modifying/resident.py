@@ -192,7 +192,7 @@ def walk(
 ) -> tuple[Tensor, Moving]:
     """As walk.walk: the operator where it has a kernel."""
     net, speed = main
-    if kind.activation != "silu" or not fits(tokens.q, net, len(all_writes)):
+    if kind.activation != "silu" or kind.per_layer or not fits(tokens.q, net, len(all_writes)):
         return by_chunks.walk(tokens, said, all_writes, main, initial, kind, chunk)
     given = flat(tokens, said, all_writes, main, initial, kind.clip, chunk)
     o, up, down, up_speed, down_speed, _ = resident(*given)

@@ -3,7 +3,8 @@
 B rows, H heads, T tokens, C tokens of a chunk, K head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nlscale_kernels.mlp_memory import Net, Step, moved, read, self_taught
 from nlscale_kernels.self_modifying.parts import Kind, Made, Moving, Tokens
+from nlscale_kernels.self_modifying.per_layer import write_both
 from nlscale_kernels.self_modifying.writes import Writes
 from nlscale_kernels.span import anchored
 
@@ -86,6 +88,19 @@ def write(
     return Net(after_up, after_down), momentum
 
 
+Writer = Callable[[Net, Net | None, Net], tuple[Net, Net | None]]
+
+
+def writer(said: Made, starts: Tensor | None, writes: Writes, chunk: int, piece: int, kind: Kind) -> Writer:
+    """What writes the same tokens into memories, given with their momentum and their initial state.
+
+    `chunk`: tokens of a solve; `piece`: tokens that are worked on at a time.
+    """
+    if kind.per_layer:
+        return partial(write_both, said=said, starts=starts, writes=writes, kind=kind, chunk=chunk)
+    return partial(write, taught=lessons(said, writes), writes=writes, piece=piece, kind=kind)
+
+
 def walk(
     tokens: Tokens, said: Made, all_writes: Sequence[Writes], main: Moving, initial: Net, kind: Kind, chunk: int
 ) -> tuple[Tensor, Moving]:
@@ -98,9 +113,7 @@ def walk(
     for place, part in enumerate(tokens.runs(chunk)):
         outputs.append(look(part.fresh, initial, net, part.q, kind.activation)[:, :, 0])
         if place < len(all_writes):
-            net, speed = write(
-                net, speed, initial, lessons(makers[place], all_writes[place]), all_writes[place], chunk, kind
-            )
+            net, speed = writer(makers[place], part.starts, all_writes[place], chunk, chunk, kind)(net, speed, initial)
     return whole(outputs), (net, speed)
 
 
