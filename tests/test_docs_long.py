@@ -69,6 +69,8 @@ def shrunk(name: str, table: str) -> int:
     """`nlscale bench NAME --json TABLE`, its exit code."""
     bench = importlib.import_module(f"nlscale.bench.{name}")
     vars(bench).update(less(name, bench))
+    for told in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(told, None)  # of this process, not of those that it starts
     if name == "memories":
         bench.peaks_of.__kwdefaults__["processes"] = 1
     return main(["bench", name, "--json", table])

@@ -425,6 +425,46 @@ def test_momentum_that_nobody_asks_for_is_not_made(
         torch.testing.assert_close(a.expand_as(b), b, rtol=1e-12, atol=1e-14)
 
 
+def slope(values: Tensor) -> float:
+    """Of errors over places."""
+    place = torch.arange(len(values), dtype=torch.float64)
+    return float(((place - place.mean()) * (values - values.mean())).sum() / (place - place.mean()).square().sum())
+
+
+def sums(*maps: Tensor) -> Net:
+    """Memories that say z + L z exactly, L (D, D): silu(z) - silu(-z) = z."""
+    ups = torch.stack([torch.cat([torch.eye(len(each)).double(), -torch.eye(len(each)).double()]) for each in maps])
+    return Net(ups[None, None], torch.stack([torch.cat([each, -each], 1) for each in maps])[None, None])
+
+
+@pytest.mark.parametrize("memory", ["titans", "self-modifying"])
+def test_row_16_networks_learn_a_regression_in_context_by_writes_alone(memory: str) -> None:
+    """As below, of v = W k / |W k| by Titans' memory, and by five that make keys and values of (k, v), all written."""
+    generator = torch.Generator().manual_seed(5)
+    k = F.normalize(torch.randn(64, 1, 96, 8, generator=generator, dtype=torch.float64), dim=-1)
+    v = F.normalize(k @ torch.randn(64, 1, 8, 8, generator=generator, dtype=torch.float64), dim=-1)
+    key, value = torch.cat([k, 0 * v], -1), torch.cat([0 * k, v], -1)
+    up, down = torch.randn(32, 16, generator=generator).double(), torch.randn(16, 32, generator=generator).double()
+    main, nothing = Net(0.5 * up[None, None, None], 0.02 * down[None, None, None]), torch.zeros(64, 1, 96).double()
+    first = torch.diag(torch.arange(16) < 8).double()  # what of a token is its key
+    makers = sums(first - torch.eye(16), -first), Net(torch.zeros(1, 1, 2, 16, 16), torch.zeros(1, 1, 2, 1, 16))
+    five = Memories(makers[0], Net(*(part.double() for part in makers[1])), main)
+
+    def errors(rate: float) -> Tensor:
+        if memory == "titans":
+            read, _ = titans(Surprises(key, key, value, rate + nothing, nothing - 2000.0, nothing), 1, main)
+        else:
+            biases = Gates(torch.zeros(1).double(), torch.full((1,), torch.inf).double(), 2 * rate)
+            read, _ = self_modifying(Inputs(key + value, key), (1, 1), five, biases)
+        return (read - value).square().sum(-1).mean((0, 1))
+
+    still, learning = errors(0.0), errors(0.2 if memory == "titans" else 0.05)
+    assert abs(slope(still)) < 1e-4 * float(still.mean())
+    assert slope(learning) < -3e-3 * float(still.mean())
+    # what self-modifying Titans learn is what they say to the value, and erasing takes half of it (V10)
+    assert float(learning[-8:].mean()) < (0.2 if memory == "titans" else 0.6) * float(still.mean())
+
+
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 def test_row_16_in_context_regression_is_learned_by_writes_alone(rule: str) -> None:
     """Squared error of v = W k before each example is written, over 64 tasks, beside recursive least squares."""
@@ -446,11 +486,6 @@ def test_row_16_in_context_regression_is_learned_by_writes_alone(rule: str) -> N
         known = known + (v[:, 0, t, :, None] - known @ k[:, 0, t, :, None]) @ gain.mT
         inverse = inverse - gain @ k[:, 0, t, None, :] @ inverse
         least.append((known @ k[:, 0, t + 1, :, None] - v[:, 0, t + 1, :, None]).square().sum((1, 2)).mean())
-    place = torch.arange(96, dtype=torch.float64)
-
-    def slope(values: Tensor) -> float:
-        return float(((place - place.mean()) * (values - values.mean())).sum() / (place - place.mean()).square().sum())
-
     still, learning = errors(0.0), errors(1.0 if rule == "delta" else 0.08)
     first = float(still.mean())
     assert abs(slope(still)) < 0.1 * abs(slope(learning))

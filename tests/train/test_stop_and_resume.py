@@ -4,18 +4,21 @@ Step 15 lies inside the windows of both slow levels (periods 4 and 8), so what t
 beyond the first three stop at step 11 of 18, which lies so as well.
 """
 
+import json
 import math
 import shutil
 from pathlib import Path
 
 import pytest
 
+from nlscale.cli import main
 from nlscale.config.errors import StoppedOnPurpose
-from nlscale.runtime.folder import Folder, read_lines
+from nlscale.runtime.folder import STATE, Folder, read_lines
 from nlscale.runtime.log import Journal
 from nlscale.testing import ranks
 from nlscale.train.loop import alarmed, train
 from nlscale.train.manifest import verify
+from nlscale.train.pieces import stored
 from nlscale.train.step import Report
 from tests.corpus import small_run
 from tests.records import hashes, losses, shards
@@ -84,6 +87,26 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(layout: str, prepared: 
     assert losses(resumed) == losses(unbroken)
     assert len(losses(unbroken)) == steps
     assert shards(resumed, steps) == shards(unbroken, steps)
+
+
+def test_row_10_a_checkpoint_says_whose_every_tensor_is(
+    prepared: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights, moments, windows, memories and what token levels learned: each of one learner, with its period and unit."""
+    run = small_run(prepared, tmp_path, *LAYOUTS["carried-data"][1], "train.steps=11", "checkpoint.interval=11")
+    ranks(2, train, run)
+    facts = json.loads((Folder(tmp_path).checkpoint(11) / STATE).read_text())["learners"]
+    named = [name for learner in facts.values() for name in learner["tensors"]]
+    there = stored(Folder(tmp_path).checkpoint(11))
+    assert sorted(named) == sorted(there) and sum(each["bytes"] for each in facts.values()) == sum(
+        each.nbytes for each in there.values()
+    )
+    assert {name: (each["period"], each["unit"]) for name, each in facts.items()} == {
+        **{"quick": (1, "step"), "slow": (4, "step"), "quick.copy": (8, "token")},
+        **{"memory": (8, "token"), "convolution": (1, "token")},
+    }
+    assert main(["checkpoint", "list", str(tmp_path)]) == 0
+    assert "quick.copy       moves every 8 tokens" in capsys.readouterr().out
 
 
 MOVES = {
