@@ -37,6 +37,20 @@ def in_turn(*fewer: Any) -> Callable[[Work, Mapping[Any, Sequence[Any]]], Iterat
     return jobs
 
 
+def forgetting(work: Work, given: Mapping[Any, Sequence[Any]]) -> Iterator[tuple[Any, Any]]:
+    """Of both kinds of jobs, whose streams have two parts and three."""
+    yield from in_turn((8, 8) if work.__name__ == "recovered" else (8, 8, 8))(work, given)
+
+
+def memories(bench: ModuleType) -> dict[str, Any]:
+    """HOPE alone, of one layer, and nothing of it compiled, which takes minutes."""
+    small: dict[str, Any] = {}
+    for name in (bench.COMPILED, bench.INSIDE):
+        said, limit = bench.MODELS[name]
+        small[name] = [*(each for each in said if not each.startswith("train.")), "model.layers=1"], limit
+    return small
+
+
 def only(operator: str) -> SimpleNamespace:
     """`subprocess`, whose compilation ahead of time is of one operator."""
     return SimpleNamespace(run=lambda command, **how: subprocess.run([*command, operator], **how))
@@ -48,17 +62,12 @@ def less(name: str, bench: ModuleType) -> dict[str, Any]:
         "hops": lambda: {"side_by_side": in_turn(1)},
         "beyond": lambda: {"side_by_side": in_turn(1)},
         "states": lambda: {"side_by_side": in_turn(1)},
-        "forgetting": lambda: {"side_by_side": in_turn((8, 8, 8)), "SEEDS": (1,), "HELD_OUT": 8},
+        "forgetting": lambda: {"side_by_side": forgetting, "SEEDS": (1,), "HELD_OUT": 8},
         "classes": lambda: {"side_by_side": in_turn((1, 1)), "SEEDS": (1,)},
         "parts": lambda: {"SEEDS": (1,), "MODEL": [*bench.MODEL, "train.steps=1", "train.evaluate_rows=8"]},
         "levels": lambda: {"SHAPE": [*bench.SHAPE, "model.width=64", "model.layers=2", "model.hidden=256"]},
         "memory": lambda: {"SIZES": {"10M": bench.SIZES["10M"]}},
-        "memories": lambda: {
-            "ROUNDS": 1,
-            "ROWS": 1,
-            "LENGTHS": (64, 128),
-            "MODELS": dict([*bench.MODELS.items()][1:4]),
-        },
+        "memories": lambda: {"ROUNDS": 1, "ROWS": 1, "LENGTHS": (64, 128), "MODELS": memories(bench)},
         "kernels": lambda: {"subprocess": only("level_step")},
         "ladder": dict,
     }

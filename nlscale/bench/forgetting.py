@@ -5,6 +5,10 @@ hold both; which language a row is in, its first tokens tell. Arms are one level
 seldom (accumulation), continua of four levels, and the families of continual learning. Arms learn B at different speeds, so
 the loss on A is compared where the loss on B is the same: what the slowest arm ends with. As in experiment E1 of the
 continual-learning protocol, the single level's rate is swept: a lower rate forgets less, too.
+
+A reset brings forgotten things back where the fast level had not yet handed them on: one level of everything but the feed-
+forward blocks moves every 64 steps, one of the blocks every step, and at the first boundary after A has ended the blocks
+begin anew from their slow copy, which has followed them half of the way (in theory 1 - 1/4 of it comes back; row 20).
 """
 
 from collections.abc import Sequence
@@ -61,6 +65,9 @@ ARMS = {
     "replay, an eighth of the rows": [ONE, f"optim.lr={RATE}"],
 }
 SWEPT = [name for name in ARMS if name.startswith("one level, rate")]
+REST = "[embed.weight, 'blocks.*.mix.*', 'blocks.*.continuum.*norm.weight', norm.weight, head.weight]"
+RESET = "levels=[{name: fast, period: 1, width: 0.75}, {name: slow, period: %d, width: 0.25, match: " + REST + "}]"
+BACK, LEAST = 64, 0.5  # steps of B until the reset, and the share of A that is to come back
 SEEDS = (1, 2)
 
 
@@ -152,12 +159,47 @@ def course(name: str, seed: int, steps: tuple[int, int, int] = (FIRST, SECOND, A
     return Course(learnt, looks, EVERY * soon)
 
 
+@dataclass(frozen=True)
+class Reset:
+    """Losses on A when it is learnt, and just before and after the first reset since B began."""
+
+    learnt: float
+    before: float
+    after: float
+
+    @property
+    def share(self) -> float:
+        """Of what was forgotten, how much the reset brings back."""
+        return (self.before - self.after) / (self.before - self.learnt)
+
+
+def recovered(seed: int, steps: tuple[int, int] = (FIRST, BACK)) -> Reset:
+    """Two nested levels through A and B up to the reset."""
+    quiet()
+    first, period = steps
+    said = [RESET % period, "model.variant=nested", f"optim.lr={RATE}", f"train.seed={seed}"]
+    run, generator = read("demo", [*MODEL, *said]), torch.Generator().manual_seed(seed)
+    a, b = language(2 * seed), language(2 * seed + 1)
+    test, seen = rows_of(a, HELD_OUT, torch.Generator().manual_seed(0)), dict[int, float]()
+    with alone(run, first + period) as (model, optimizer):
+
+        def look(step: int, _: float) -> None:
+            if step in (first, first + period - 1, first + period):
+                seen[step] = loss(model, test)
+
+        trained(model, optimizer, first + period, lambda s: rows_of(a if s <= first else b, ROWS, generator), look)
+    return Reset(*seen.values())
+
+
 def main(target: str | None) -> int:
-    """Prints the table; 0 if the nested continuum forgets less than one level does at any of its rates."""
+    """Prints the table; 0 if the nested continuum forgets less than one level does at any of its rates, and a reset brings
+    back what it should.
+    """
     found = dict(side_by_side(course, {(name, seed): (name, seed) for name in ARMS for seed in SEEDS}))
     levels = {seed: max(min(second for second, _ in found[name, seed].looks) for name in ARMS) for seed in SEEDS}
     control = min(mean(found[name, seed].at(levels[seed]) for seed in SEEDS) for name in SWEPT)
     table = [row for name in ARMS for row in rows_for(name, [found[name, s] for s in SEEDS], levels.values(), control)]
+    table.append(reset_row([each for _, each in side_by_side(recovered, {seed: (seed,) for seed in SEEDS})]))
     said = ", ".join(f"{level:.3f}" for level in levels.values())
     return show(f"loss on A where the loss on B is {said}; baseline: one level at the best of its rates", table, target)
 
@@ -171,3 +213,11 @@ def rows_for(name: str, courses: Sequence[Course], levels: object, control: floa
         at_most(name, value, unit, control, 1.0) if name == NESTED else seen,
         Row(f"{name}: A again", again, "steps", None, None, "", True),
     ]
+
+
+def reset_row(found: Sequence[Reset]) -> Row:
+    """The mean share over the seeds, with each seed's."""
+    each = ", ".join(f"{one.share:.3f}" for one in found)
+    name = f"two levels, nested: of A, what the reset after {BACK} steps of B brings back ({each})"
+    share = mean(one.share for one in found)
+    return Row(name, share, "share", None, None, f">= {LEAST}", share >= LEAST)

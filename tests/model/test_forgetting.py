@@ -4,14 +4,18 @@ import torch
 
 from nlscale.bench.forgetting import (
     ARMS,
+    LEAST,
     NESTED,
     SUCCESSORS,
     SWEPT,
     SYMBOLS,
     TOKENS,
     Course,
+    Reset,
     course,
     language,
+    recovered,
+    reset_row,
     rows_for,
     rows_of,
 )
@@ -46,6 +50,13 @@ def test_every_arm_is_a_recipe_of_its_own() -> None:
     assert len({runs[name].optim.lr for name in SWEPT}) == len(SWEPT) >= 4
     assert runs["elastic weight consolidation"].levels[0].anchor and runs["orthogonal moves"].levels[0].project
     assert runs["four levels, nested"].model.variant == "nested" and len(runs["four levels, nested"].levels) == 4
+
+
+def test_row_20_a_reset_brings_back_what_was_not_yet_handed_on() -> None:
+    """A short stream: the slow copy follows half of the way, so about 1 - 1/4 of what was forgotten comes back."""
+    found = ranks(1, recovered, 1, (96, 16))[0]
+    assert found.before > found.learnt + 0.05 and found.share > LEAST
+    assert not reset_row([Reset(1.0, 3.0, 2.2)]).ok and reset_row([Reset(1.0, 3.0, 1.8)]).ok
 
 
 def test_a_second_language_takes_the_first_and_an_anchor_holds_it() -> None:
