@@ -92,6 +92,7 @@ class Log:
     project: str = "nlscale"
     trace: list[int] = field(default_factory=list)  # steps whose profiler trace each rank writes into its logs
     alignment: bool = False  # cosine of neighbouring levels' moves (train/alignment.py), a copy of their weights
+    surprise: bool = False  # size of the gradient at every block's output (train/surprise.py)
     allocations: int = 0  # newest of a GPU's memory whose stacks a snapshot shows when memory runs out; 0: none
     peak_flops: float | None = None  # of one device at the run's precision; unset: by the device's name, or measured
 

@@ -146,7 +146,7 @@ def going_on(
     checkpoints.waiting, tracer = watchdog.note, Tracer(run, world, folder, journal)
     curve, began = Curve(folder, journal, checkpoints.hold, world.leads), state.step
     checkpoints.hold.await_silence()
-    with Metrics(state, folder, journal, peak, checkpoints.hold) as metrics, watchdog, curve:
+    with Metrics(state, folder, journal, peak, checkpoints.hold, model.chunks) as metrics, watchdog, curve:
         skips, stragglers, spikes = 0, Stragglers(world, journal), Spikes(state, checkpoints, journal)
         while state.step < last:
             compiles = state.step == began  # by processes that a signal to the whole job would end

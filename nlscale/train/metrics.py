@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from nlscale.config.read import plain
 from nlscale.model.count import flops_a_token
+from nlscale.model.hope import Hope
 from nlscale.optim.schedule import rate
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.runtime.goodput import Steps, account, lost, of_lines
@@ -21,6 +22,7 @@ from nlscale.train.alignment import Alignment
 from nlscale.train.peak import peak_bytes
 from nlscale.train.state import TrainState
 from nlscale.train.step import Report
+from nlscale.train.surprise import Surprise
 
 WAITS = ("gather", "schedule", "reduce")  # parts of a step that are there for other ranks
 REACHED = 30  # seconds in which wandb must answer
@@ -29,7 +31,18 @@ REACHED = 30  # seconds in which wandb must answer
 class Metrics:
     """A context that turns each step's report into records."""
 
-    def __init__(self, state: TrainState, folder: Folder, journal: Journal, peak: float, hold: Hold) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        folder: Folder,
+        journal: Journal,
+        peak: float,
+        hold: Hold,
+        chunks: Sequence[Hope] = (),
+    ) -> None:
+        """`chunks`: of the model, on this rank."""
+        run = state.run
+        self.surprise = Surprise(chunks, run.model.layers, state.world) if run.log.surprise else None
         self.state, self.folder, self.journal = state, folder, journal
         self.flops_a_token = flops_a_token(state.run.model, state.run.levels, state.run.data.sequence)
         self.peak, self.hold = peak, hold
@@ -96,6 +109,7 @@ class Metrics:
             if fired:
                 line[f"optim/level/{name}/update_norm"] = report.update_norm[name]
                 line[f"optim/level/{name}/grad_norm"] = report.grad_norm[name]
+        line |= self.surprise.taken() if self.surprise else {}
         self.write(line)
         self.show(line)
         self.compare_moves()
