@@ -3,7 +3,7 @@
 The paper's Table 5 in small: parity of random bits, (aa)* and (abab)* (Bhattamishra et al., 2020), one block of HOPE of
 width 32, memories moving every token, trained on rows of at most 40 tokens, tested on tokens 41 to 160. A state that
 flips needs a write that turns it round: with rates up to 2, erasing turns a key's direction round (a - e k.k = -1). What a
-token's gradient adds is bounded to 0.02, so that a turn is what moves the memory most, and the main memory alone is
+token's gradient adds is bounded to 0.005, so that a turn is what moves the memory most, and the main memory alone is
 written: makers that are written, too, turn a little with each token, and what is then right on the trained lengths may be
 lost beyond them. How often is shown by the last arms.
 """
@@ -24,7 +24,7 @@ MODEL = (
     *("use.levels=plain", "model.layers=1", "model.width=32", "model.heads=2", "model.kv_heads=2", "model.hidden=64"),
     *("model.vocabulary=4", "model.attention=causal", "model.tied=false", "model.self_modifying.chunk=1"),
     *("model.self_modifying.maker_chunk=1", "model.self_modifying.rate=2.0", "model.self_modifying.keep=0.99999"),
-    *("model.self_modifying.momentum=false", "model.self_modifying.clip=0.02"),
+    *("model.self_modifying.momentum=false", "model.self_modifying.clip=0.005"),
     *("model.self_modifying.convolution=1", "model.self_modifying.written=[main]", "optim.weight_decay=0"),
     *("optim.lr=0.01", "optim.warmup=0.02", "optim.schedule=wsd", "optim.decay=0.1"),
     *("train.precision=fp32", "parallel.tensor=1", "cluster.threads=1"),
@@ -53,7 +53,7 @@ def quadruples(rows: int, tokens: int, _: torch.Generator) -> Rows:
 LANGUAGES: dict[str, tuple[Callable[[int, int, torch.Generator], Rows], int, int]] = {  # rows and steps of training
     "parity": (parity, 32, 500),
     "(aa)*": (pairs, 8, 500),
-    "(abab)*": (quadruples, 8, 500),
+    "(abab)*": (quadruples, 8, 1000),
 }
 SEEDS = (1, 2, 3)
 
