@@ -23,6 +23,7 @@ from nlscale_launch.local import free_port
 
 from nlscale.cli import main
 from nlscale.testing import ranks
+from nlscale.verbs.saved import BENCHES
 from tests.test_docs import ALL, CONCRETE, LONG, ROOT
 
 Work = Callable[..., Any]
@@ -85,12 +86,12 @@ def shrunk(name: str, table: str) -> int:
     return main(["bench", name, "--json", table])
 
 
-SAID = {said.split()[2] for said in CONCRETE if said.split()[1] == "bench"} | set(LONG)
+SAID = {said.split()[2] for said in CONCRETE if said.split()[1] == "bench"}
 
 
 def test_every_long_bench_is_looked_at() -> None:
     """And what is made smaller is there: a name that a bench no longer has would leave it as long as it is."""
-    assert set(LONG) <= SAID
+    assert set(LONG) - {"ladder"} <= SAID <= set(BENCHES)
     for name in LONG:
         bench = importlib.import_module(f"nlscale.bench.{name}")
         assert set(less(name, bench)) <= set(vars(bench)), name
@@ -169,6 +170,7 @@ def test_layouts_are_written_as_documented(tmp_path: Path) -> None:
         "import pathlib, runpy, shutil, sys, nlscale.config.read as read\n"
         f"copy = pathlib.Path({str(tmp_path / 'configs')!r})\n"
         "shutil.copytree(read.CONFIGS, copy)\n"
+        "(copy / 'layout' / 'h200-1.yaml').write_text('')\n"
         "read.CONFIGS = copy\n"
         f"sys.argv = [{words[2]!r}, 'h200-1']\n"
         f"runpy.run_module({words[2]!r}, run_name='__main__')\n"

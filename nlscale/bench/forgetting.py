@@ -6,9 +6,9 @@ seldom (accumulation), continua of four levels, and the families of continual le
 the loss on A is compared where the loss on B is the same: what the slowest arm ends with. As in experiment E1 of the
 continual-learning protocol, the single level's rate is swept: a lower rate forgets less, too.
 
-A reset brings forgotten things back where the fast level had not yet handed them on: one level of everything but the feed-
-forward blocks moves every 64 steps, one of the blocks every step, and at the first boundary after A has ended the blocks
-begin anew from their slow copy, which has followed them half of the way (in theory 1 - 1/4 of it comes back; row 20).
+A reset brings forgotten things back where the fast level had not yet handed them on: three quarters of the feed-forward
+units move every step and all else every 64, and at the first boundary after A has ended the former begin anew from their
+slow copy, which has followed them half of the way (of a squared loss 1 - 1/4 would come back; row 20).
 """
 
 from collections.abc import Sequence

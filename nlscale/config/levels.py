@@ -10,6 +10,8 @@ from nlscale.config.model import Model
 from nlscale.config.optim import RULES
 from nlscale.config.shapes import mixer_shapes
 
+TAKEN = ("attention", "convolution", "loop", "memory")  # learners of config/nesting.py
+
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
@@ -38,6 +40,9 @@ class Level:
 
     def __post_init__(self) -> None:
         require(self.name.isidentifier(), f"levels: name '{self.name}' must be a word of letters, digits and _")
+        require(
+            self.name not in TAKEN, f"levels: a level cannot be called {self.name}, which is a learner between tokens"
+        )
         require(self.period >= 1, f"levels.{self.name}.period={self.period} must be at least 1")
         require(self.inner >= 0, f"levels.{self.name}.inner={self.inner} must not be negative")
         require(

@@ -28,9 +28,8 @@ class Learner:
 def learners(run: Run) -> list[Learner]:
     """The blocks' mixer of tokens, and each level's windows, rule and weights."""
     found = list(mixers(run))
-    if (
-        run.model.loops > 1
-    ):  # a token's activation, which passes the blocks again with what attention and memories then say
+    # a token's activation, which passes the blocks again with what attention and memories then say
+    if run.model.loops > 1:
         at_once = frozenset(learner.name for learner in found if learner.frequency == math.inf)
         found.append(Learner("loop", math.inf, at_once))
     for level in run.levels:
@@ -78,12 +77,11 @@ def nesting(given: Sequence[Learner]) -> list[set[str]]:
 def belongs(key: str, run: Run) -> tuple[str, int, str]:
     """(learner, period, unit) of a stored tensor: weights, moments, windows and memories by their keys in a checkpoint.
 
-    A period of 0: it never moves.
+    A period of 0: it never moves. Moments are of their weights' level; what moves otherwise is said by itself.
     """
-    name = key.rsplit("/", 1)[-1]
-    if not key.startswith("memories/"):
-        level = level_of(name, run.levels)
-        return level.name, 0 if level.frozen else level.steps, "step"
+    kind, name = key.split("/", 1)[0], key.rsplit("/", 1)[-1]
+    if kind != "memories":
+        return of_level(kind, name.removesuffix(".gram").removesuffix(".gram_cut"), run)
     _, _, part, *rest = name.split(".")
     if part == "continuum":
         copies = {level.name: level.period for level in token_levels(run.levels)}
@@ -96,12 +94,31 @@ def belongs(key: str, run: Run) -> tuple[str, int, str]:
     return "memory", 1 if run.model.mixer in ("linear", "delta", "written") else chunk_of(run.model)[1], "token"
 
 
+def of_level(kind: str, name: str, run: Run) -> tuple[str, int, str]:
+    """Of what a level keeps of a parameter: its window moves at every step, a nested level's slow copy with the next level,
+    M3's slow momentum at some of the level's moves.
+    """
+    level = level_of(name, run.levels)
+    period = 0 if level.frozen else level.steps
+    if kind == "windows":
+        return f"{level.name}.window", 1, "step"
+    if kind == "state.slow":
+        slower = run.levels[run.levels.index(level) + 1]
+        return f"{level.name}.slow", slower.steps, "step"
+    if kind in ("state.slow_momentum", "state.slow_direction"):
+        return f"{level.name}.{kind.removeprefix('state.')}", period * run.optim.matrix.slow_period, "step"
+    return level.name, period, "step"
+
+
 def registry(sizes: Mapping[str, int], run: Run) -> dict[str, dict[str, Any]]:
-    """Of each learner that stored tensors belong to: period, unit, bytes and the tensors' keys; `sizes`: bytes by key."""
+    """Of each learner that stored tensors belong to: period, unit, bytes and the tensors' keys; `sizes`: bytes by key.
+
+    The parts of a leaf's window, of which there may be one a rank, are named once.
+    """
     found: dict[str, dict[str, Any]] = {}
     for key in sorted(sizes):
         learner, period, unit = belongs(key, run)
-        own = found.setdefault(learner, {"period": period, "unit": unit, "bytes": 0, "tensors": []})
+        own = found.setdefault(learner, {"period": period, "unit": unit, "bytes": 0, "tensors": {}})
         own["bytes"] += sizes[key]
-        own["tensors"].append(key)
-    return found
+        own["tensors"][f"windows/{key.rsplit('/', 1)[-1]}" if key.startswith("windows/") else key] = None
+    return {name: own | {"tensors": list(own["tensors"])} for name, own in found.items()}

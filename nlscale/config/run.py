@@ -52,6 +52,7 @@ class Run:
         self.check_inner()
         self.check_reset()
         self.check_replay()
+        self.check_surprise()
         require(
             model.variant == "independent" or not any(level.of for level in self.levels),
             f"levels: `of` parts a level side by side: it needs model.variant=independent, not {model.variant}",
@@ -159,6 +160,14 @@ class Run:
             ),
         ):
             require(not said, f"replay needs {works}")
+
+    def check_surprise(self) -> None:
+        """What the log's surprise asks for: that nobody but the step's own rows goes through the blocks."""
+        for said, works in (
+            (self.optim.second_order, "optim.second_order=false, whose steps are gone through again"),
+            (self.data.replay, "no data.replay, whose rows are other ones"),
+        ):
+            require(not (self.log.surprise and said), f"log.surprise=true needs {works}")
 
     def check_optim(self) -> None:
         """What levels and their optimizer must agree on."""

@@ -95,7 +95,9 @@ def self_modifying_flops(model: Model, tokens: int) -> float:
     each += 2 * 8 * inward
     solves = sum(3 * chunk for chunk in {settings.makers, settings.chunk})
     turns = 2 * width + 2 * width * inward * (makers / settings.makers + 1 / settings.chunk)
-    return float(model.heads * width * (each + solves + turns))
+    memories = vectors + 2  # W1's inputs against each other, a solve, and what turns W1, of each
+    layers = memories * units * (5 * settings.chunk + 2 * units + 2 * width) if settings.per_layer else 0
+    return float(model.heads * (width * (each + solves + turns) + layers))
 
 
 FLOPS: dict[str, Callable[[Model, int], float]] = {

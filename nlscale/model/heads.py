@@ -22,6 +22,7 @@ from nlscale.model.scene import Scene
 from nlscale.runtime.leaf import Leaf
 
 Heads = dict[str, Tensor]  # (B, H, T, f) by name
+NOTHING = -2000.0  # whose exponential is 0, and differences of its sums are numbers
 
 
 class HeadMixer(MegatronModule):
@@ -106,6 +107,11 @@ class HeadMixer(MegatronModule):
     def keep(self, heads: Heads, rate: float) -> Tensor:
         """log of the share that the memory keeps at a token (B, H, T); a largest inner `rate` of 0 keeps it all."""
         return F.logsigmoid(self.gate(heads, "keep") + (0.0 if rate else torch.inf))
+
+    def momentum(self, heads: Heads, rate: float) -> Tensor:
+        """log of the share of the momentum that goes on (B, H, T); with a largest inner `rate` of 0 nothing does."""
+        found = F.logsigmoid(self.gate(heads, "momentum"))
+        return found if rate else 0 * found + NOTHING
 
     def convolve(self, joined_TBF: Tensor, scene: Scene, tail: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The short convolution over this rank's heads, and the last tokens that a row's next part must know."""

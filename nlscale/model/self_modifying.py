@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import Gates, Memories, State, Still, Tokens, begin, self_modifying
@@ -47,7 +46,7 @@ class SelfModifyingMixer(HeadMixer):
     def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
         """(T, B, D) -> (T, B, D), and the memories after the last token."""
         heads, tail = self.project(x_TBD, scene, before and before.tail)
-        momentum = F.logsigmoid(self.gate(heads, "momentum")) if self.settings.momentum else None
+        momentum = self.momentum(heads, self.settings.rate) if self.settings.momentum else None
         q = unit(heads["q"]) if "q" in heads else heads["input"]  # which no memory hears, if one makes queries
         tokens = Tokens(heads["input"], q, momentum, scene.starts_BT)
         o, state = self_modifying(

@@ -104,7 +104,8 @@ def net_of(exchange: Exchange, up: Tensor, down: Tensor, held: int) -> Net:
 def gates_of(mixer: HeadMixer, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     """Inner rate, log of momentum and log of the share kept, (B, H, T) each."""
     rate = mixer.settings.rate * mixer.gate(heads, "rate").sigmoid()  # type: ignore[union-attr,operator]
-    return rate, F.logsigmoid(mixer.gate(heads, "momentum")), mixer.keep(heads, mixer.settings.rate)  # type: ignore[union-attr,arg-type]
+    largest: float = mixer.settings.rate  # type: ignore[union-attr,assignment]
+    return rate, mixer.momentum(heads, largest), mixer.keep(heads, largest)
 
 
 def written(mixer: HeadMixer, *parts: Tensor) -> tuple[Tensor, ...]:

@@ -2,9 +2,9 @@
 
     o_t = W_t y_t,    W_t = W_{t-1} + rate_t v_t k_t^T    (rule delta: W_{t-1} k_t is erased first),
 
-y what attention says, k and v its own keys (before positions turn them) and values; W_0, a slow weight, begins as the
-identity. At rate 0 the block is a Transformer's with one more matrix a head; with W_0 = 0 it is linear attention on y.
-Heads are split over ranks, and a write costs no collective.
+y what attention says, k and v its own keys (before positions turn them, of length one) and values; W_0, a slow weight that
+decays like any matrix, begins as the identity. At rate 0 the block is a Transformer's with one more matrix a head; with
+W_0 = 0 it is linear attention on y. Heads are split over ranks, and a write costs no collective.
 
 B rows, H heads of this rank, T tokens, K head width.
 """

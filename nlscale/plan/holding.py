@@ -282,10 +282,13 @@ def by_chunks(run: Run) -> float:
     if not settings.recompute:
         inward, units = units_of(settings, width)
         extra += (32.0 + 64.0 * inward / width) * went_on
-        if settings.activation == "silu" and max(inward, width) <= ON_CHIP:
+        if settings.activation == "silu" and max(inward, width) <= ON_CHIP and not settings.per_layer:
             extra += 41.0 + 17.0 * width / settings.chunk
         else:
             extra += 30.0 + 32.0 * inward / width + 24.0 * (inward + units) / settings.chunk
+        if settings.per_layer:  # W1's inputs, and how its writes arrive, of each memory that writes
+            memories = 1 + (len(settings.vectors) + 2) * went_on
+            extra += memories * (14.0 + 28.0 * units / settings.chunk) * units / width
     return 4.6 * width / settings.chunk + states + extra
 
 

@@ -16,7 +16,10 @@ from nlscale.runtime.world import World
 
 
 class Surprise:
-    """Root mean squares over tokens of |u|, of each block whose levels do not move inside the row."""
+    """Root mean squares over tokens of |u|, of each block whose levels do not move inside the row.
+
+    A loop passes a block several times: every pass of a token counts.
+    """
 
     def __init__(self, chunks: Sequence[Hope], layers: int, world: World) -> None:
         """Watches the blocks of this rank; `layers`: of the whole network."""

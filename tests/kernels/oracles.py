@@ -58,6 +58,7 @@ class Five:
         clip: float = 0.0,
         activation: str = "silu",
         per_layer: bool = False,
+        taught: bool = False,
     ) -> None:
         """`erase`: whether writes erase along their key; `still`: a memory that is never written; else as in `Gates`."""
         names = (("key", "value", "query"), ("rate", "keep"), ("main",))
@@ -67,7 +68,7 @@ class Five:
             for place, name in enumerate(group[: net.up.shape[2]])
         }
         self.biases, self.erase, self.unwritten, self.unit_values = biases, erase, still, unit_values
-        self.per_layer = per_layer
+        self.per_layer, self.taught = per_layer, taught
         self.clip, self.units = clip or float("inf"), ACTIVATIONS[activation]
 
     def say(self, name: str, weights: dict[str, Tensor], z: Tensor) -> Tensor:
@@ -143,7 +144,10 @@ class Five:
         return torch.stack(outputs)
 
     def slope(self, name: str, weights: dict[str, Tensor], k: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Autograd's gradient of half the squared error."""
-        leaves = {n: w.detach().requires_grad_() for n, w in weights.items()}
+        """Autograd's gradient of half the squared error, the target as given; `taught`: differentiable in turn."""
+        each = {n: weights[n] for n in ("up", "down")}
+        if self.taught:
+            return torch.func.grad(lambda w: 0.5 * (self.say(name, w, k) - target).square().sum())(each)
+        leaves = {n: w.detach().requires_grad_() for n, w in each.items()}
         loss = 0.5 * (self.say(name, leaves, k) - target).square().sum()
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))

@@ -178,6 +178,31 @@ def test_row_22_what_is_left_out_of_the_rule_is_left_out_of_the_recurrence(part:
         torch.testing.assert_close(o[b, 1], row, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu", "swiglu"])
+@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
+def test_erasing_on_both_layers_has_the_gradients_of_the_recurrence(momentum: bool, activation: str) -> None:
+    """Of the initial states, which every write goes through; computed again in backward, too."""
+    wide = (2 if activation == "swiglu" else 1) * M
+    tokens, gates = inputs(STARTS, momentum), GATES._replace(per_layer=True, activation=activation)
+    shapes = [(2, wide, K), (2, K, M), (2, wide, K), (2, 1, M), (1, wide, K), (1, K, M)]
+    leaves = [(0.3 * numbers(1, H, *shape, seed=i)).requires_grad_() for i, shape in enumerate(shapes)]
+    five = Memories(*(Net(*pair) for pair in zip(leaves[::2], leaves[1::2], strict=True)))
+    slopes = []
+    for recompute in (False, True):
+        o, _ = self_modifying(tokens, (8, 4), five, gates, recompute=recompute)
+        slopes.append(torch.autograd.grad(o.square().sum(), leaves))
+    rows = []
+    for b in range(B):
+        for h in range(H):
+            share = None if tokens.log_momentum is None else tokens.log_momentum[b, h].exp()
+            one = Five(five, h, BIASES, activation=activation, per_layer=True, taught=True)
+            rows.append(one.row(tokens.x[b, h], tokens.q[b, h], STARTS[b], (8, 4), share))
+    exact = torch.autograd.grad(torch.stack(rows).square().sum(), leaves)
+    for again, once, wanted in zip(*slopes, exact, strict=True):
+        torch.testing.assert_close(once, wanted, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(again, once, rtol=1e-12, atol=1e-14)
+
+
 def test_i14_without_momentum_the_gated_delta_rule_as_published() -> None:
     """S <- a S, then S <- S + b (v - S k) k^T (Yang et al., 2024): here with rate a b and values v / a."""
     tokens, state = pairs(None), torch.zeros(B, H, K, K, dtype=torch.float64)

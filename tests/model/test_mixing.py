@@ -14,6 +14,7 @@ from nlscale.model.count import FLOPS, flops_a_token, parameters
 from nlscale.model.hope import Hope
 from nlscale.model.init import TABLE
 from nlscale.model.mixers import MIXERS as BUILT
+from nlscale.model.row_state import mapped
 from nlscale.optim.layout import is_matrix
 from nlscale.parallel.apply import parallelize
 from nlscale.runtime.world import join
@@ -234,6 +235,28 @@ def test_row_16_without_inner_writes_nothing_is_learned_in_context(mixer: str) -
         later, own, finite = ranks(1, echoes, tiny(*said, each))[0]
         assert later == 0 and own > 1e-6 and finite
     assert ranks(1, echoes, tiny(*said))[0][0] > 1e-9
+
+
+def went_on(run: Run) -> list[float]:
+    """How far a row moves the memories of a state that came with a momentum, each tensor of them."""
+    model, _ = built(run)
+    torch.manual_seed(0)
+    before = mapped(lambda _, part: 0.3 * torch.randn_like(part), "", model.blocks[0].mix.begin(2))
+    x, found = torch.randn(16, 2, 32, dtype=torch.float64), []
+    with torch.no_grad():
+        _, left = model.blocks[0].mix(x, model.scene(torch.zeros(2, 16, dtype=torch.bool), hand_on=True), before)
+    named = {"net": (before, left)} if hasattr(before, "memory") else {"memories": (before.state, left.state)}
+    for part, (old, new) in named.items():
+        own = [getattr(each.memory if part == "net" else each, part) for each in (old, new)]
+        mapped(lambda _, a, b: found.append(float((a - b).abs().max())), part, *own)
+    return found
+
+
+@pytest.mark.parametrize("mixer", ["titans", "self_modifying"])
+def test_row_16_nor_does_a_momentum_that_was_handed_on(mixer: str) -> None:
+    said = [*CHUNKS, f"model.mixer={mixer}"]
+    still, moving = (ranks(1, went_on, tiny(*said, *more))[0] for more in (["model.writes=false"], []))
+    assert len(still) >= 2 and max(still) < 1e-14 and min(moving) > 1e-3
 
 
 def segments(run: Run) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from nlscale.testing import ranks
 from tests.tiny import micro_batches, tiny
 
 SMALL = ["model.layers=1", "data.sequence=64", "model.linear.chunk=8", "model.titans.chunk=8"]
+SMALL += ["model.written.chunk=8"]
 SMALL += ["model.self_modifying.chunk=8", "model.self_modifying.maker_chunk=32"]
 
 
@@ -34,10 +35,10 @@ def held(run: Run) -> tuple[int, list[float]]:
     return sum(found.values()), slope.flatten().tolist()
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", [*MIXERS, "self_modifying model.self_modifying.per_layer=true"])
 def test_a_block_that_is_computed_again_holds_its_input_alone(mixer: str) -> None:
     (kept, plain), (left, again) = (
-        ranks(1, held, tiny(*SMALL, f"model.mixer={mixer}", f"train.recompute={policy}"))[0]
+        ranks(1, held, tiny(*SMALL, *f"model.mixer={mixer}".split(), f"train.recompute={policy}"))[0]
         for policy in ("none", "block")
     )
     assert left <= 2 * 64 * 32 * 4 < kept  # the block's output, which is the next one's input

@@ -9,7 +9,7 @@ from torch import nn
 
 from nlscale.config.errors import UserError
 from nlscale.config.levels import Level, level_of, parameter_names
-from nlscale.config.nesting import Learner, belongs, learners, nesting
+from nlscale.config.nesting import Learner, belongs, learners, nesting, registry
 from nlscale.config.optim import MATRIX_RULES, STATES, Optim
 from nlscale.model.count import parameters
 from nlscale.optim.layout import Kind, slots
@@ -102,7 +102,17 @@ def test_a_match_moves_parameters_to_its_level() -> None:
     }
     assert {name: level_of(name, levels).name for name in table} == table
     assert belongs("moments.first/blocks.3.mix.q.weight", run) == ("late", 8, "step")
-    assert belongs("windows/1/0/blocks.3.continuum.slow.up.weight", run) == ("slow", 4, "step")
+    assert belongs("windows/1/0/blocks.3.continuum.slow.up.weight", run) == ("slow.window", 1, "step")
+    assert belongs("windows/1/0/blocks.3.mix.q.weight.gram_cut", run) == ("late.window", 1, "step")
+    assert belongs("state.slow_momentum/blocks.3.mix.q.weight", run) == ("late.slow_momentum", 8 * 16, "step")
+    nested = tiny(TWO % "", "model.variant=nested")
+    assert belongs("state.slow/blocks.0.continuum.fast.up.weight", nested) == ("fast.slow", 4, "step")
+    frozen = tiny(TWO % ", {name: late, period: 8, width: 0, match: [head.weight], frozen: true}")
+    assert belongs("weights/head.weight", frozen) == ("late", 0, "step")
+    parts = {f"windows/{part}/0/head.weight": 8 for part in range(3)}
+    assert registry(parts, run) == {
+        "late.window": {"period": 1, "unit": "step", "bytes": 24, "tensors": ["windows/head.weight"]}
+    }
 
 
 def test_phases_are_a_pure_function_of_layer_and_step() -> None:
@@ -120,6 +130,7 @@ def test_phases_are_a_pure_function_of_layer_and_step() -> None:
     ("levels", "words"),
     [
         ("[{name: a, width: 1, period: 0}]", "period=0 must be at least 1"),
+        ("[{name: memory, width: 1}]", "cannot be called memory"),
         ("[{name: a, width: 1, period: -4}]", "period=-4 must be at least 1"),
         (
             "[{name: a, width: 0.5}, {name: b, width: 0.5, period: 3}, {name: c, width: 0, period: 4}]",

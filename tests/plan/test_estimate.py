@@ -47,6 +47,11 @@ CASES = {
     "hope, kept": ("760m-hope", 8, ["use.layout=null", "model.layers=4", KEPT]),
     "hope, kept, swiglu": ("760m-hope", 8, [*SHORT, KEPT, "model.self_modifying.activation=swiglu"]),
     "hope, kept, wide heads": ("760m-hope", 8, [*SHORT, KEPT, "model.heads=12"]),
+    "hope, kept, per layer": (
+        "760m-hope",
+        8,
+        [*SHORT, KEPT, "model.self_modifying.per_layer=true", "model.self_modifying.maker_chunk=512"],
+    ),
     "hope, kept, plain": ("760m-hope", 8, [*SHORT, KEPT, "model.self_modifying.momentum=false"]),
     "delta": ("760m-plain", 8, ["use.layout=null", "model.mixer=delta", "data.sequence=1024"]),
     "titans": ("760m-plain", 8, ["use.layout=null", "model.mixer=titans", "data.sequence=1024"]),

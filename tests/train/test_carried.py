@@ -111,7 +111,7 @@ def test_row_10_every_state_is_of_a_learner_with_a_period_of_tokens(mixer: str) 
     run = tiny(*SEEN, *NEVER, QUICK, f"model.mixer={mixer}", "model.inner.form=whole")
     assert ranks(1, owners, run)[0] == OWNERS[mixer] | tail | {("quick.copy", 8, "token")}
     assert belongs("weights/blocks.1.continuum.quick.up.weight", run) == ("quick", 1, "step")
-    assert belongs("windows/1/0/blocks.1.continuum.slow.up.weight", run) == ("slow", 4, "step")
+    assert belongs("windows/1/0/blocks.1.continuum.slow.up.weight", run) == ("slow.window", 1, "step")
 
 
 def place(world) -> tuple[int, int]:  # noqa: ANN001

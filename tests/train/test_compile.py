@@ -31,7 +31,17 @@ CASES: dict[str, tuple[int, list[str]]] = {
             "model.layers=1",
         ],
     ),
+    "hope, both layers": (
+        1,
+        [
+            "model.mixer=self_modifying",
+            "model.self_modifying.per_layer=true",
+            "model.self_modifying.chunk=8",
+            "model.layers=1",
+        ],
+    ),
     "delta": (1, ["model.mixer=delta", "model.linear.chunk=4"]),
+    "written": (1, ["model.mixer=written", "model.written.chunk=4", "model.layers=1"]),
 }
 
 

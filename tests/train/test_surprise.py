@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nlscale.config.errors import UserError
 from nlscale.config.run import Run
 from nlscale.parallel.apply import parallelize
 from nlscale.runtime.folder import Folder, read_lines
@@ -63,6 +64,26 @@ def test_row_3_surprise_is_the_gradient_at_a_blocks_output(count: int, layout: l
     assert len(expected) == 2 and min(expected.values()) > 0
     for found in ranks(count, watched, tiny(*SMALL, *layout)):
         assert found == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        ["data.replay=corpora/other", "data.replay_batch=4", "levels=[{name: all, replay: 1.0}]"],
+        [
+            "optim.second_order=true",
+            "model.variant=nested",
+            "optim.name=sgd",
+            "optim.matrix.momentum=0",
+            "optim.clip=0",
+        ],
+    ],
+    ids=["replay", "second order"],
+)
+def test_what_passes_blocks_with_other_rows_is_refused(said: list[str]) -> None:
+    tiny(*said)
+    with pytest.raises(UserError, match=r"log\.surprise=true needs"):
+        tiny("log.surprise=true", *said)
 
 
 def test_a_run_writes_it(prepared: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 
+from nlscale_kernels.arguments import check
 from nlscale_kernels.associative.reference import Gates, Optimizer, Pair, State, Surprise, Weights
 
 
@@ -51,7 +52,11 @@ def settle(state: State, surprise: Surprise, pair: Pair, gates: Gates) -> State:
 
 
 def hold(last: int | None = None) -> Optimizer:
-    """The optimizer of a memory without parameters: its `last` pairs are kept as they are (None: all; eqs. 62, 63)."""
+    """The optimizer of a memory without parameters: its `last` pairs are kept as they are (None: all; eqs. 62, 63).
+
+    Raises ValueError where `last` is below 1.
+    """
+    check(last is None or last >= 1, f"hold: last is {last}; it must be at least 1, or None for all pairs")
 
     def keep(state: State, surprise: Surprise, pair: Pair, gates: Gates) -> State:
         news = {"keys": pair.key[None], "values": pair.value[None]}

@@ -98,8 +98,11 @@ def _forward_on_gpu(*arguments: Any) -> Tensor:
     _check(given)
     if given.k.dtype not in NARROW:
         return reached(given)
-    (_, _, chunk, width), field = given.k.shape, "model.self_modifying.chunk"
-    for what, size, other in (("chunk", chunk, f"another {field}"), ("head width", width, "more model.heads")):
+    (_, _, chunk, width), field = given.k.shape, "model.self_modifying"
+    for what, size, other in (
+        ("chunk", chunk, f"another {field}.chunk"),
+        ("head width", width, f"more model.heads (or, with {field}.per_layer, fewer {field}.hidden)"),
+    ):
         check(
             size <= WIDEST,
             f"reach: no kernel for a {what} of {size}, above {WIDEST}; {other} would do, or train.kernels=reference",

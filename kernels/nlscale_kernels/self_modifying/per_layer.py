@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nlscale_kernels.mlp_memory import Net, Step, moved
-from nlscale_kernels.mlp_memory.reference import ACTIVATIONS, read
+from nlscale_kernels.mlp_memory import Net, Step, moved, read
+from nlscale_kernels.mlp_memory.reference import ACTIVATIONS
 from nlscale_kernels.self_modifying.parts import Kind, Made
 from nlscale_kernels.self_modifying.writes import Writes, joined, writes_of
 from nlscale_kernels.span import anchored
 
-EPS = 1e-12
+EPS = 1e-20  # small beside squares of inputs that are hardly on
 
 
 class Heard(NamedTuple):
@@ -27,18 +27,14 @@ class Heard(NamedTuple):
 
     active: Tensor  # (B, H, N, C, M): W1's inputs
     error: Tensor  # (B, H, N, C, O)
-    back: Tensor  # (B, H, N, C, I): the error at W2's outputs
 
 
 def heard(net: Net, said: Made, activation: str) -> Heard:
     """Of tokens whose anchor is `net`."""
-    key, act = said.k.unsqueeze(2), ACTIVATIONS[activation]
-    before = key @ net.up.mT
-    active = act(before)
+    key = said.k.unsqueeze(2)
+    active = ACTIVATIONS[activation](key @ net.up.mT)
     error = active @ net.down.mT - read(net, said.v, activation)
-    error = error + key if net.adds else error
-    back = torch.func.vjp(act, before)[1](error @ net.down)[0]
-    return Heard(active, error, back)
+    return Heard(active, error + key if net.adds else error)
 
 
 def along_inputs(active: Tensor, said: Made, starts: Tensor | None, chunk: int) -> Writes:
@@ -57,11 +53,12 @@ def write_both(
     initial: Net,
     said: Made,
     starts: Tensor | None,
+    learnt: Tensor,
     writes: Writes,
     kind: Kind,
     chunk: int,
 ) -> tuple[Net, Net | None]:
-    """Memories and, if one asks for it, momentum after the tokens of `said`, whose writes on W2 are given.
+    """Memories and, if one asks for it, momentum after the tokens of `said`, whose writes on W2, `learnt`, are given.
 
     `chunk`: tokens of a solve for W1, which divides them.
     """
@@ -74,7 +71,6 @@ def write_both(
     own = along_inputs(at.active / length, said, starts, chunk)
     turn, reach = (part.unflatten(1, at.active.shape[1:3]) for part in (own.turn, own.reach))
     rate = said.rate.unsqueeze(2).unsqueeze(-1)
-    learnt = at.back.mT @ (-said.rate.unsqueeze(-1) * writes.reach).unsqueeze(2)
     written = (at.error * (-rate * length)).mT @ reach
     left = Net(*(anchored(writes.renewed_B, first, part) for first, part in zip(initial, net, strict=True)))
     carried = writes.carried if speed is not None else None

@@ -66,14 +66,17 @@ def gradients(net: Net, given: Lesson, piece: int, activation: str) -> list[Tens
     return total
 
 
+def learned(net: Net, initial: Net, taught: list[Lesson], piece: int, activation: str) -> list[Tensor]:
+    """`gradients` of all lessons together."""
+    apart = [gradients(each, given, piece, activation) for each, given in zip((net, initial), taught, strict=False)]
+    return apart[0] if len(apart) == 1 else [a + b for a, b in zip(*apart, strict=True)]
+
+
 def write(
     net: Net, speed: Net | None, initial: Net, taught: list[Lesson], writes: Writes, piece: int, kind: Kind
 ) -> tuple[Net, Net | None]:
     """Memories and, if one asks for it, momentum after a chunk; see Gates."""
-    apart = [
-        gradients(each, given, piece, kind.activation) for each, given in zip((net, initial), taught, strict=False)
-    ]
-    learnt, written, *rest = apart[0] if len(apart) == 1 else (a + b for a, b in zip(*apart, strict=True))
+    learnt, written, *rest = learned(net, initial, taught, piece, kind.activation)
     left = Net(*(anchored(writes.renewed_B, first, part) for first, part in zip(initial, net, strict=True)))
     turned = (left.up.flatten(2, 3) @ writes.turn).unflatten(2, left.up.shape[2:4])
     scalars, carried = writes.scalars, writes.carried
@@ -96,9 +99,13 @@ def writer(said: Made, starts: Tensor | None, writes: Writes, chunk: int, piece:
 
     `chunk`: tokens of a solve; `piece`: tokens that are worked on at a time.
     """
-    if kind.per_layer:
-        return partial(write_both, said=said, starts=starts, writes=writes, kind=kind, chunk=chunk)
-    return partial(write, taught=lessons(said, writes), writes=writes, piece=piece, kind=kind)
+    taught = lessons(said, writes)
+
+    def write_layers(net: Net, speed: Net | None, initial: Net) -> tuple[Net, Net | None]:
+        first, *_ = learned(net, initial, taught, piece, kind.activation)
+        return write_both(net, speed, initial, said, starts, first, writes, kind, chunk)
+
+    return write_layers if kind.per_layer else partial(write, taught=taught, writes=writes, piece=piece, kind=kind)
 
 
 def walk(
