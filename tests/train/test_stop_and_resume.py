@@ -93,7 +93,8 @@ def test_row_10_a_checkpoint_says_whose_every_tensor_is(
     prepared: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Weights, moments, windows, memories and what token levels learned: each of one learner, with its period and unit."""
-    run = small_run(prepared, tmp_path, *LAYOUTS["carried-data"][1], "train.steps=11", "checkpoint.interval=11")
+    inside = ["train.steps=18", "train.stop_at=11", "checkpoint.interval=11"]  # of the slow level's window
+    run = small_run(prepared, tmp_path, *LAYOUTS["carried-data"][1], *inside)
     ranks(2, train, run)
     facts = json.loads((Folder(tmp_path).checkpoint(11) / STATE).read_text())["learners"]
     named = [name for learner in facts.values() for name in learner["tensors"]]
