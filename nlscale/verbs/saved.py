@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,16 @@ def list_checkpoints(options: argparse.Namespace) -> None:
             f"step {step:8d}  {facts['tokens']:>14,} tokens  {size / 2**20:10.1f} MiB  "
             f"open windows: {', '.join(open_levels) or 'none'}"
         )
-    for name, each in facts.get("learners", {}).items() if folder.steps() else ():  # of the newest one, said last
-        beat = f"every {each['period']} {each['unit']}s" if each["period"] else "never"
-        print(f"  {name:<16s} moves {beat:<18s} {len(each['tensors']):6,} tensors  {each['bytes'] / 2**20:10.1f} MiB")
+    learners = facts.get("learners", {}) if folder.steps() else {}  # of the newest one, said last
+    for name, each in sorted(learners.items(), key=lambda item: (item[1]["unit"] == "step", pace(item[1]["period"]))):
+        beat = f"every {each['period']} {each['unit']}s" if each["period"] > 1 else f"every {each['unit']}"
+        beat = f"moves {beat}" if each["period"] else "never moves"
+        print(f"  {name:<20s} {beat:<24s} {len(each['tensors']):6,} tensors  {each['bytes'] / 2**20:10.1f} MiB")
+
+
+def pace(period: int) -> float:
+    """A learner's period, to sort by; what never moves comes last."""
+    return period or math.inf
 
 
 def verify_checkpoints(options: argparse.Namespace) -> None:
