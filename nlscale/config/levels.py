@@ -105,7 +105,7 @@ class Levels:
                 len(claims) <= 1,
                 f"levels: '{name}' is matched by {' and '.join(level.name for level in claims)}; a parameter has one level",
             )
-            members[level_of(name, self.levels).name].append(name)
+            members[(claims[0] if claims else unclaimed(name, self.levels)).name].append(name)
         table = "; ".join(f"{k}: {len(v)} ({v[0]} ...)" if v else f"{k}: none" for k, v in members.items())
         for level in self.levels:
             for pattern in level.match:
@@ -130,7 +130,13 @@ class Levels:
 def claimants(name: str, levels: Sequence[Level]) -> list[Level]:
     """Levels whose `match` names a parameter; where none does, the one whose slice of a continuum it is."""
     named = [level for level in levels if any(fnmatchcase(name, pattern) for pattern in level.match)]
-    return named or [level for level in levels if fnmatchcase(name, f"blocks.*.continuum.{level.name}.*")]
+    if named:
+        return named
+    place = name.split(
+        ".", 4
+    )  # blocks, which one, continuum, level, part: patterns would take long for thousands of names
+    own = place[3] if len(place) == 5 and place[0] == "blocks" and place[2] == "continuum" else None
+    return [level for level in levels if level.name == own]
 
 
 def level_of(name: str, levels: Sequence[Level]) -> Level:
@@ -138,9 +144,15 @@ def level_of(name: str, levels: Sequence[Level]) -> Level:
 
     The gains that weigh levels against each other move with the slowest (spec 2.4).
     """
-    first = next((level for level in levels if level.unit == "step"), levels[0])
-    slowest = levels[-1] if fnmatchcase(name, "blocks.*.continuum.gains") else first
-    return next(iter(claimants(name, levels)), slowest)
+    claims = claimants(name, levels)
+    return claims[0] if claims else unclaimed(name, levels)
+
+
+def unclaimed(name: str, levels: Sequence[Level]) -> Level:
+    """The level of a parameter that nobody claims."""
+    if name.endswith(".continuum.gains"):
+        return levels[-1]
+    return next((level for level in levels if level.unit == "step"), levels[0])
 
 
 def token_levels(levels: Sequence[Level]) -> list[Level]:
@@ -156,10 +168,10 @@ def learning(levels: Sequence[Level]) -> list[Level]:
 def parameter_names(model: Model, levels: Sequence[Level]) -> Iterator[str]:
     """The names of all parameters of a model, as the model itself gives them (a test compares the two)."""
     inward = ("gate", "up") if model.activation == "swiglu" else ("up",)
-    held = [level.name for level in levels if level.width]
+    held, mixer = [level.name for level in levels if level.width], list(mixer_shapes(model))
     yield "embed.weight"
     for block in (f"blocks.{j}" for j in range(model.layers)):
-        yield from (f"{block}.mix.{name}" for name in mixer_shapes(model))
+        yield from (f"{block}.mix.{name}" for name in mixer)
         norms = ["norm"] if model.variant == "independent" else [f"{name}.norm" for name in held]
         yield from (f"{block}.continuum.{norm}.weight" for norm in norms)
         if model.gains:

@@ -4,6 +4,7 @@ Times are work over the rates of config/devices.py.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from nlscale.config.devices import MEMORIES, PRODUCTS, SCORES, STREAM, WIRE, Device
 from nlscale.model.count import FLOPS, flops_a_token
@@ -40,7 +41,7 @@ class Estimate(Holding):
         inner = parallel.tensor * parallel.context
         tokens = self.tokens * parallel.context
         mixing = 3.0 * model.layers * model.loops * FLOPS[model.mixer](model, run.data.sequence)
-        products = flops_a_token(model, run.levels, run.data.sequence) - mixing
+        products = self.useful - mixing
         share = SCORES if model.mixer == "attention" else MEMORIES
         stages, virtual, count = parallel.pipeline, parallel.virtual_pipeline, self.micro_batches
         each = Times(
@@ -119,9 +120,14 @@ class Estimate(Holding):
         near = 2 * parallel.tensor * parallel.context <= device.node
         return 2 * parallel.virtual_pipeline * size / ((device.link if near else device.network) * WIRE)
 
-    def mfu(self, device: Device) -> float:
-        """Useful operations over what the GPUs could do."""
+    @cached_property
+    def useful(self) -> float:
+        """Operations that a token asks for."""
+        return flops_a_token(self.run.model, self.run.levels, self.run.data.sequence)
+
+    def mfu(self, device: Device, times: Times | None = None) -> float:
+        """Useful operations over what the GPUs could do; `times`: on them, where they are known."""
         run = self.run
         peak = device.flops if self.width == 2 else device.flops_fp32
-        work = flops_a_token(run.model, run.levels, run.data.sequence) * run.train.global_batch * run.data.sequence
-        return work / (self.times(device).step * peak * self.size)
+        work = self.useful * run.train.global_batch * run.data.sequence
+        return work / ((times or self.times(device)).step * peak * self.size)

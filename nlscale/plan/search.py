@@ -126,7 +126,8 @@ def assessed(run: Run, gpus: int, device: Device, counted: Counted | None = None
         return None
     if run.optim.reduce == "hierarchical" and estimate.replicas % estimate.node:
         return None
-    return Choice(run, gpus, estimate.largest, estimate.beside, estimate.times(device), estimate.mfu(device))
+    times = estimate.times(device)
+    return Choice(run, gpus, estimate.largest, estimate.beside, times, estimate.mfu(device, times))
 
 
 def candidates(run: Run, gpus: int, device: Device, tried: Sequence[int]) -> Iterator[tuple[Parallel, int]]:
