@@ -93,6 +93,12 @@ def rows_of(successors: Tensor, count: int, generator: torch.Generator) -> Rows:
     return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
 
 
+def languages(seed: int) -> tuple[tuple[Tensor, Tensor], list[Rows]]:
+    """A and B, and rows of both to test on."""
+    both = language(2 * seed), language(2 * seed + 1)
+    return both, [rows_of(each, HELD_OUT, torch.Generator().manual_seed(0)) for each in both]
+
+
 @dataclass(frozen=True)
 class Course:
     """Held-out losses (nats a token): on A after A, on both at every look while B is learnt; steps to learn A again."""
@@ -130,8 +136,7 @@ def course(name: str, seed: int, steps: tuple[int, int, int] = (FIRST, SECOND, A
     """An arm through the stream."""
     quiet()
     run, generator = read("demo", [*MODEL, f"train.seed={seed}", *ARMS[name]]), torch.Generator().manual_seed(seed)
-    a, b = language(2 * seed), language(2 * seed + 1)
-    tests = [rows_of(each, HELD_OUT, torch.Generator().manual_seed(0)) for each in (a, b)]
+    (a, b), tests = languages(seed)
     first, second, _ = steps
     looks: list[tuple[float, float]] = []
     back: list[tuple[float, float]] = []
@@ -179,8 +184,7 @@ def recovered(seed: int, steps: tuple[int, int] = (FIRST, BACK)) -> Reset:
     first, period = steps
     said = [RESET % period, "model.variant=nested", f"optim.lr={RATE}", f"train.seed={seed}"]
     run, generator = read("demo", [*MODEL, *said]), torch.Generator().manual_seed(seed)
-    a, b = language(2 * seed), language(2 * seed + 1)
-    test, seen = rows_of(a, HELD_OUT, torch.Generator().manual_seed(0)), dict[int, float]()
+    ((a, b), (test, _)), seen = languages(seed), dict[int, float]()
     with alone(run, first + period) as (model, optimizer):
 
         def look(step: int, _: float) -> None:

@@ -13,14 +13,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from nlscale_kernels.rotary import rotate_both
+from nlscale_kernels.rotary import rotate, rotate_both
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nlscale.config.model import Model
 from nlscale.model.exchange import Exchange
 from nlscale.model.layers import Norm
-from nlscale.model.scene import Scene
+from nlscale.model.scene import Rotary, Scene
 from nlscale.runtime.leaf import Leaf
 
 
@@ -29,6 +29,19 @@ class Context(NamedTuple):
 
     k: Tensor
     v: Tensor
+
+
+def seen_so_far(before: Context | None, k_BGTK: Tensor, v_BGTK: Tensor) -> Context:
+    """Keys and values of the row's tokens up to these."""
+    if before is None:
+        return Context(k_BGTK, v_BGTK)
+    return Context(torch.cat([before.k, k_BGTK], 2), torch.cat([before.v, v_BGTK], 2))
+
+
+def turned(part_BHTK: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary positions on (B, H, T, K)."""
+    cosine, sine = (table[:, 0, 0] for table in rotary)
+    return rotate(part_BHTK, cosine, sine)
 
 
 class Attention(MegatronModule):
@@ -64,12 +77,10 @@ class Attention(MegatronModule):
         q, k, v = (piece.unflatten(-1, (-1, self.width)) for piece in pieces)
         q, k = self.turned(q, k, *scene.rotary)
         q_BHTK, k_BGTK, v_BGTK = (part.permute(1, 2, 0, 3) for part in (q, k, v))
-        if context is not None:
-            k_BGTK, v_BGTK = torch.cat([context.k, k_BGTK], 2), torch.cat([context.v, v_BGTK], 2)
-        left = Context(k_BGTK, v_BGTK) if scene.hand_on else None
-        o_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, scene.mask, self.persistent, self.exchange, self.product)
+        seen = seen_so_far(context, k_BGTK, v_BGTK)
+        o_BHTK = attend(q_BHTK, *seen, scene.mask, self.persistent, self.exchange, self.product)
         update, _ = self.out(self.exchange.to_tokens(o_BHTK.permute(2, 0, 1, 3).flatten(2)))
-        return x_TBD + update, left
+        return x_TBD + update, seen if scene.hand_on else None
 
     def begin(self, rows: int) -> None:
         """What a row begins with: attention sees its own row alone."""

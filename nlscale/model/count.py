@@ -50,18 +50,21 @@ def attention_flops(model: Model, tokens: int) -> float:
     return 2.0 * seen * model.heads * model.head_width
 
 
-def linear_flops(model: Model, tokens: int) -> float:
+def matrix_flops(model: Model, chunk: int, rule: str) -> float:
     """Scores, values, keys against keys and the solve inside a chunk; reading, asking and writing the state."""
-    width, chunk = model.head_width, model.linear.chunk
-    inside = (2 + 2 + (2 + 1 if model.mixer == "delta" else 0)) * chunk * width
-    return float(model.heads * (inside + (6 if model.mixer == "delta" else 4) * width * width))
+    width, erases = model.head_width, rule == "delta"
+    inside = (2 + 2 + (2 + 1 if erases else 0)) * chunk * width
+    return float(model.heads * (inside + (6 if erases else 4) * width * width))
+
+
+def linear_flops(model: Model, tokens: int) -> float:
+    """A matrix memory."""
+    return matrix_flops(model, model.linear.chunk, model.mixer)
 
 
 def written_flops(model: Model, tokens: int) -> float:
     """Attention, and a matrix memory that attention's output is put to."""
-    width, chunk, erases = model.head_width, model.written.chunk, model.written.rule == "delta"
-    inside = (2 + 2 + (2 + 1 if erases else 0)) * chunk * width
-    return attention_flops(model, tokens) + model.heads * (inside + (6 if erases else 4) * width * width)
+    return attention_flops(model, tokens) + matrix_flops(model, model.written.chunk, model.written.rule)
 
 
 def titans_flops(model: Model, tokens: int) -> float:

@@ -16,7 +16,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.recompute import recomputed
-from nlscale_kernels.rotary import rotate
 from nlscale_kernels.span import span_of
 from nlscale_kernels.titans import Memory, Tokens, begin, look, step, titans
 from nlscale_kernels.unit import unit
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from nlscale.config.mixers import Titans
 from nlscale.config.model import Model
 from nlscale.config.shapes import units_of
-from nlscale.model.attention import Attention, Context, Persistent, attend, flash
+from nlscale.model.attention import Attention, Context, Persistent, attend, flash, seen_so_far, turned
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, Heads, exact, stacked
 from nlscale.model.row_state import spread
@@ -156,11 +155,10 @@ class TitansGate(TitansMixer):
         recalled, memory = titans(self.tokens(heads, scene), *given)
         q, k, v = (heads[name] for name in self.attention)
         q, k = (turned(part, scene.rotary) for part in (q, k))
-        if before is not None and before.context is not None:
-            k, v = torch.cat([before.context.k, k], 2), torch.cat([before.context.v, v], 2)
-        attended = attend(q, k, v, scene.mask, self.persistent, self.exchange, self.product)
+        seen = seen_so_far(before and before.context, k, v)
+        attended = attend(q, *seen, scene.mask, self.persistent, self.exchange, self.product)
         o = self.gains(attended, recalled, self.exchange)
-        left = Left(memory, tail, Context(k, v)) if scene.hand_on else None
+        left = Left(memory, tail, seen) if scene.hand_on else None
         return self.finish(o, x_TBD, {}), left
 
     def leaves(self) -> Iterator[Leaf]:
@@ -169,12 +167,6 @@ class TitansGate(TitansMixer):
         if self.persistent is not None:
             yield from self.persistent.leaves()
         yield from self.gains.leaves()
-
-
-def turned(part_BHTK: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary positions on (B, H, T, K)."""
-    cosine, sine = (table[:, 0, 0] for table in rotary)
-    return rotate(part_BHTK, cosine, sine)
 
 
 class TitansLayer(MegatronModule):

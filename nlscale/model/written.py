@@ -19,11 +19,10 @@ from nlscale_kernels.unit import unit
 from torch import Tensor
 
 from nlscale.config.model import Model
-from nlscale.model.attention import Context, attend, flash
+from nlscale.model.attention import Context, attend, flash, seen_so_far, turned
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, by_token, exact
 from nlscale.model.scene import Scene
-from nlscale.model.titans import turned
 from nlscale.runtime.leaf import Leaf
 
 
@@ -53,15 +52,13 @@ class WrittenMixer(HeadMixer):
         heads, _ = self.project(x_TBD, scene, None)
         q, k, v = (heads[name].to(x_TBD.dtype) for name in ("q", "k", "v"))
         q, k = turned(q, scene.rotary), turned(k, scene.rotary)
-        if before is not None and before.context is not None:
-            k, v = torch.cat([before.context.k, k], 2), torch.cat([before.context.v, v], 2)
-        y = exact(attend(q, k, v, scene.mask, None, self.exchange, self.product))
-        rate = self.settings.rate * self.gate(heads, "rate").sigmoid()
+        seen, settings = seen_so_far(before and before.context, k, v), self.settings
+        y = exact(attend(q, *seen, scene.mask, None, self.exchange, self.product))
+        rate = settings.rate * self.gate(heads, "rate").sigmoid()
         tokens = Tokens(y, unit(heads["k"]), heads["v"], rate, torch.zeros_like(rate), scene.starts_BT)
-        settings = self.settings
         o, state = linear_memory(settings.rule, tokens, settings.chunk, self.start, before and before.state)
         update, _ = self.out(self.exchange.to_tokens(by_token(o.to(x_TBD.dtype))))
-        return x_TBD + update, Left(state, Context(k, v)) if scene.hand_on else None
+        return x_TBD + update, Left(state, seen) if scene.hand_on else None
 
     def begin(self, rows: int) -> Left:
         """What a row begins with."""

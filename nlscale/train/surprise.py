@@ -23,7 +23,6 @@ class Surprise:
 
     def __init__(self, chunks: Sequence[Hope], layers: int, world: World) -> None:
         """Watches the blocks of this rank; `layers`: of the whole network."""
-        self.world = world
         self.seen = torch.zeros(layers, 2, dtype=torch.float64, device=world.device)  # sum of |u|^2, tokens
         for chunk in chunks:
             for layer, block in zip(chunk.stage.layers, chunk.blocks, strict=True):

@@ -82,16 +82,8 @@ class Five:
 
         def fresh(name: str) -> dict[str, Tensor]:
             weights = self.initial[name]
-            zeros = {f"speed.{n}": torch.zeros_like(w) for n, w in weights.items()}
-            return (
-                weights
-                | zeros
-                | {
-                    "learnt": torch.zeros_like(weights["up"]),
-                    "added": torch.zeros_like(weights["down"]),
-                    "kept": weights["down"],
-                }
-            )
+            speeds = {f"{part}.{n}": torch.zeros_like(w) for n, w in weights.items() for part in ("speed", "learnt")}
+            return weights | speeds | {"kept": weights["down"]}
 
         now = {name: fresh(name) for name in self.initial}
         anchor, means, outputs = dict(self.initial), {name: [] for name in now}, []
@@ -112,36 +104,45 @@ class Five:
                 made = self.say("query", anchor["query"], x[t])
                 q = q.index_copy(0, torch.tensor([t]), (made / made.norm())[None])
             outputs.append(self.say("main", anchor["main"], q[t]))
-            turn = keep * torch.eye(len(k), dtype=k.dtype) - self.erase * rate * torch.outer(k, k)
             for name, state in now.items():
-                if name == self.unwritten:
-                    continue
-                g = self.slope(name, anchor[name], k, self.say(name, anchor[name], v))
-                if self.per_layer:  # W1 as W2, along its own input; its momentum from chunk to chunk, too
-                    u = self.units(anchor[name]["up"] @ k)
-                    inward = keep * torch.eye(len(u), dtype=u.dtype) - rate * torch.outer(u, u) / u.square().sum()
-                    state["down"], state["added"] = state["down"] @ inward, state["added"] @ inward - rate * g["down"]
-                else:
-                    state["speed.down"] = share[t] * state["speed.down"] - rate * g["down"]
-                    state["down"] = keep * state["down"] + state["speed.down"]
-                    state["kept"] = keep * state["kept"]
-                state["up"], state["learnt"] = state["up"] @ turn, state["learnt"] @ turn - rate * g["up"]
-                if (t + 1) % size[name] == 0:  # W2's momentum goes from chunk to chunk
-                    mean = torch.stack(means[name]).mean()
-                    moved = mean * state["speed.up"] + state["learnt"]
-                    state["speed.up"] = moved * min(1.0, self.clip / float(moved.norm()))
-                    state["up"] = state["up"] + state["speed.up"]
-                    state["learnt"] = torch.zeros_like(state["learnt"])
-                    if self.per_layer:
-                        moved = mean * state["speed.down"] + state["added"]
-                        state["speed.down"] = moved * min(1.0, self.clip / float(moved.norm()))
-                        state["down"], state["added"] = state["down"] + state["speed.down"], 0 * state["added"]
-                        continue
-                    added = state["down"] - state["kept"]
-                    share_kept = min(1.0, self.clip / float(added.norm()))
-                    state["down"] = state["kept"] + share_kept * added
-                    state["speed.down"] = share_kept * state["speed.down"]
+                if name != self.unwritten:
+                    self.write(name, state, anchor[name], (k, v), (rate, keep, share[t]))
+                    if (t + 1) % size[name] == 0:
+                        self.end(state, torch.stack(means[name]).mean())
         return torch.stack(outputs)
+
+    def write(
+        self,
+        name: str,
+        state: dict[str, Tensor],
+        anchor: dict[str, Tensor],
+        pair: tuple[Tensor, Tensor],
+        gates: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """One token's, whose gates are rate, share kept and momentum."""
+        (k, v), (rate, keep, share) = pair, gates
+        g = self.slope(name, anchor, k, self.say(name, anchor, v))
+        inputs = {"up": self.erase * torch.outer(k, k)}
+        if self.per_layer:  # W1 as W2, along its own input
+            u = self.units(anchor["up"] @ k)
+            inputs["down"] = torch.outer(u, u) / u.square().sum()
+        for n, along in inputs.items():
+            turn = keep * torch.eye(len(along), dtype=k.dtype) - rate * along
+            state[n], state[f"learnt.{n}"] = state[n] @ turn, state[f"learnt.{n}"] @ turn - rate * g[n]
+        if not self.per_layer:  # W1's momentum goes from token to token
+            state["speed.down"] = share * state["speed.down"] - rate * g["down"]
+            state["down"], state["kept"] = keep * state["down"] + state["speed.down"], keep * state["kept"]
+
+    def end(self, state: dict[str, Tensor], mean: Tensor) -> None:
+        """A chunk's: momentum of what erases goes from chunk to chunk, and what is added stays within a norm."""
+        for n in ("up", "down") if self.per_layer else ("up",):
+            moved = mean * state[f"speed.{n}"] + state[f"learnt.{n}"]
+            state[f"speed.{n}"] = moved * min(1.0, self.clip / float(moved.norm()))
+            state[n], state[f"learnt.{n}"] = state[n] + state[f"speed.{n}"], 0 * moved
+        if not self.per_layer:
+            added = state["down"] - state["kept"]
+            share = min(1.0, self.clip / float(added.norm()))
+            state["down"], state["speed.down"] = state["kept"] + share * added, share * state["speed.down"]
 
     def slope(self, name: str, weights: dict[str, Tensor], k: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Autograd's gradient of half the squared error, the target as given; `taught`: differentiable in turn."""
