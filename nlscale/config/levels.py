@@ -132,9 +132,8 @@ def claimants(name: str, levels: Sequence[Level]) -> list[Level]:
     named = [level for level in levels if any(fnmatchcase(name, pattern) for pattern in level.match)]
     if named:
         return named
-    place = name.split(
-        ".", 4
-    )  # blocks, which one, continuum, level, part: patterns would take long for thousands of names
+    # blocks, which one, continuum, level, part; patterns would take long for thousands of names
+    place = name.split(".", 4)
     own = place[3] if len(place) == 5 and place[0] == "blocks" and place[2] == "continuum" else None
     return [level for level in levels if level.name == own]
 
