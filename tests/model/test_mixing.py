@@ -241,14 +241,15 @@ def went_on(run: Run) -> list[float]:
     """How far a row moves the memories of a state that came with a momentum, each tensor of them."""
     model, _ = built(run)
     torch.manual_seed(0)
-    before = mapped(lambda _, part: 0.3 * torch.randn_like(part), "", model.blocks[0].mix.begin(2))
+    before, mixer = (
+        mapped(lambda _, part: 0.3 * torch.randn_like(part), "", model.blocks[0].mix.begin(2)),
+        run.model.mixer,
+    )
     x, found = torch.randn(16, 2, 32, dtype=torch.float64), []
     with torch.no_grad():
         _, left = model.blocks[0].mix(x, model.scene(torch.zeros(2, 16, dtype=torch.bool), hand_on=True), before)
-    named = {"net": (before, left)} if hasattr(before, "memory") else {"memories": (before.state, left.state)}
-    for part, (old, new) in named.items():
-        own = [getattr(each.memory if part == "net" else each, part) for each in (old, new)]
-        mapped(lambda _, a, b: found.append(float((a - b).abs().max())), part, *own)
+    old, new = (each.memory.net if mixer == "titans" else each.state.memories for each in (before, left))
+    mapped(lambda _, a, b: found.append(float((a - b).abs().max())), "", old, new)
     return found
 
 
