@@ -9,6 +9,7 @@ import torch
 if "gpu" not in sys.argv:  # read once, when triton is first imported: but for `-m gpu`, kernels run in its interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
+from nlscale.config.read import read  # noqa: E402
 from nlscale.runtime.quiet import quiet  # noqa: E402
 
 quiet()
@@ -18,6 +19,7 @@ import pytest  # noqa: E402
 if "gpu" not in sys.argv:  # what one GPU needs is torch, Triton, megatron-core and a few small packages (`make gpu`)
     import nlscale.optim.zero  # noqa: E402, F401
 
+read("demo")  # the schema of a config is made once in a process
 torch.set_num_threads(1)  # a pool of OpenMP threads in this process would hang in the ranks forked from it
 
 

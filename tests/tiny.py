@@ -18,7 +18,8 @@ SMALL = [
     "model.hidden=64",
     "model.vocabulary=128",
 ]
-TRAIN = ["data.sequence=16", "train.global_batch=8", "train.micro_batch=2", "train.precision=fp32", "parallel.tensor=1"]
+TRAIN = ["data.sequence=16", "train.global_batch=8", "train.micro_batch=2", "train.precision=fp32"]
+TRAIN += ["parallel.tensor=1", "cluster.threads=1"]
 
 
 def tiny(*overrides: str) -> Run:

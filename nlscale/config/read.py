@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
         mixer = OmegaConf.select(OmegaConf.merge(raw, said), "model.mixer", default="attention")
         layout = laid_out(use.pop("layout", None), use.get("model", ""), mixer)
         parts = [*(section_file(section, name) for section, name in use.items()), raw, layout, said]
-        config = OmegaConf.merge(OmegaConf.structured(Run), {"model": follows(OmegaConf.merge(*parts))}, *parts)
+        config = OmegaConf.merge(schema(), {"model": follows(OmegaConf.merge(*parts))}, *parts)
         check_secrets(OmegaConf.to_yaml(config))
         run = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -48,6 +49,12 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
     assert isinstance(run, Run)
     finite(run)
     return run
+
+
+@cache
+def schema() -> DictConfig:
+    """Every section with its types and defaults. Not to be written to."""
+    return OmegaConf.structured(Run)  # type: ignore[no-any-return]
 
 
 def follows(told: Any) -> dict[str, Any]:

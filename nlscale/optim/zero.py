@@ -4,6 +4,8 @@ The engine never sees a forward or backward pass and is not called between a lev
 due costs no collective and no optimizer work.
 """
 
+import contextlib
+import importlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +29,11 @@ from nlscale.runtime.world import World
 # and a build that is killed leaves a lock on which every later run waits.
 deepspeed.ops.__compatible_ops__ = {}
 deepspeed.utils.logger.setLevel(logging.ERROR)  # what an engine says of itself is of no use to a run's reader
+
+# An engine imports these as it is made; here, ranks that are forked find them imported.
+for late in ("comm.mori", "module_inject.auto_ep_layer", "runtime.zero.muon.muon_optimizer"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"deepspeed.{late}")
 
 BUCKET = 2**26  # elements that an engine stages at once; a longer flat is reduced from where it lies
 

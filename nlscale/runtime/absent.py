@@ -1,8 +1,9 @@
-"""Packages that our libraries import for parts of theirs that nobody here uses. Each costs a rank's start up to a second.
+"""What our libraries import for parts of theirs that nobody here uses. Each costs a rank's start up to three seconds.
 
 mosaicml-streaming takes transformers and torchvision for its ready-made datasets (and torchvision's wheels, built for CUDA,
 die beside a CPU torch: whoever wants transformers' models there must declare its operators); megatron-core takes wandb for
-its own training loop.
+its own training loop, and hands functions of its own blocks to torch.compile as it is imported, which brings dynamo,
+inductor and sympy.
 """
 
 import sys
@@ -12,6 +13,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+import torch
 
 
 class Absent(ModuleType):
@@ -53,3 +56,14 @@ def absent(*names: str) -> Iterator[None]:
         sys.meta_path.remove(finder)
         for name in [each for each in sys.modules if each.split(".")[0] in names]:
             del sys.modules[name]
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Meanwhile, torch.compile leaves functions as they are."""
+    compiling = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda given: given)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiling

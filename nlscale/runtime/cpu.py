@@ -8,6 +8,7 @@ buffers of the pipeline and of sequence parallelism, `torch.cuda.synchronize()` 
 import types
 from typing import Any
 
+import megatron.core.transformer.multi_token_prediction  # noqa: F401, schedules import it at their first step, in each rank
 import torch
 from megatron.core.pipeline_parallel import schedules
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from nlscale_launch.local import DOOR
 from torch import Tensor
 
 from nlscale.config.errors import BadHosts, UserError
@@ -35,14 +36,15 @@ def meet(rank: int, size: int, seconds: float, timeout: timedelta) -> dist.Store
     store = dist.PrefixStore("muster", store)
     store.set(f"{rank}", socket.gethostname())
     if rank == 0:
-        until = time.monotonic() + seconds
+        until, pause = time.monotonic() + seconds, 0.001
         missing = set(range(size))
         while missing := {each for each in missing if not store.check([f"{each}"])}:
             if time.monotonic() > until:
                 hosts = sorted({host for each in missing if (host := host_of(each, size))})
                 where = f" (host {', '.join(hosts)})" if hosts else ""
                 raise BadHosts(f"{names(missing)}{where} of {size} did not come within {seconds:g} s", hosts)
-            time.sleep(0.05)
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
     store.set_timeout(timeout)
     return store
 
@@ -52,7 +54,9 @@ def opened(rank: int, size: int, patience: timedelta) -> dist.Store:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return next(dist.rendezvous("env://", rank, size, timeout=patience))[0]
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(host, port, size, is_master=rank == 0, timeout=patience, wait_for_workers=False)
+    door = os.environ.pop(DOOR, None)
+    listens = int(door) if door else None  # since before the others were started
+    return dist.TCPStore(host, port, size, rank == 0, patience, wait_for_workers=False, master_listen_fd=listens)
 
 
 def host_of(rank: int, size: int) -> str:

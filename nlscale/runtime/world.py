@@ -13,10 +13,12 @@ import torch.distributed as dist
 from nlscale.config.cluster import Cluster
 from nlscale.config.errors import UserError, divisors
 from nlscale.config.parallel import Parallel
-from nlscale.runtime.absent import absent
+from nlscale.runtime.absent import absent, uncompiled
 
-with absent("wandb"):  # the first that a rank imports of megatron-core
-    from megatron.core import parallel_state
+with absent("wandb"), uncompiled():  # the first that a rank imports of megatron-core
+    from megatron.core import jit, parallel_state
+
+    jit.disable_jit_fuser()  # for what is imported of it later
 
 from nlscale.runtime import cpu
 from nlscale.runtime.muster import meet, prove
