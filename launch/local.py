@@ -19,7 +19,7 @@ from pathlib import Path
 from nlscale.config.errors import ORDERLY
 
 GRACE = 10.0  # seconds that the others get after one rank has failed
-DOOR = "NLSCALE_DOOR"  # in the first rank's environment: the descriptor of the socket that listens at MASTER_PORT
+DOOR = "NLSCALE_DOOR"  # in the first rank's environment: the port of a socket that listens, and its descriptor here
 PATIENCE = 120.0  # seconds that they get after one has ended on purpose: the others end likewise, in their own time
 
 
@@ -49,11 +49,12 @@ def shown(door: socket.socket | None, rank: int) -> dict[str, str]:
     """The environment that tells a rank of the socket, which the first one takes over and the others leave to it."""
     if door is None:
         return {}
-    port, handle = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(door.getsockname()[1])}, door.detach()
+    port, handle = str(door.getsockname()[1]), door.detach()
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if rank == 0:
-        return {**port, DOOR: str(handle)}
+        return {**where, DOOR: f"{port} {handle}"}
     os.close(handle)
-    return port
+    return where
 
 
 def start(

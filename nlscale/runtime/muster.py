@@ -54,8 +54,8 @@ def opened(rank: int, size: int, patience: timedelta) -> dist.Store:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return next(dist.rendezvous("env://", rank, size, timeout=patience))[0]
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    door = os.environ.pop(DOOR, None)
-    listens = int(door) if door else None  # since before the others were started
+    door, handle = map(int, os.environ.pop(DOOR, "0 0").split())
+    listens = handle if door == port else None  # since before the others were started
     return dist.TCPStore(host, port, size, rank == 0, patience, wait_for_workers=False, master_listen_fd=listens)
 
 

@@ -39,7 +39,6 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 def at_port(port: int) -> str:
     os.environ["MASTER_PORT"] = str(port)
-    del os.environ["NLSCALE_DOOR"]  # as where a person has said the port
     return joined()
 
 

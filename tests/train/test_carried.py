@@ -207,7 +207,7 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("move", sampled(MOVES, ("context2 to data4", "pipeline2 to tensor2")))
+@pytest.mark.parametrize("move", sampled(MOVES, ("context2 to data4", "pipeline2 to tensor2", "context2 to tensor2")))
 def test_memories_are_taken_over_by_another_layout(move: str, prepared: str, tmp_path: Path) -> None:
     said, (before, first), (after, second) = MOVES[move]
     common = [*NEVER, *said, "model.layers=2", "train.steps=14", "optim.lr=0.01"]
