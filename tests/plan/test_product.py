@@ -67,7 +67,7 @@ def planned(every: dict[str, Run]) -> dict[str, list[Stage]]:
     return {name: stages(run, RANKS) for name, run in every.items()}
 
 
-ALL, FEW = list(layouts()), [(2, 2, 1, True, 2), (1, 1, 2, False, 1)]
+ALL, FEW = list(layouts()), [(2, 2, 1, True, 2)]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,12 @@ def test_a_spike_is_flagged_and_the_run_goes_on(prepared: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "layout",
-    [["parallel.tensor=2"], ["optim.reduce=eager"], ["optim.overlap=true"], pytest.param([], marks=pytest.mark.slow)],
+    [
+        ["parallel.tensor=2"],
+        pytest.param(["optim.reduce=eager"], marks=pytest.mark.matrix),
+        pytest.param(["optim.overlap=true"], marks=pytest.mark.matrix),
+        pytest.param([], marks=pytest.mark.slow),
+    ],
 )
 def test_a_spike_is_rolled_back_and_its_rows_are_passed_over(layout: list[str], prepared: str, tmp_path: Path) -> None:
     """From the checkpoint on it is, to the bit, the run that a fresh start from there makes with the later rows.

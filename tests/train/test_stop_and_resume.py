@@ -70,7 +70,7 @@ LAYOUTS = {
 
 
 LEFT = ("tensor", "pipeline", "bf16-data", "tensor-pipeline", "tensor-data", "tied-pipeline")  # parts of the others
-LEFT += ("tensor-in-sequence", "gains-data-hierarchical", "muon-data-staggered")
+LEFT += ("tensor-in-sequence", "gains-data-hierarchical", "muon-data-staggered", "tied-pipeline-data-eager")
 
 
 @pytest.mark.parametrize("layout", sampled(LAYOUTS, LEFT))
