@@ -181,19 +181,33 @@ def test_layouts_are_written_as_documented(tmp_path: Path) -> None:
 
 
 @pytest.mark.matrix
-def test_golden_files_are_written_as_documented(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tests", "golden", "few"), [("config", "config", ""), ("slurm", "sbatch", "script")])
+def test_golden_files_are_written_as_documented(tests: str, golden: str, few: str, tmp_path: Path) -> None:
     """`--update-golden` in a copy, from nothing, makes what is here."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in listed.splitlines():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    here, there = (root / "tests" / "golden" / "config" for root in (ROOT, tmp_path))
-    for file in there.glob("*.yaml"):
-        file.write_text("")
-    words = documented("pytest", "tests/config", "--update-golden")
-    subprocess.run([sys.executable, "-m", *words, "-q"], cwd=tmp_path, timeout=280, capture_output=True, check=False)
-    for file in here.glob("*.yaml"):
-        assert (there / file.name).read_text() == file.read_text(), file.name
+    here, there = (root / "tests" / "golden" / golden for root in (ROOT, tmp_path))
+    assert len(names := [file.name for file in there.iterdir()]) > 1
+    for name in names:
+        (there / name).write_text("")
+    words = [*documented("pytest", f"tests/{tests}", "--update-golden"), "-q", *(["-k", few] if few else [])]
+    subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, timeout=280, capture_output=True, check=False)
+    for name in names:
+        assert (there / name).read_text() == (here / name).read_text(), name
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("option", ["-k", "-s"])
+def test_tests_of_the_queue_are_run_as_documented(option: str) -> None:
+    """All of them are the last part of `make test`; here those that need no cluster."""
+    words = ["test_policy" if word == "NAME" else word for word in documented("pytest", "tests/slurm", f" {option}")]
+    words += [] if option == "-k" else ["-k", "test_policy"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, timeout=280, capture_output=True, text=True, check=True
+    )
+    assert re.search(r"\d+ passed", done.stdout) and "failed" not in done.stdout
 
 
 @pytest.mark.matrix

@@ -22,6 +22,7 @@ from nlscale.optim.flat_shard import FlatShard, flat_parameter, flats_of
 from nlscale.optim.layout import ALIGN
 from nlscale.optim.partial import sum_partials
 from nlscale.optim.window import Windows, window_dtype
+from nlscale.runtime.absent import uncompiled
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World
 
@@ -32,7 +33,7 @@ deepspeed.utils.logger.setLevel(logging.ERROR)  # what an engine says of itself 
 
 # An engine imports these as it is made; here, ranks that are forked find them imported.
 for late in ("comm.mori", "module_inject.auto_ep_layer", "runtime.zero.muon.muon_optimizer"):
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError), uncompiled():
         importlib.import_module(f"deepspeed.{late}")
 
 BUCKET = 2**26  # elements that an engine stages at once; a longer flat is reduced from where it lies

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from nlscale.runtime.absent import absent
+from nlscale.runtime.absent import absent, uncompiled
 
 
 def test_meanwhile_every_name_below_a_package_is_an_empty_class(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,7 +26,23 @@ def test_meanwhile_every_name_below_a_package_is_an_empty_class(tmp_path, monkey
     del sys.modules["heavy_package"]
 
 
-def test_a_rank_loads_neither_transformers_nor_torchvision_nor_wandb() -> None:
-    code = "import sys, nlscale.train.loop as _; print(sorted({'transformers', 'torchvision', 'wandb'} & set(sys.modules)))"
+def test_meanwhile_torch_compiles_nothing() -> None:
+    compiling = torch.compile
+    with uncompiled():
+
+        @torch.compile(dynamic=True)
+        def twice(x: int) -> int:
+            return 2 * x
+
+        assert torch.compile(twice) is twice and twice(3) == 6
+    assert torch.compile is compiling
+
+
+UNUSED = {"transformers", "torchvision", "wandb", "torch._dynamo", "torch._inductor.compile_fx"}
+
+
+def test_a_rank_loads_nothing_that_nobody_uses() -> None:
+    """What the loop and the sharders import, in a process of its own."""
+    code = f"import sys, nlscale.train.loop, nlscale.optim.zero; print(sorted({UNUSED} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
