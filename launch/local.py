@@ -40,9 +40,7 @@ def free_port() -> int:
 
 def listening() -> socket.socket:
     """A socket that takes connections of this machine, at a port that was free."""
-    door = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    door.set_inheritable(True)
-    return door
+    return socket.create_server(("127.0.0.1", 0), backlog=1024)
 
 
 def shown(door: socket.socket | None, rank: int) -> dict[str, str]:

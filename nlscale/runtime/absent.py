@@ -2,8 +2,8 @@
 
 mosaicml-streaming takes transformers and torchvision for its ready-made datasets (and torchvision's wheels, built for CUDA,
 die beside a CPU torch: whoever wants transformers' models there must declare its operators); megatron-core takes wandb for
-its own training loop, and hands functions of its own blocks to torch.compile as it is imported, which brings dynamo,
-inductor and sympy.
+its own training loop, and, as DeepSpeed does with its Muon, hands functions to torch.compile as it is imported, which brings
+dynamo and inductor.
 """
 
 import sys

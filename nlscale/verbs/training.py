@@ -46,7 +46,8 @@ def train(options: argparse.Namespace) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"], os.environ["DS_ACCELERATOR"] = "", "cpu"
     quiet()
     importlib.import_module("nlscale.train.loop")
-    importlib.import_module("nlscale.optim.zero")
+    if count > run.parallel.tensor * run.parallel.pipeline:  # copies of a shard are DeepSpeed's to serve
+        importlib.import_module("nlscale.optim.zero")
     code = again_and_again(folder, run, count) if options.restart else start_here(folder, run, count)
     if code == FINISHED:
         conclude(folder)
