@@ -19,7 +19,6 @@ from pathlib import Path
 from nlscale.config.errors import ORDERLY
 
 GRACE = 10.0  # seconds that the others get after one rank has failed
-DOOR = "NLSCALE_DOOR"  # in the first rank's environment: the port of a socket that listens, and its descriptor here
 PATIENCE = 120.0  # seconds that they get after one has ended on purpose: the others end likewise, in their own time
 
 
@@ -38,23 +37,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def listening() -> socket.socket:
-    """A socket that takes connections of this machine, at a port that was free."""
-    return socket.create_server(("127.0.0.1", 0), backlog=1024)
-
-
-def shown(door: socket.socket | None, rank: int) -> dict[str, str]:
-    """The environment that tells a rank of the socket, which the first one takes over and the others leave to it."""
-    if door is None:
-        return {}
-    port, handle = str(door.getsockname()[1]), door.detach()
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    if rank == 0:
-        return {**where, DOOR: f"{port} {handle}"}
-    os.close(handle)
-    return where
-
-
 def start(
     count: int,
     function: Callable[[int], int | None],
@@ -66,24 +48,22 @@ def start(
     """Runs `function(rank)` on `count` forked ranks and gives the first non-zero exit code, else 0.
 
     What a rank prints goes to `logs/rank-00000.log`; with `speak`, rank 0 keeps this terminal. SIGTERM, SIGINT and
-    SIGUSR2 are passed on. When one rank fails, the others get GRACE seconds, then SIGKILL. They meet at MASTER_PORT; where
-    neither `environment` nor this process names one, at a socket that listens since before there is a rank (`DOOR`), so
-    that several runs fit on a machine and nobody knocks too early.
+    SIGUSR2 are passed on. When one rank fails, the others get GRACE seconds, then SIGKILL. They meet at MASTER_PORT, a
+    free port where neither `environment` nor this process names one, so that several runs fit on a machine.
     """
-    door = None if os.environ.get("MASTER_PORT") or "MASTER_PORT" in environment else listening()
+    port = os.environ.get("MASTER_PORT") or str(free_port())
+    environment = {"MASTER_PORT": port, **environment}
     children: dict[int, int] = {}
-    gc.freeze()  # a rank that collects garbage would write to, and so copy, every page it has from here
+    gc.freeze()  # a rank that collects garbage would write to memory that it shares with this process, and so copy it
     for rank in range(count):
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
             log = None if logs is None or (speak and rank == 0) else os.path.join(logs, f"rank-{rank:05d}.log")
-            os._exit(child(rank, count, function, {**environment, **shown(door, rank)}, log))
+            os._exit(child(rank, count, function, environment, log))
         children[pid] = rank
     gc.unfreeze()
-    if door is not None:
-        door.close()
     return watch(children, time.monotonic() + timeout if timeout else None, logs)
 
 

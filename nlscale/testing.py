@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from nlscale_launch.local import start
+from nlscale_launch.local import free_port, start
 
 
 def ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
@@ -14,14 +14,13 @@ def ranks(count: int, function: Callable[..., Any], *args: Any, timeout: float =
 
     The ranks find each other through the environment, as under torchrun.
     """
-    os.environ.pop("MASTER_PORT", None)  # of what this process joined before
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
 
         def run(rank: int) -> None:
             torch.set_num_threads(1)
             torch.save(function(*args), f"{folder}/{rank}.pt")
 
-        code = start(count, run, logs=folder, timeout=timeout)
+        code = start(count, run, environment={"MASTER_PORT": str(free_port())}, logs=folder, timeout=timeout)
         if code:
             logs = [open(f"{folder}/rank-{rank:05d}.log").read() for rank in range(count)]
             failed = [log for log in logs if "Traceback" in log] or logs  # the others may have lost their peer

@@ -17,7 +17,8 @@ quiet()
 import pytest  # noqa: E402
 
 if "gpu" not in sys.argv:  # what one GPU needs is torch, Triton, megatron-core and a few small packages (`make gpu`)
-    import nlscale.optim.zero  # noqa: E402, F401
+    import nlscale.runtime.world  # noqa: I001
+    import nlscale.optim.zero  # noqa: F401
 
 read("demo")  # the schema of a config is made once in a process
 torch.set_num_threads(1)  # a pool of OpenMP threads in this process would hang in the ranks forked from it

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from nlscale_launch.local import free_port
 
 from nlscale.cli import main
@@ -109,6 +110,7 @@ def test_long_benches_print_their_tables(name: str, tmp_path: Path) -> None:
     assert name == "kernels" or all(math.isfinite(row["value"]) for row in rows)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
 def test_the_ladders_bench_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "ladder"]) == 78
     assert "nlscale plan" in capsys.readouterr().err

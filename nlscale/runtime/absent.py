@@ -1,4 +1,4 @@
-"""What our libraries import for parts of theirs that nobody here uses. Each costs a rank's start up to three seconds.
+"""What our libraries import for parts of theirs that nobody here uses. Each costs a start up to three seconds.
 
 mosaicml-streaming takes transformers and torchvision for its ready-made datasets (and torchvision's wheels, built for CUDA,
 die beside a CPU torch: whoever wants transformers' models there must declare its operators); megatron-core takes wandb for
@@ -62,7 +62,7 @@ def absent(*names: str) -> Iterator[None]:
 def uncompiled() -> Iterator[None]:
     """Meanwhile, torch.compile leaves functions as they are."""
     compiling = torch.compile
-    torch.compile = lambda function=None, **_: function or (lambda given: given)  # type: ignore[assignment]
+    torch.compile = lambda model=None, **_: model or (lambda given: given)  # type: ignore[assignment]
     try:
         yield
     finally:

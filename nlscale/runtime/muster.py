@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from nlscale_launch.local import DOOR
 from torch import Tensor
 
 from nlscale.config.errors import BadHosts, UserError
@@ -54,9 +53,22 @@ def opened(rank: int, size: int, patience: timedelta) -> dist.Store:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return next(dist.rendezvous("env://", rank, size, timeout=patience))[0]
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    door, handle = map(int, os.environ.pop(DOOR, "0 0").split())
-    listens = handle if door == port else None  # since before the others were started
-    return dist.TCPStore(host, port, size, rank == 0, patience, wait_for_workers=False, master_listen_fd=listens)
+    if rank:
+        knock(host, port, patience.total_seconds())
+    return dist.TCPStore(host, port, size, is_master=rank == 0, timeout=patience, wait_for_workers=False)
+
+
+def knock(host: str, port: int, seconds: float) -> None:
+    """Waits until the first rank listens, at most so long: a store that comes too early tries again up to a second later."""
+    until, pause = time.monotonic() + seconds, 0.005
+    while (left := until - time.monotonic()) > 0:
+        try:
+            socket.create_connection((host, port), timeout=left).close()
+            return
+        except OSError:
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 0.1)
+    raise dist.DistNetworkError(f"nobody listens at port {port} of {host} after {seconds:g} s")
 
 
 def host_of(rank: int, size: int) -> str:

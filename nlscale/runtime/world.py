@@ -15,7 +15,7 @@ from nlscale.config.errors import UserError, divisors
 from nlscale.config.parallel import Parallel
 from nlscale.runtime.absent import absent, uncompiled
 
-with absent("wandb"), uncompiled():  # the first that a rank imports of megatron-core
+with absent("wandb"), uncompiled():  # the first of megatron-core that is imported, where a run's loop is
     from megatron.core import jit, parallel_state
 
     jit.disable_jit_fuser()  # for what is imported of it later

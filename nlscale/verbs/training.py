@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,13 +45,23 @@ def train(options: argparse.Namespace) -> int:
         print(f"{count} ranks and {gpus()} GPUs here: training on the CPU", flush=True)
         os.environ["CUDA_VISIBLE_DEVICES"], os.environ["DS_ACCELERATOR"] = "", "cpu"
     quiet()
-    importlib.import_module("nlscale.train.loop")
-    if count > run.parallel.tensor * run.parallel.pipeline:  # copies of a shard are DeepSpeed's to serve
-        importlib.import_module("nlscale.optim.zero")
+    for name in needed(run, count):
+        importlib.import_module(name)
     code = again_and_again(folder, run, count) if options.restart else start_here(folder, run, count)
     if code == FINISHED:
         conclude(folder)
     return code
+
+
+def needed(run: Run, count: int) -> Iterator[str]:
+    """What ranks would import one by one once they need it: here they are forked with it."""
+    yield "nlscale.train.loop"
+    if count > run.parallel.tensor * run.parallel.pipeline:  # copies of a shard are DeepSpeed's to serve
+        yield "nlscale.optim.zero"
+    if run.train.recompute != "none":
+        yield "torch._dynamo"
+    if run.train.compile != "none":
+        yield "torch._inductor.compile_fx"
 
 
 def rank_given(options: argparse.Namespace) -> int | None:

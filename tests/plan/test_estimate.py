@@ -44,7 +44,7 @@ CASES = {
     "hope": ("760m-hope", 8, ["use.layout=null", "data.sequence=1024"]),
     "hope, as shipped": ("7b-hope", 64, ["use.layout=h100-64"]),
     "hope, tensor": ("1.3b-hope", 8, ["use.layout=null", *TENSOR]),
-    "hope, recompute": ("1.3b-hope", 8, [*SHORT, "train.recompute=block"]),
+    "hope, recompute": ("1.3b-hope", 8, [*SHORT, "train.recompute=block", "model.self_modifying.maker_chunk=512"]),
     "hope, kept": ("760m-hope", 8, ["use.layout=null", "model.layers=4", KEPT]),
     "hope, kept, swiglu": ("760m-hope", 8, [*SHORT, KEPT, "model.self_modifying.activation=swiglu"]),
     "hope, kept, wide heads": ("760m-hope", 8, [*SHORT, KEPT, "model.heads=12"]),

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 
 import pytest
@@ -48,6 +49,21 @@ def test_a_port_that_is_taken_is_said() -> None:
         holder.listen()
         said = ranks(1, at_port, holder.getsockname()[1])[0]
     assert said.startswith("UserError: the port that ranks meet at is taken; another MASTER_PORT would work"), said
+
+
+def test_ranks_knock_until_the_first_one_listens() -> None:
+    """And are let in at once; where nobody ever listens, they say where."""
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        port = door.getsockname()[1]
+        with pytest.raises(dist.DistNetworkError, match=f"nobody listens at port {port} of 127.0.0.1 after 0.2 s"):
+            muster.knock("127.0.0.1", port, 0.2)
+        opening = threading.Timer(0.5, door.listen)
+        opening.start()
+        began = time.monotonic()
+        muster.knock("127.0.0.1", port, 60)
+        assert 0.4 < time.monotonic() - began < 5
+        opening.join()
 
 
 def broken(what: str) -> str:

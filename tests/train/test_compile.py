@@ -30,7 +30,6 @@ CASES: dict[str, tuple[int, list[str]]] = {
         [
             "model.mixer=self_modifying",
             "model.self_modifying.chunk=8",
-            "model.self_modifying.maker_chunk=16",
             "model.layers=1",
         ],
     ),
