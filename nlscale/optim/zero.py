@@ -32,10 +32,14 @@ deepspeed.ops.__compatible_ops__ = {}
 deepspeed.utils.logger.setLevel(logging.ERROR)  # what an engine says of itself is of no use to a run's reader
 
 # An engine imports these as it is made, torch's optimizers their compiler; here, ranks that are forked find them imported.
-LATE = ("torch._dynamo", *(f"deepspeed.{name}" for name in ("comm.mori", "module_inject.auto_ep_layer")))
-for late in (*LATE, "deepspeed.runtime.zero.muon.muon_optimizer"):
+for late in (
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+):
     with contextlib.suppress(ImportError), uncompiled():
         importlib.import_module(late)
+importlib.import_module("torch._dynamo")
 
 BUCKET = 2**26  # elements that an engine stages at once; a longer flat is reduced from where it lies
 
