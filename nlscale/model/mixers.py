@@ -10,7 +10,8 @@ from nlscale.model.attention import Attention
 from nlscale.model.exchange import Exchange
 from nlscale.model.linear import LinearMixer
 from nlscale.model.self_modifying import SelfModifyingMixer
-from nlscale.model.titans import TitansContext, TitansGate, TitansLayer, TitansMixer
+from nlscale.model.titans import TitansGate, TitansLayer, TitansMixer
+from nlscale.model.titans_context import TitansContext
 from nlscale.model.written import WrittenMixer
 
 MIXERS: dict[str, Callable[[Model, TransformerConfig, Exchange], MegatronModule]] = {

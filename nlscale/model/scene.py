@@ -17,10 +17,6 @@ class Scene(NamedTuple):
     starts_BT: Tensor | None  # true at a document's first token; None: no document is apart
     hand_on: bool = False  # whether anybody wants the states that the mixers leave
 
-    def starts(self, first: int, count: int) -> Tensor | None:
-        """`starts` of some tokens."""
-        return None if self.starts_BT is None else self.starts_BT[:, first : first + count]
-
 
 def scene(rotary: Rotary, starts_BT: Tensor | None, window: int | None, past: int = 0, hand_on: bool = False) -> Scene:
     """The scene of the tokens after the first `past` of `starts`' row (None: rows are one document each).

@@ -1,23 +1,19 @@
-"""Titans as mixers: the memory alone, as context, as gate and as layer beside attention (2501.00663; spec 2.9).
+"""Titans as mixers: the memory alone, as gate and as layer beside attention (2501.00663; spec 2.9).
 
-Memory and attention work head by head, so tensor and context parallelism need no collective inside. Two places differ from
-the paper's text so that no token hears of a later one: a segment's tokens attend to what the memory recalled for themselves
-and tokens before, and the memory's answer to a segment comes from before the segment was written.
+Memory and attention work head by head, so tensor and context parallelism need no collective inside. The memory as context
+is in titans_context.py.
 
-B rows, H heads of this rank, T tokens, C tokens of a segment, K head width.
+B rows, H heads of this rank, T tokens, K head width.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.mlp_memory import Net
-from nlscale_kernels.recompute import recomputed
-from nlscale_kernels.span import span_of
-from nlscale_kernels.titans import Memory, Tokens, begin, look, step, titans
+from nlscale_kernels.titans import Memory, Tokens, begin, titans
 from nlscale_kernels.unit import unit
 from torch import Tensor, nn
 
@@ -28,7 +24,7 @@ from nlscale.model.attention import Attention, Context, Persistent, attend, flas
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, Heads, exact, stacked
 from nlscale.model.row_state import spread
-from nlscale.model.scene import Rotary, Scene
+from nlscale.model.scene import Scene
 from nlscale.runtime.leaf import Leaf, prefixed
 
 
@@ -191,90 +187,3 @@ class TitansLayer(MegatronModule):
         """Both halves."""
         yield from prefixed("recall", self.recall.leaves())
         yield from prefixed("attend", self.attend.leaves())
-
-
-INSIDE = ("context_k", "context_v", "write_k", "write_v", "read_q")  # matrices of a head, K x K
-
-
-class TitansContext(HeadMixer):
-    """MAC: tokens of a segment attend to learned tokens, to what the memory recalls for them, and to their segment.
-
-    What attention gives is written into the memory, and the memory's answer to it gates it.
-    What was recalled for a token stands at that token's position in the segment.
-    """
-
-    def __init__(self, model: Model, config: TransformerConfig, exchange: Exchange) -> None:
-        parts = dict.fromkeys(("q", "k", "v", "recall"), model.head_width) | {"rate": 1, "momentum": 1, "keep": 1}
-        super().__init__(model, config, exchange, parts)
-        self.settings = model.titans
-        self.up, self.down = initial(self, model.titans)
-        self.inside = nn.ParameterDict({name: self.made(self.held * self.width, self.width) for name in INSIDE})
-        count = model.titans.persistent
-        self.persistent = Persistent(self.held, count, self.width, config) if count else None
-        self.gains, self.product = Gains(self), flash
-
-    def forward(self, x_TBD: Tensor, scene: Scene, before: Left | None = None) -> tuple[Tensor, Left | None]:
-        """(T, B, D) -> (T, B, D), and the memory after the last segment."""
-        heads, _ = self.project(x_TBD, scene, None)
-        rate, momentum, keep = written(self, *gates_of(self, heads))
-        heads |= {"rate": rate, "momentum": momentum, "keep": keep, "recall": unit(heads["recall"])}
-        start = self.start
-        inside = {name: exact(self.exchange.mine(w)).unflatten(0, (self.heads, -1)) for name, w in self.inside.items()}
-        memory, outputs = before.memory if before else begin(start), []
-        chunk = self.settings.chunk
-        places = scene.table[0][:chunk], scene.table[1][:chunk]  # in the segment, wherever it lies
-        for first in range(0, rate.shape[2], chunk):
-            part = {name: each[:, :, first : first + chunk] for name, each in heads.items()}
-            again = self.settings.recompute and torch.is_grad_enabled()
-            given = part, scene.starts(first, chunk), memory, start, inside, places
-            o, memory = recomputed(self.segment, *given) if again else self.segment(*given)
-            outputs.append(o)
-        left = Left(memory) if scene.hand_on else None
-        return self.finish(torch.cat(outputs, 2), x_TBD, {}), left
-
-    @property
-    def start(self) -> Net:
-        """The memory's initial state, of this rank's heads."""
-        return net_of(self.exchange, self.up, self.down, self.held)
-
-    def begin(self, rows: int) -> Left:
-        """What a row begins with."""
-        return Left(spread(begin(self.start), rows))
-
-    def segment(
-        self,
-        part: Heads,
-        starts_BC: Tensor | None,
-        memory: Memory,
-        start: Net,
-        inside: dict[str, Tensor],
-        places: Rotary,
-    ) -> tuple[Tensor, Memory]:
-        """One segment: recall, attend, ask, write."""
-        span = span_of(part["keep"], starts_BC)
-        recalled = look(span, start, memory.net, part["recall"], self.settings.activation)
-        q, k = (turned(each, places) for each in (part["q"], part["k"]))
-        k = torch.cat([turned(recalled @ inside["context_k"].mT, places), k], 2)
-        v = torch.cat([recalled @ inside["context_v"].mT, part["v"]], 2)
-        own = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-        if starts_BC is not None:
-            document_BC = starts_BC.cumsum(1)
-            own = own & (document_BC[:, :, None] == document_BC[:, None])[:, None]
-        y = attend(q, k, v, torch.cat([own, own], -1), self.persistent, self.exchange, self.product)
-        asked = unit(y @ inside["read_q"].mT)
-        answer = look(span, start, memory.net, asked, self.settings.activation)
-        keys, values = written(self, unit(y @ inside["write_k"].mT), y @ inside["write_v"].mT)
-        lesson = Tokens(asked, keys, values, part["rate"], part["momentum"], part["keep"], starts_BC)
-        after = step(memory, start, lesson, span, self.settings.activation)
-        return self.gains(y, answer, self.exchange), after
-
-    def leaves(self) -> Iterator[Leaf]:
-        """Projections, the memory's initial state, the matrices inside, attention's learned tokens, gains."""
-        yield from super().leaves()
-        yield Leaf("memory.main.up", self.up, shard=0)
-        yield Leaf("memory.main.down", self.down, shard=0)
-        for name, weight in self.inside.items():
-            yield Leaf(f"memory.{name}", weight, shard=0)
-        if self.persistent is not None:
-            yield from self.persistent.leaves()
-        yield from self.gains.leaves()

@@ -80,7 +80,7 @@ def test_runs_of_tokens_compose_as_affine_maps(rule: str, starts: Tensor | None)
 
 
 @pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
-@pytest.mark.parametrize("chunk", [1, 4, 12])
+@pytest.mark.parametrize("chunk", [1, 4, 12, 5, 40])
 def test_i15_titans_by_chunks_is_the_recurrence_with_stale_anchors(chunk: int, starts: Tensor | None) -> None:
     tokens, initial = surprises(starts), net(1)
     o, _ = titans(tokens, chunk, initial)
@@ -96,7 +96,7 @@ def test_i15_titans_by_chunks_is_the_recurrence_with_stale_anchors(chunk: int, s
 
 @pytest.mark.parametrize("starts", [None, STARTS], ids=["one-document", "documents"])
 @pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
-@pytest.mark.parametrize("chunks", [(1, 1), (4, 4), (12, 12), (8, 2), (12, 4)])
+@pytest.mark.parametrize("chunks", [(1, 1), (4, 4), (12, 12), (8, 2), (12, 4), (5, 5), (10, 5), (32, 4)])
 def test_i13_self_modifying_by_chunks_is_the_recurrence(
     chunks: tuple[int, int], momentum: bool, starts: Tensor | None
 ) -> None:
@@ -387,15 +387,33 @@ def test_gradients_agree_with_finite_differences() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="24 tokens are no multiple of the chunk of 5; 3, 4, 6, 8, 12, 24 would work"):
-        titans(surprises(), 5, net(1))
     with pytest.raises(
         ValueError,
         match="12 tokens of the makers' chunk are no multiple of the chunk of 5; 1, 2, 3, 4, 6, 12 would work",
     ):
         self_modifying(inputs(), (12, 5), FIVE, GATES)
-    with pytest.raises(ValueError, match="no multiple"):
-        linear_memory("delta", pairs(), 7, numbers(H, K, K))
+    with pytest.raises(ValueError, match="24 tokens are no multiple of the chunk of 7; 3, 4, 6, 8, 12, 24 would work"):
+        linear_memory("delta_frozen", pairs(), 7, numbers(H, K, K))
+
+
+@pytest.mark.parametrize("chunk", [7, 40])
+@pytest.mark.parametrize("rule", ["linear", "delta", "dgd"])
+def test_a_last_chunk_may_be_shorter_where_the_rule_knows_no_chunks(rule: str, chunk: int) -> None:
+    initial = numbers(H, K, K)
+    for found, expected in zip(
+        linear_memory(rule, pairs(), chunk, initial), serial(rule, pairs(), initial), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("chunks", [(10, 5), (5, 5), (32, 2)])
+def test_what_is_left_of_a_chunk_waits_to_be_written(chunks: tuple[int, int]) -> None:
+    """It is in the state; who wants no state hears the same."""
+    o, left = self_modifying(inputs(), chunks, FIVE, GATES)
+    assert left is not None and left.pending is not None and left.pending.x.shape[2] == T % chunks[0]
+    assert torch.equal(o, self_modifying(inputs(), chunks, FIVE, GATES, hand_on=False)[0])
+    _, memory = titans(surprises(), chunks[0], net(1))
+    assert memory.pending is not None and memory.pending.k.shape[2] == T % chunks[0]
 
 
 def test_strong_forgetting_loses_no_digits() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from nlscale_kernels.arguments import check_divides
 from nlscale_kernels.linear_memory.op import matrix_memory
 from nlscale_kernels.linear_memory.reference import Given, Scalars
+from nlscale_kernels.runs import cut
 from nlscale_kernels.span import Span, span_of
 
 
@@ -95,9 +96,19 @@ def linear_memory(
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, H, T, V) and the state (B, H, V, K) after the last token, by chunks.
 
-    `initial`: what a document begins with; `state`: what earlier tokens of the rows left, None: nothing. Raises ValueError
-    where the chunk does not divide the tokens.
+    `initial`: what a document begins with; `state`: what earlier tokens of the rows left, None: nothing. Where the chunk
+    does not divide the tokens, the last chunk is shorter; a rule that hears its anchor, which would then hear another
+    one, raises ValueError.
     """
+    rest = tokens.k.shape[2] % chunk
+    if rest and not RULES[rule].frozen:
+        parts = [cut(tokens, 0, -rest)] if rest < tokens.k.shape[2] else []
+        outputs = []
+        for part, size in zip((*parts, cut(tokens, -rest)), (*[chunk] * len(parts), rest), strict=True):
+            o, state_BHVK = linear_memory(rule, part, size, initial_HVK, state_BHVK)
+            outputs.append(o)
+        assert state_BHVK is not None
+        return torch.cat(outputs, 2), state_BHVK
     given, told = prepared(rule, tokens, chunk, initial_HVK, state_BHVK)
     o, state = matrix_memory(given)
     return o if told is None else o + told, state

@@ -29,13 +29,6 @@ class Tokens(NamedTuple):
         starts = [None] * count if self.starts is None else self.starts.split(size, 1)
         return [Tokens(*each) for each in zip(x, q, momentum, starts, strict=True)]  # type: ignore[arg-type]
 
-    def first(self, count: int) -> "Tokens":
-        """The first `count` tokens."""
-        if count == self.x.shape[2]:
-            return self
-        x, q, momentum = (None if t is None else t[:, :, :count] for t in self[:3])
-        return Tokens(x, q, momentum, None if self.starts is None else self.starts[:, :count])  # type: ignore[arg-type]
-
     @property
     def fresh(self) -> Tensor | None:
         """True where a token's document began among these tokens (B, T)."""
@@ -55,10 +48,13 @@ class Memories(NamedTuple):
 
 
 class State(NamedTuple):
-    """The memories and, where there is momentum, theirs."""
+    """The memories and, where there is momentum, theirs; and the tokens of a makers' chunk that is not whole yet, of which
+    the main memory has passed the whole chunks of its own.
+    """
 
     memories: Memories
     momentum: Memories | None
+    pending: Tokens | None = None
 
 
 class Still(NamedTuple):

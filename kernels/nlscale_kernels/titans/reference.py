@@ -7,6 +7,9 @@ Gradients of a chunk are taken at its anchor (the state before it; eq. 16), so t
 them, and no token's state is ever made. Tokens of a chunk read the anchor: what a token reads was written before the
 chunk. A document that begins inside a chunk reads, and is written into, the initial state.
 
+A row may come in parts of any length: tokens of a chunk that is not whole yet have been read, wait in the state, and are
+written once the rest of the chunk is there.
+
 B rows, H heads, T tokens, C tokens of a chunk, K head width.
 """
 
@@ -15,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import check_divides
 from nlscale_kernels.mlp_memory import Net, Step, gathered, moved, read
 from nlscale_kernels.recompute import recomputed
+from nlscale_kernels.runs import after, cut
 from nlscale_kernels.span import Span, anchored, filtered, span_of
 
 
@@ -32,19 +35,13 @@ class Tokens(NamedTuple):
     log_keep: Tensor
     starts: Tensor | None = None
 
-    def part(self, first: int, count: int) -> "Tokens":
-        """Tokens first ... first + count."""
-        q, k, v, rate, momentum, keep = (part[:, :, first : first + count] for part in self[:6])
-        return Tokens(
-            q, k, v, rate, momentum, keep, None if self.starts is None else self.starts[:, first : first + count]
-        )
-
 
 class Memory(NamedTuple):
-    """Weights and momentum."""
+    """Weights and momentum, and the tokens of a chunk that is not whole yet."""
 
     net: Net
     momentum: Net
+    pending: Tokens | None = None
 
 
 def begin(initial: Net) -> Memory:
@@ -52,10 +49,10 @@ def begin(initial: Net) -> Memory:
     return Memory(initial, Net(*(torch.zeros_like(part) for part in initial)))
 
 
-def look(span: Span, initial: Net, net: Net, q: Tensor, activation: str = "silu") -> Tensor:
-    """What each token's anchor says to its query (B, H, C, K)."""
+def look(fresh_BC: Tensor | None, initial: Net, net: Net, q: Tensor, activation: str = "silu") -> Tensor:
+    """What each token's anchor says to its query (B, H, C, K); `fresh`: where the anchor is the initial state."""
     said = read(net, q, activation)[:, :, 0]
-    return said if span.fresh_BC is None else anchored(span.fresh_BC, read(initial, q, activation)[:, :, 0], said)
+    return said if fresh_BC is None else anchored(fresh_BC, read(initial, q, activation)[:, :, 0], said)
 
 
 def step(memory: Memory, initial: Net, tokens: Tokens, span: Span, activation: str = "silu") -> Memory:
@@ -94,26 +91,33 @@ def gradients(
 def titans(
     tokens: Tokens, chunk: int, initial: Net, memory: Memory | None = None, recompute: int = 0, activation: str = "silu"
 ) -> tuple[Tensor, Memory]:
-    """Readings (B, H, T, K) and the memory after the last token; raises ValueError where `chunk` does not divide T.
+    """Readings (B, H, T, K) and the memory after the last token.
 
     `activation`: of the memory's units (mlp_memory). `recompute`: so many chunks are computed again in backward as one
     piece; 0: none.
     """
-    count = tokens.k.shape[2]
-    check_divides(chunk, count)
+    memory = memory or begin(initial)
+    joined, outputs = after(memory.pending, tokens), []
+    count = joined.k.shape[2]
+    written = count - count % chunk
 
     def run(piece: Tokens, memory: Memory, initial: Net) -> tuple[Tensor, Memory]:
         outputs = []
         for first in range(0, piece.k.shape[2], chunk):
-            each = piece.part(first, chunk)
+            each = cut(piece, first, first + chunk)
             span = span_of(each.log_keep, each.starts)
-            outputs.append(look(span, initial, memory.net, each.q, activation))
+            outputs.append(look(span.fresh_BC, initial, memory.net, each.q, activation))
             memory = step(memory, initial, each, span, activation)
         return torch.cat(outputs, 2), memory
 
-    memory, outputs, size = memory or begin(initial), [], recompute * chunk or count
-    for first in range(0, count, size):
-        again, piece = recompute and torch.is_grad_enabled(), tokens.part(first, size)
+    memory, size = memory._replace(pending=None), recompute * chunk or written
+    for first in range(0, written, size or 1):
+        again, piece = recompute and torch.is_grad_enabled(), cut(joined, first, min(first + size, written))
         o, memory = recomputed(run, piece, memory, initial) if again else run(piece, memory, initial)
         outputs.append(o)
-    return torch.cat(outputs, 2), memory
+    if written < count:
+        rest = cut(joined, written)
+        fresh = None if rest.starts is None else rest.starts.cumsum(-1) > 0
+        outputs.append(look(fresh, initial, memory.net, rest.q, activation))
+        memory = memory._replace(pending=rest)
+    return torch.cat(outputs, 2)[:, :, count - tokens.k.shape[2] :], memory
