@@ -81,4 +81,5 @@ def scores(model: Parallelized, rows: Rows) -> Tensor:
         hope.onward((tokens, targets, torch.zeros_like(tokens, dtype=torch.bool)))
     finally:
         hook.remove()
-    return (hope.head.norm(torch.cat(heard)) @ hope.head.weight.t()).transpose(0, 1)
+    logits: Tensor = hope.head.logits(torch.cat(heard))
+    return logits.transpose(0, 1)

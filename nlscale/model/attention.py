@@ -38,6 +38,14 @@ def seen_so_far(before: Context | None, k_BGTK: Tensor, v_BGTK: Tensor) -> Conte
     return Context(torch.cat([before.k, k_BGTK], 2), torch.cat([before.v, v_BGTK], 2))
 
 
+def handed_on(seen: Context, scene: Scene) -> Context | None:
+    """What the row's next tokens may attend to; None where nobody asks."""
+    if not scene.hand_on or scene.window is None:
+        return seen if scene.hand_on else None
+    first = max(0, seen.k.shape[2] + 1 - scene.window)
+    return Context(seen.k[:, :, first:], seen.v[:, :, first:])
+
+
 def turned(part_BHTK: Tensor, rotary: Rotary) -> Tensor:
     """Rotary positions on (B, H, T, K)."""
     cosine, sine = (table[:, 0, 0] for table in rotary)
@@ -80,7 +88,7 @@ class Attention(MegatronModule):
         seen = seen_so_far(context, k_BGTK, v_BGTK)
         o_BHTK = attend(q_BHTK, *seen, scene.mask, self.persistent, self.exchange, self.product)
         update, _ = self.out(self.exchange.to_tokens(o_BHTK.permute(2, 0, 1, 3).flatten(2)))
-        return x_TBD + update, seen if scene.hand_on else None
+        return x_TBD + update, handed_on(seen, scene)
 
     def begin(self, rows: int) -> None:
         """What a row begins with: attention sees its own row alone."""

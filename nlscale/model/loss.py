@@ -3,10 +3,12 @@
 N tokens, D width, V this rank's share of the vocabulary.
 """
 
+import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -48,3 +50,10 @@ class Head(MegatronModule):
         """Sum of the losses of all targets that are not IGNORE: a float32 scalar, equal on all tensor-parallel ranks."""
         x_ND = self.enter(self.norm(x_TBD)).flatten(0, 1)
         return self.summed(x_ND, self.weight, targets_BT.t().flatten(), self.cross_entropy)
+
+    def logits(self, x_TBD: Tensor) -> Tensor:
+        """Scores of the whole vocabulary (T, B, V), in float32 at least, where each rank has all tokens; equal on all
+        tensor-parallel ranks.
+        """
+        own = self.norm(x_TBD) @ self.weight.t()
+        return gather_from_tensor_model_parallel_region(own.to(torch.promote_types(own.dtype, torch.float32)))

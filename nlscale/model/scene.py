@@ -14,6 +14,7 @@ class Scene(NamedTuple):
     table: Rotary  # cosines and sines of positions from 0 on, (past + T, 1, 1, K) each
     rotary: Rotary  # of the queries' own positions, (T, 1, 1, K) each
     mask: Tensor | None  # (B, 1, queries, keys), true where attention is allowed; None: causal
+    window: int | None  # tokens that attention sees at most, so that earlier ones need no key; None: all
     starts_BT: Tensor | None  # true at a document's first token; None: no document is apart
     hand_on: bool = False  # whether anybody wants the states that the mixers leave
 
@@ -21,19 +22,21 @@ class Scene(NamedTuple):
 def scene(rotary: Rotary, starts_BT: Tensor | None, window: int | None, past: int = 0, hand_on: bool = False) -> Scene:
     """The scene of the tokens after the first `past` of `starts`' row (None: rows are one document each).
 
-    A token attends to itself and earlier tokens of its document, `window` of them at most (None: all).
+    A token attends to itself and earlier tokens of its document, `window` of them at most (None: all). Keys are those of
+    the tokens that one of these may attend to.
     """
     tokens = rotary[0].shape[0] - past
+    first = 0 if window is None else max(0, past + 1 - window)
     mask = None
     if starts_BT is not None or window is not None or past:
         device = rotary[0].device
         place = torch.arange(past + tokens, device=device)
-        distance = place[past:, None] - place
+        distance = place[past:, None] - place[first:]
         allowed = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
         mask = allowed[None]
         if starts_BT is not None:
             document_BT = starts_BT.cumsum(1)
-            mask = mask & (document_BT[:, past:, None] == document_BT[:, None, :])
+            mask = mask & (document_BT[:, past:, None] == document_BT[:, None, first:])
         mask = mask[:, None]
     here = None if starts_BT is None else starts_BT[:, past:]
-    return Scene(rotary, (rotary[0][past:], rotary[1][past:]), mask, here, hand_on)
+    return Scene(rotary, (rotary[0][past:], rotary[1][past:]), mask, window, here, hand_on)

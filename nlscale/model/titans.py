@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nlscale.config.mixers import Titans
 from nlscale.config.model import Model
 from nlscale.config.shapes import units_of
-from nlscale.model.attention import Attention, Context, Persistent, attend, flash, seen_so_far, turned
+from nlscale.model.attention import Attention, Context, Persistent, attend, flash, handed_on, seen_so_far, turned
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, Heads, exact, stacked
 from nlscale.model.row_state import spread
@@ -154,7 +154,7 @@ class TitansGate(TitansMixer):
         seen = seen_so_far(before and before.context, k, v)
         attended = attend(q, *seen, scene.mask, self.persistent, self.exchange, self.product)
         o = self.gains(attended, recalled, self.exchange)
-        left = Left(memory, tail, seen) if scene.hand_on else None
+        left = Left(memory, tail, handed_on(seen, scene)) if scene.hand_on else None
         return self.finish(o, x_TBD, {}), left
 
     def leaves(self) -> Iterator[Leaf]:

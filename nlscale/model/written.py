@@ -19,7 +19,7 @@ from nlscale_kernels.unit import unit
 from torch import Tensor
 
 from nlscale.config.model import Model
-from nlscale.model.attention import Context, attend, flash, seen_so_far, turned
+from nlscale.model.attention import Context, attend, flash, handed_on, seen_so_far, turned
 from nlscale.model.exchange import Exchange
 from nlscale.model.heads import HeadMixer, by_token, exact
 from nlscale.model.scene import Scene
@@ -58,7 +58,7 @@ class WrittenMixer(HeadMixer):
         tokens = Tokens(y, unit(heads["k"]), heads["v"], rate, torch.zeros_like(rate), scene.starts_BT)
         o, state = linear_memory(settings.rule, tokens, settings.chunk, self.start, before and before.state)
         update, _ = self.out(self.exchange.to_tokens(by_token(o.to(x_TBD.dtype))))
-        return x_TBD + update, Left(state, seen) if scene.hand_on else None
+        return x_TBD + update, Left(state, handed_on(seen, scene)) if scene.hand_on else None
 
     def begin(self, rows: int) -> Left:
         """What a row begins with."""
