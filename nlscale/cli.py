@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from nlscale.config.errors import CODES, FINISHED, code_of
-from nlscale.verbs import datasets, jobs, planning, saved, training
+from nlscale.verbs import datasets, jobs, planning, reading, saved, training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Every verb and its options."""
     parser = argparse.ArgumentParser(prog="nlscale", description="Pretraining of continuum-memory Transformers.")
     parent = parser.add_subparsers(required=True, metavar="VERB")
-    for room in (training, planning, datasets, jobs, saved):
+    for room in (training, planning, datasets, jobs, reading, saved):
         room.verbs(parent)
     return parser
 

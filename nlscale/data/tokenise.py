@@ -8,6 +8,7 @@ import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nlscale.config.errors import UserError, require
+from nlscale.data.card import load_card
 
 DOCUMENT = "<|doc|>"
 STARTS = (DOCUMENT, "<|endoftext|>", "<|begin_of_text|>", "<s>", "</s>")  # what a given tokeniser may call it
@@ -61,6 +62,14 @@ def make(name: str, sample: Iterable[str]) -> Tokeniser:
         return wrapped(name, Tokenizer.from_file(name))
     except Exception as error:  # the library raises bare Exception for a file that it cannot read
         raise UserError(f"tokeniser '{name}' is no tokenizers JSON file: {error}") from None
+
+
+def of_dataset(folder: str) -> Tokeniser:
+    """The tokeniser that a dataset was made with; raises UserError where it is not there, or is another."""
+    card, path = load_card(folder), Path(folder, "tokenizer.json")
+    made = make("bytes" if card.tokeniser == "bytes" else str(path), ())
+    require(made.digest == card.tokeniser_digest, f"{path} is not the tokeniser that {folder} was made with")
+    return made
 
 
 def train(sample: Iterable[str], vocabulary: int) -> Tokenizer:

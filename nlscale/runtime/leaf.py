@@ -48,6 +48,10 @@ class Leaf:
         """Whether the stored parameter holds this leaf alone."""
         return self.length is None or self.length == self.parameter.shape[self.axis]
 
+    def base(self, tensor_rank: int) -> tuple[int, ...]:
+        """Where a tensor-parallel rank's part begins in the whole."""
+        return tuple(tensor_rank * n if axis == self.shard else 0 for axis, n in enumerate(self.value.shape))
+
     def shape(self, tensor_ranks: int) -> tuple[int, ...]:
         """Global shape over `tensor_ranks` ranks."""
         return tuple(n * tensor_ranks if axis == self.shard else n for axis, n in enumerate(self.value.shape))

@@ -59,14 +59,9 @@ class TrainState:
                 for name, flat in fragment.values.items():
                     key = f"{NAMES.get(name, f'state.{name}')}/{leaf.name}"
                     parts = found.setdefault(key, (leaf, []))[1]
-                    parts += rectangles(flat, fragment.start, leaf.value.shape, self.base(leaf))
+                    parts += rectangles(flat, fragment.start, leaf.value.shape, leaf.base(self.world.tensor_rank))
         ranks = self.world.tensor.size()
         return {key: Pieces(leaf.shape(ranks), parts, self.owns(leaf)) for key, (leaf, parts) in found.items()}
-
-    def base(self, leaf: Leaf) -> tuple[int, ...]:
-        """Where this rank's part of a leaf begins in the whole."""
-        shape = leaf.value.shape
-        return tuple(self.world.tensor_rank * n if axis == leaf.shard else 0 for axis, n in enumerate(shape))
 
     def owns(self, leaf: Leaf) -> bool:
         """Whether this rank writes its part: what several ranks hold is written by the first of them."""

@@ -56,7 +56,7 @@ def windows_to_save(state: "TrainState") -> dict[str, Pieces]:
                 values, part, share = totalled(leaf, values, state), 0, 0
                 owner = state.owns(leaf) and state.world.copy == 0
             parts = found.setdefault(window_name(leaf.name, part, share), (leaf, [], owner))[1]
-            parts += rectangles(values, fragment.start, leaf.value.shape, state.base(leaf))
+            parts += rectangles(values, fragment.start, leaf.value.shape, leaf.base(state.world.tensor_rank))
     ranks = state.world.tensor.size()
     return {key: Pieces(leaf.shape(ranks), parts, owner) for key, (leaf, parts, owner) in found.items()}
 
@@ -124,6 +124,8 @@ def pieces_of(buffers: Sequence[tuple[Fragment, str, Tensor]], state: "TrainStat
     found: dict[str, tuple[Leaf, list]] = {}
     for fragment, name, values in buffers:
         parts = found.setdefault(name, (fragment.leaf, []))[1]
-        parts += rectangles(values, fragment.start, fragment.leaf.value.shape, state.base(fragment.leaf))
+        parts += rectangles(
+            values, fragment.start, fragment.leaf.value.shape, fragment.leaf.base(state.world.tensor_rank)
+        )
     ranks = state.world.tensor.size()
     return {name: Pieces(leaf.shape(ranks), parts, False) for name, (leaf, parts) in found.items()}

@@ -57,3 +57,12 @@ def existing(run: str) -> Folder:
         if (path / "config.yaml").is_file():
             return Folder(path)
     raise UserError(f"no run '{run}': neither {run} nor runs/{run} holds a config.yaml")
+
+
+def writable(target: str | None) -> None:
+    """Raises UserError where a file cannot be written, before anything takes time."""
+    if target:
+        try:
+            Path(target).open("a").close()
+        except OSError as error:
+            raise UserError(f"--json {target}: {error.strerror}") from None

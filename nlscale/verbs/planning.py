@@ -27,7 +27,7 @@ from nlscale.plan.holding import carried
 from nlscale.plan.report import figures, several, text
 from nlscale.plan.search import accepted
 from nlscale.runtime.quiet import quiet
-from nlscale.verbs.common import add, add_recipe, foreseen
+from nlscale.verbs.common import add, add_recipe, foreseen, writable
 
 GIB, MIB = 2**30, 2**20
 CHOICES = 5  # layouts that a plan shows
@@ -236,6 +236,7 @@ def plan(options: argparse.Namespace) -> int:
     writable(options.json)
     quiet()
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of pretended groups that have no backend
+    importlib.import_module("nlscale.runtime.world")  # first: megatron-core compiles nothing while it is imported there
     stages = importlib.import_module("nlscale.plan.simulate").stages(run, options.gpus, progress)
     found = figures(run, options.gpus, on, stages, list(islice(accepted(run, options.gpus, on), CHOICES)))
     found["checkpoint"] = checkpoint_bytes(run, options.gpus)
@@ -259,12 +260,3 @@ def progress(rank: int, count: int) -> None:
         print(
             f"\rsimulating stage {rank} of {count} ", end="" if rank + 1 < count else "\n", file=sys.stderr, flush=True
         )
-
-
-def writable(target: str | None) -> None:
-    """Raises UserError where a file cannot be written, before anything takes time."""
-    if target:
-        try:
-            Path(target).open("a").close()
-        except OSError as error:
-            raise UserError(f"--json {target}: {error.strerror}") from None

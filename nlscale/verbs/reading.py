@@ -1,0 +1,92 @@
+"""What trained runs say and are worth: `nlscale generate`, `nlscale eval`."""
+
+import argparse
+import importlib
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nlscale_launch.local import start
+
+from nlscale.config.errors import CODES, FINISHED, UserError, code_of, require
+from nlscale.runtime.quiet import quiet
+from nlscale.verbs.common import add, existing, writable
+
+
+def verbs(parent: Any) -> None:
+    """Adds them."""
+    made = add(parent, "generate", generate, "go on with a text, with the memories of everything read so far")
+    made.add_argument("recipe", metavar="RUN", help="then section.key=value ..., which change how it is read")
+    made.add_argument("--prompt", default="", help="the text to go on with; unset: a document begins")
+    made.add_argument("--prompt-file", metavar="FILE", help="a file that holds it; -: standard input")
+    made.add_argument("--tokens", type=int, default=200, help="to make at most (200); it ends where the document does")
+    made.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (0.8)")
+    made.add_argument("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0: from all")
+    made.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest that hold this probability; 1: all"
+    )
+    made.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    made.add_argument("--step", type=int, help="of the checkpoint; unset: the newest")
+    made = add(parent, "eval", evaluate, "held-out loss of a checkpoint, by the place in the row; longer rows; recall")
+    made.add_argument("recipe", metavar="RUN", help="then section.key=value ..., such as data.path of another dataset")
+    made.add_argument("--rows", type=int, help="so many held-out rows; unset: train.evaluate_rows, or 64")
+    made.add_argument("--longer", type=int, default=1, metavar="K", help="rows of K times training's tokens (1)")
+    made.add_argument("--tasks", nargs="+", choices=["recall"], default=[], help="recall: rows that are said again")
+    made.add_argument("--step", type=int, help="of the checkpoint; unset: the newest")
+    made.add_argument("--json", help="also write it to this file")
+
+
+def generate(options: argparse.Namespace) -> int:
+    """`nlscale generate`."""
+    folder, text = existing(options.recipe), prompt(options)
+    quiet()
+    sampling = importlib.import_module("nlscale.hub.sampling").Sampling(
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
+    )
+    source = importlib.import_module("nlscale.hub.opened").source(folder, options.step, options.overrides)
+    made = importlib.import_module("nlscale.hub.generate").generate
+    return together(source.run.parallel.ranks, lambda: made(source, text, options.tokens, sampling))
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`nlscale eval`."""
+    folder = existing(options.recipe)
+    writable(options.json)
+    quiet()
+    room = importlib.import_module("nlscale.hub.evaluate")
+    source = importlib.import_module("nlscale.hub.opened").source(folder, options.step, options.overrides)
+    rows = (source.run.train.evaluate_rows or 64) if options.rows is None else options.rows
+    asked = room.Evaluation(rows=rows, longer=options.longer, tasks=options.tasks)
+    return together(source.run.parallel.ranks, lambda: room.evaluate(source, asked, options.json))
+
+
+def prompt(options: argparse.Namespace) -> str:
+    """The text to go on with."""
+    if options.prompt_file is None:
+        return str(options.prompt)
+    require(not options.prompt, "--prompt and --prompt-file: give one of them")
+    try:
+        return sys.stdin.read() if options.prompt_file == "-" else Path(options.prompt_file).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt-file {options.prompt_file}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def together(count: int, work: Callable[[], None]) -> int:
+    """Runs `work` in this process, or on so many ranks of this machine, of which the first has the terminal."""
+    if count == 1:
+        work()
+        return FINISHED
+
+    def rank(number: int) -> int:
+        try:
+            work()
+        except tuple(CODES) as error:
+            if number == 0:
+                print(f"nlscale: {error}", file=sys.stderr)
+            return code_of(error)
+        return FINISHED
+
+    with tempfile.TemporaryDirectory(prefix="nlscale-") as logs:
+        return start(count, rank, logs=logs, speak=True)

@@ -1,0 +1,136 @@
+"""`nlscale eval`: the run's own held-out loss, again and by place; longer rows; rows that are said again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nlscale.cli import main
+from nlscale.config.run import Run
+from nlscale.hub import evaluate
+from nlscale.hub.evaluate import by_place, losses
+from nlscale.model.hope import Hope
+from nlscale.runtime.folder import read_lines
+from nlscale.testing import ranks
+from nlscale.train.loop import train
+from tests.corpus import small_run
+from tests.hub.test_generate import KINDS
+from tests.model.test_mixing import CHUNKS, built
+from tests.tiny import tiny
+from tests.told import told
+
+SHORT = [
+    "train.steps=8",
+    "checkpoint.interval=4",
+    "train.evaluate_rows=6",
+    "train.evaluate_interval=4",
+    "optim.lr=0.01",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    runs = {}
+    for kind, said in KINDS.items():
+        runs[kind] = small_run(prepared, tmp_path_factory.mktemp(kind), *SHORT, *said)
+        ranks(runs[kind].parallel.ranks, train, runs[kind])
+    return runs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_runs_own_held_out_loss(kind: str, trained: dict[str, Run], tmp_path: Path) -> None:
+    run, file = trained[kind], tmp_path / "loss.json"
+    lines = read_lines(Path(run.folder) / "metrics.jsonl")
+    known = {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
+    for step in (4, 8):
+        said = told("eval", run.folder, "--step", str(step), "--json", str(file))
+        found = json.loads(file.read_text())
+        assert said.code == 0 and found["rows"] == 6 and found["step"] == step
+        assert abs(found["loss"] - known[step]) < 1e-5
+        assert f"loss {found['loss']:.4f}" in said.out and "29 to 32" in said.out
+        assert abs(sum(part["loss"] for part in found["by_place"]) / 8 - found["loss"]) < 1e-9
+    assert known[4] > known[8]
+
+
+def test_longer_rows_are_those_that_follow_one_another(trained: dict[str, Run], tmp_path: Path) -> None:
+    file = tmp_path / "loss.json"
+    said = told("eval", trained["hope"].folder, "--longer", "3", "--rows", "4", "--json", str(file))
+    found = json.loads(file.read_text())
+    assert said.code == 0 and found["sequence"] == 96 and found["rows"] == 4
+    assert [part["last"] for part in found["by_place"]] == [12, 24, 36, 48, 60, 72, 84, 96]
+    far = told("eval", trained["hope"].folder, "--longer", "5000")
+    assert far.code == 78 and "a smaller --longer would work" in far.err
+
+
+def test_recall_says_rows_again_after_others(
+    trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one document; what counts is the second time alone."""
+    given: list[tuple[Tensor, ...]] = []
+
+    def lost(_: Hope, tokens: Tensor, targets: Tensor, starts: Tensor, rows: int, piece: int) -> Tensor:
+        given.append((tokens, targets, starts))
+        return (targets >= 0) * float(tokens.shape[1])
+
+    monkeypatch.setattr(evaluate, "losses", lost)
+    file = tmp_path / "loss.json"
+
+    def asked() -> list[tuple[Tensor, ...]]:
+        assert main(["eval", trained["hope"].folder, "--tasks", "recall", "--rows", "4", "--json", str(file)]) == 0
+        return given
+
+    _, (alone, wanted, _), *again = ranks(1, asked)[0]
+    assert [each["tokens_between"] for each in json.loads(file.read_text())["recall"]] == [0, 32, 96]
+    assert [each["loss"] for each in json.loads(file.read_text())["recall"]] == [64, 96, 160]
+    for (tokens, targets, starts), between in zip(again, (0, 32, 96), strict=True):
+        assert tokens.shape == (4, 64 + between) and not starts.any()
+        assert torch.equal(tokens[:, :32], alone) and torch.equal(tokens[:, -32:], alone)
+        assert torch.equal(targets[:, -32:], wanted) and (targets[:, :-32] == -1).all()
+        for part in tokens[:, 32:-32].split(32, 1) if between else ():
+            assert not (part == alone).all(1).any() and all((row == alone).all(1).any() for row in part)
+
+
+def test_mistakes_are_one_line(trained: dict[str, Run]) -> None:
+    for given, answer in (
+        (["--rows", "0"], "--rows 0 must be at least 1"),
+        (["--longer", "0"], "--longer 0 must be at least 1"),
+        (["--tasks", "recall", "--rows", "3"], "--tasks recall needs 4 held-out rows, and has 3"),
+        (["--json", "/nowhere/at/all"], "--json /nowhere/at/all: No such file"),
+    ):
+        said = told("eval", trained["hope"].folder, *given)
+        assert said.code == 78 and answer in said.err and len(said.err.splitlines()) == 1
+
+
+def by_hand(run: Run) -> tuple[Tensor, Tensor]:
+    """Losses of rows that are read in parts, and of the same rows at once; some targets count for nothing."""
+    model, _ = built(run)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 128, (5, 17), generator=generator)
+    starts, targets = tokens[:, :-1] < 12, tokens[:, 1:].clone()
+    targets[1, :9] = -1
+    found = losses(model, tokens[:, :-1], targets, starts, 2, 5)
+    heard: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, given: heard.append(given[0].detach()))
+    with torch.no_grad():
+        total = model(tokens[:, :-1], targets, starts)
+        logits = model.head.norm(heard[0]) @ model.head.weight.t()
+    each = F.cross_entropy(logits.permute(1, 2, 0), targets, reduction="none", ignore_index=-1)
+    assert torch.isclose(each.sum(), total)
+    return found, each
+
+
+@pytest.mark.parametrize("said", ["", "model.mixer=self_modifying"])
+def test_losses_of_parts_are_those_of_rows(said: str) -> None:
+    ((found, each),) = ranks(1, by_hand, tiny(*CHUNKS, *said.split()))
+    torch.testing.assert_close(found, each, rtol=1e-10, atol=1e-12)
+
+
+def test_the_parts_of_a_row_hold_all_of_it() -> None:
+    each = torch.arange(20.0).view(1, 20)
+    parts = by_place(each)
+    assert [part["first"] for part in parts] == [1, *(part["last"] + 1 for part in parts[:-1])]
+    assert parts[-1]["last"] == 20 and parts[0] == {"first": 1, "last": 2, "loss": 0.5}
+    assert len(by_place(each[:, :3])) == 3

@@ -1,0 +1,186 @@
+"""`nlscale generate`, from trained runs of all kinds: what the network says to the whole text, drawn as asked."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nlscale.config.errors import UserError
+from nlscale.config.run import Run
+from nlscale.data.tokenise import Tokeniser, make
+from nlscale.hub.generate import Said, continued
+from nlscale.hub.opened import opened, source
+from nlscale.hub.sampling import Sampling
+from nlscale.model.reader import reader
+from nlscale.runtime.folder import Folder
+from nlscale.testing import ranks
+from nlscale.train.loop import train
+from tests.corpus import small_run
+from tests.faults import flip
+from tests.told import told
+
+SHORT = ["train.steps=12", "checkpoint.interval=6", "optim.lr=0.01"]
+LEARNING = (
+    "levels=[{name: quick, period: 8, unit: token, width: 0.25}, {name: fast, period: 1, width: 0.5}, "
+    "{name: slow, period: 4, width: 0.25}]"
+)
+KINDS = {
+    "hope-attention": ["parallel.tensor=2"],
+    "hope": ["model.mixer=self_modifying", "model.self_modifying.chunk=8", "model.self_modifying.maker_chunk=16"],
+    "learning": [LEARNING, "model.inner.lr=1.0", "model.reset=never", "data.shuffle=false"],
+}
+PROMPT = "memory learns at"
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """A run of each kind; the first of two tensor-parallel ranks."""
+    runs = {}
+    for kind, said in KINDS.items():
+        runs[kind] = small_run(prepared, tmp_path_factory.mktemp(kind), *SHORT, *said)
+        (Path(runs[kind].folder) / "config.yaml").write_text(
+            ""
+        )  # that this is a run: what counts is in its checkpoints
+        ranks(runs[kind].parallel.ranks, train, runs[kind])
+    return runs
+
+
+def greedy(run: Run, count: int) -> tuple[list[int], list[int]]:
+    """Likeliest tokens one by one, and by reading all of the text anew for each."""
+    found = source(Folder(Path(run.folder)), None)
+    (ids,) = found.tokeniser.encode([PROMPT])
+    with opened(found.long(len(ids) + count), found.path) as (model, _):
+        likeliest = Sampling(temperature=0)
+        on = list(continued(reader(model), ids, count, found.tokeniser, likeliest, 7))
+        anew = list(ids)
+        for _ in range(count):
+            reading, tokens = reader(model), torch.tensor([anew])
+            x = reading.read(tokens, tokens == found.tokeniser.document)
+            anew.append(int(reading.predicted(x[-1:])[0, 0, : found.tokeniser.vocabulary].argmax()))
+    return on, anew[len(ids) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_going_on_is_reading_all_anew_beyond_the_rows_of_training(kind: str, trained: dict[str, Run]) -> None:
+    ((on, anew),) = ranks(1, greedy, trained[kind], 60)
+    assert on == anew[: len(on)] and len(on) >= 40  # rows of training have 32 tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_goes_on_with_a_text(kind: str, trained: dict[str, Run]) -> None:
+    asked = ["generate", trained[kind].folder, "--prompt", PROMPT, "--tokens", "40"]
+    first = told(*asked)
+    assert first.code == 0 and first.out.startswith(PROMPT) and first.out.endswith("\n")
+    assert "step 12: 17 tokens read in" in first.err
+    assert "40 made" in first.err or "then the document ended" in first.err
+    for more, same in (([], True), (["--seed", "1"], False), (["--temperature", "0"], False), (["--step", "6"], False)):
+        assert (told(*asked, *more).out == first.out) is same, more
+
+
+def test_two_tensor_parallel_ranks_say_the_same(trained: dict[str, Run]) -> None:
+    asked = ["generate", trained["hope"].folder, "--prompt", PROMPT, "--tokens", "40", "--temperature", "0"]
+    one, two = told(*asked), told(*asked, "parallel.tensor=2")
+    assert one.code == two.code == 0 and one.out == two.out and len(one.out) > len(PROMPT) + 20
+
+
+def test_the_prompt_may_be_a_file_or_nothing(trained: dict[str, Run], tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    ways = (["--prompt", PROMPT], ["--prompt-file", str(tmp_path / "prompt.txt")])
+    said, same = (told("generate", trained["hope"].folder, "--tokens", "8", *way).out for way in ways)
+    assert said == same and said.startswith(PROMPT)
+    assert "step 12: 1 tokens read in" in told("generate", trained["hope"].folder, "--tokens", "8").err
+
+
+MISTAKES = {
+    "no such run": (["generate", "nowhere"], "no run 'nowhere'"),
+    "tokens": (["--tokens", "0"], "--tokens 0 must be at least 1"),
+    "temperature": (["--temperature", "-1"], "--temperature -1.0 must not be negative"),
+    "top-p": (["--top-p", "0"], "--top-p 0.0 must lie above 0"),
+    "top-k": (["--top-k", "-1"], "--top-k -1 must not be negative"),
+    "step": (["--step", "7"], "no checkpoint of step 7; it has 12, 6"),
+    "pipeline": (["parallel.pipeline=2"], "a run is read by tensor-parallel ranks; parallel.tensor=2 would work"),
+    "another shape": (["model.width=64"], "overrides may change how a run is read, not its shape"),
+    "misspelt": (["model.widht=64"], "Key 'widht' not in 'Model'"),
+    "file": (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: No such file"),
+    "both": (["--prompt", "a", "--prompt-file", "b"], "give one of them"),
+    "no data": (["data.path=nowhere"], "data.path=nowhere: no such folder"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line(mistake: str, trained: dict[str, Run]) -> None:
+    given, answer = MISTAKES[mistake]
+    said = told(*(given if given[0] == "generate" else ["generate", trained["hope"].folder, *given]))
+    assert said.code == 78 and answer in said.err and len(said.err.splitlines()) == 1 and not said.out
+
+
+def test_a_damaged_checkpoint_is_not_read(prepared: str, tmp_path: Path) -> None:
+    run = small_run(prepared, tmp_path / "run", "train.steps=2", "checkpoint.interval=2")
+    ranks(1, train, run)
+    flip(next((Path(run.folder) / "checkpoints/step-00000002").glob("*.distcp")), random.Random(0))
+    said = told("generate", run.folder)
+    assert said.code == 78 and "digest differs" in said.err
+
+
+def shares(logits: list[float], **given: float) -> list[float]:
+    return Sampling(**given).likely(torch.tensor([logits])).tolist()[0]  # type: ignore[arg-type]
+
+
+def test_tokens_are_drawn_as_asked() -> None:
+    logits = [2.0, 1.0, 0.0, 1.5]
+    plain = torch.tensor(logits).double().softmax(0)
+    torch.testing.assert_close(torch.tensor(shares(logits, temperature=1)), plain.float(), rtol=1e-6, atol=0)
+    assert shares(logits, temperature=0) == [1, 0, 0, 0]
+    assert shares(logits, temperature=0.5)[0] > plain[0]
+    two = shares(logits, temperature=1, top_k=2)
+    assert two[1] == two[2] == 0 and abs(two[0] / two[3] - plain[0] / plain[3]) < 1e-6
+    assert shares(logits, temperature=1, top_p=1e-9) == [1, 0, 0, 0]
+    three = shares(logits, temperature=1, top_p=float(plain[0] + plain[3]) + 0.01)
+    assert three[2] == 0 and min(three[0], three[1], three[3]) > 0
+    sampling = Sampling(temperature=1, seed=3)
+    generator, drawn = sampling.generator(), []
+    for _ in range(4000):
+        drawn.append(int(sampling.draw(torch.tensor([logits]), generator)))
+    counted = torch.bincount(torch.tensor(drawn), minlength=4) / 4000
+    assert (counted - plain).abs().max() < 0.03
+    with pytest.raises(UserError):
+        Sampling(temperature=float("nan"))
+
+
+def test_the_end_of_a_document_ends_it() -> None:
+    """And what a draw may not give is never drawn: tokens that only the model's rounded vocabulary has."""
+
+    class Reading:
+        starts = torch.zeros(1, 0)
+
+        def read(self, tokens: Tensor, starts: Tensor) -> Tensor:
+            self.last = int(tokens[0, -1])
+            return torch.zeros(1, 1, 1)
+
+        def predicted(self, x: Tensor) -> Tensor:
+            scores = torch.full((1, 1, 300), -10.0)
+            scores[0, 0, 299] = 100.0
+            scores[0, 0, 0 if self.last == 101 else self.last + 1] = 10.0
+            return scores
+
+    likeliest, tokeniser = Sampling(temperature=0), make("bytes", ())
+    assert list(continued(Reading(), [0, 98], 10, tokeniser, likeliest, 1)) == [99, 100, 101]  # type: ignore[arg-type]
+    assert list(continued(Reading(), [0, 98], 2, tokeniser, likeliest, 1)) == [99, 100]  # type: ignore[arg-type]
+
+
+TEXT = "naïve 漢字 🙂, def f(x):\n    return x  # 終"
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe:280"])
+def test_text_is_told_in_whole_characters(name: str) -> None:
+    tokeniser: Tokeniser = make(name, ["def return " * 9])
+    (ids,) = tokeniser.encode([TEXT])
+    said = Said(tokeniser)
+    parts = [said.add(token) for token in ids[1:]]
+    assert "".join(parts) + said.rest() == TEXT
+    assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts) and "" in parts
+    torn = Said(tokeniser)
+    told = "".join(torn.add(token) for token in ids[1 : 1 + next(i for i, part in enumerate(parts) if not part) + 1])
+    assert torn.rest().startswith("\N{REPLACEMENT CHARACTER}") and TEXT.startswith(told)
