@@ -202,7 +202,11 @@ def test_commands_run(said: str, somewhere: Path, monkeypatch: pytest.MonkeyPatc
         assert said in BENCHED or words[1] in LONG, said
         build_parser().parse_known_args(words)
         pytest.skip("`make matrices` runs it, a long one with less to do (test_docs_long.py)")
-    if words[0] == "plan":  # pretends a world, which this process is not to join
+    if words[0] in ("generate", "eval"):
+        name = next(word for word in words[1:] if not word.startswith("-"))
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(["train", "demo", f"run.name={name}", *quick])
+    if words[0] in ("plan", "generate", "eval"):  # pretends a world, or joins one, which this process is not to do
         done = subprocess.run(
             [sys.executable, "-m", "nlscale.cli", *words], capture_output=True, text=True, timeout=250
         )

@@ -52,7 +52,7 @@ def opened(rank: int, size: int, patience: timedelta) -> dist.Store:
     """The store at MASTER_ADDR and MASTER_PORT: torchrun's own where it has started this process, else the first rank's."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return next(dist.rendezvous("env://", rank, size, timeout=patience))[0]
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) if size > 1 else 0  # any: nobody else comes
     if rank:
         knock(host, port, patience.total_seconds())
     return dist.TCPStore(host, port, size, is_master=rank == 0, timeout=patience, wait_for_workers=False)

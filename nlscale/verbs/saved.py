@@ -14,7 +14,8 @@ from nlscale.runtime.quiet import quiet
 from nlscale.verbs.common import add, existing, foreseen, resolve
 
 MACHINE = ("step", "loader", "kernels", "checkpoint", "memory", "ladder")
-BENCHES = (*MACHINE, "levels", "memories", "parts", "hops", "beyond", "states", "forgetting", "classes", "transfer")
+LEARNING = ("hops", "beyond", "states", "forgetting", "classes", "transfer")
+BENCHES = (*MACHINE, "levels", "memories", "reading", "parts", *LEARNING)
 
 
 def verbs(parent: Any) -> None:

@@ -38,17 +38,26 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     assert 2 <= time.monotonic() - began < 20
 
 
-def at_port(port: int) -> str:
-    os.environ["MASTER_PORT"] = str(port)
-    return joined()
+def at_port(port: int, size: int) -> list[str]:
+    """What becomes of two attempts of the first of so many ranks to meet there."""
+    os.environ.update(MASTER_PORT=str(port), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    return [joined() for _ in range(2)]
 
 
 def test_a_port_that_is_taken_is_said() -> None:
     with socket.socket() as holder:
         holder.bind(("", 0))
         holder.listen()
-        said = ranks(1, at_port, holder.getsockname()[1])[0]
-    assert said.startswith("UserError: the port that ranks meet at is taken; another MASTER_PORT would work"), said
+        first, again = ranks(1, at_port, holder.getsockname()[1], 2)[0]
+    assert first == again
+    assert first.startswith("UserError: the port that ranks meet at is taken; another MASTER_PORT would work"), first
+
+
+def test_a_process_alone_joins_as_often_as_it_likes_whatever_port_it_is_told() -> None:
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.listen()
+        assert ranks(1, at_port, holder.getsockname()[1], 1) == [["joined", "joined"]]
 
 
 def test_ranks_knock_until_the_first_one_listens() -> None:
