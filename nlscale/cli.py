@@ -1,11 +1,14 @@
 """nlscale: the program. A user's mistake is one line on stderr and exit code 78."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from nlscale.config.errors import CODES, FINISHED, code_of
 from nlscale.verbs import datasets, jobs, planning, reading, saved, training
+
+INTERRUPTED, UNHEARD = 130, 141  # as the shell has it of what ends by SIGINT and SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except tuple(CODES) as error:
         print(f"nlscale: {error}", file=sys.stderr)
         return code_of(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read what is said, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # and the interpreter still has lines to flush
+        return UNHEARD
 
 
 def build_parser() -> argparse.ArgumentParser:

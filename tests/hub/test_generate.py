@@ -1,19 +1,22 @@
 """`nlscale generate`, from trained runs of all kinds: what the network says to the whole text, drawn as asked."""
 
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from nlscale.cli import main
 from nlscale.config.errors import UserError
 from nlscale.config.run import Run
 from nlscale.data.tokenise import Tokeniser, make
 from nlscale.hub.generate import Said, continued
 from nlscale.hub.opened import opened, source
 from nlscale.hub.sampling import Sampling
-from nlscale.model.reader import reader
+from nlscale.model.reader import Reader, reader
 from nlscale.runtime.folder import Folder
 from nlscale.testing import ranks
 from nlscale.train.loop import train
@@ -122,6 +125,27 @@ def test_a_damaged_checkpoint_is_not_read(prepared: str, tmp_path: Path) -> None
     flip(next((Path(run.folder) / "checkpoints/step-00000002").glob("*.distcp")), random.Random(0))
     said = told("generate", run.folder)
     assert said.code == 78 and "digest differs" in said.err
+
+
+def unheard(folder: str) -> int:
+    """The program's code where nobody reads what it says."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    os.dup2(writes, 1)
+    return main(["generate", folder, "--prompt", PROMPT])
+
+
+def interrupted(folder: str) -> int:
+    """The same where Ctrl-C comes while it reads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reader, "read", lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return main(["generate", folder, "--prompt", PROMPT])
+
+
+def test_it_ends_quietly_where_nobody_listens_or_somebody_has_heard_enough(trained: dict[str, Run]) -> None:
+    assert ranks(1, unheard, trained["hope"].folder) == [141]
+    assert ranks(1, interrupted, trained["hope"].folder) == [130]
 
 
 def shares(logits: list[float], **given: float) -> list[float]:
