@@ -8,7 +8,7 @@ B rows, T tokens of a row.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, gcd
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from nlscale.model.reader import reader
 from nlscale.runtime.world import World
 
 PARTS = 8  # of a row, whose losses are shown
+ALIVE = 2**24  # logits at a time, of this rank's part of the vocabulary
 APART = (0, 1, 3)  # rows between what is said and the same said again
 TASKS = ("recall",)
 
@@ -58,7 +59,7 @@ def evaluate(source: Source, asked: Evaluation, target: str | None) -> None:
         rows = held_out(source, world, asked)
         batch = to_batch(rows, document, world.device)
         each = losses(model, batch.tokens_BT, batch.targets_BT, batch.starts_BT, micro, sequence)
-        found |= {"rows": len(rows), "loss": float(each.mean()), "by_place": by_place(each)}
+        found |= {"rows": len(rows), "loss": mean(each), "by_place": by_place(each)}
         if "recall" in asked.tasks:
             found["recall"] = recall(model, source, world, asked.rows)
     if world.leads:
@@ -76,7 +77,9 @@ def held_out(source: Source, world: World, asked: Evaluation) -> np.ndarray:
     if longer == 1:
         return HeldOut(data, asked.rows, 1, world).rows()[0]
     dataset, found = open_rows(data, "heldout", world, 1, False, print), []
-    for first in range(0, dataset.num_samples - longer + 1, longer):
+    count = dataset.num_samples // longer
+    for place in range(count):  # spread over the split, and so over all streams of a mixture
+        first = longer * (place * stride(count, asked.rows) % count)
         parts = collate([dataset[first + i] for i in range(longer)])
         if (parts[1:, 0] == parts[:-1, -1]).all() and (
             parts >= 0
@@ -91,21 +94,37 @@ def held_out(source: Source, world: World, asked: Evaluation) -> np.ndarray:
     return np.stack(found)
 
 
+def stride(count: int, rows: int) -> int:
+    """A step by which all of `count` places are passed, the first `rows` of them evenly spread."""
+    step = max(1, count // rows)
+    while gcd(step, count) > 1:
+        step += 1
+    return step
+
+
 def losses(model: Hope, tokens: Tensor, targets: Tensor, starts: Tensor, rows: int, piece: int) -> Tensor:
-    """Loss of every target (B, T) in float64, 0 where there is none. `rows` are read at a time, `piece` tokens at once."""
+    """Loss of every target (B, T) in float64, NaN where there is none. `rows` are read at a time, `piece` tokens at once."""
     found = []
     for i in range(0, len(tokens), rows):
         reading, parts = reader(model, len(tokens[i : i + rows])), []
         for first in range(0, tokens.shape[1], piece):
             here = slice(i, i + rows), slice(first, first + piece)
             x, wanted = reading.read(tokens[here], starts[here]), targets[here]
-            if bool((wanted < 0).all()):
-                parts.append(torch.zeros(wanted.shape, device=wanted.device))
-                continue
-            logits = reading.predicted(x).permute(1, 2, 0)
-            parts.append(F.cross_entropy(logits, wanted, reduction="none", ignore_index=-1))
-        found.append(torch.cat(parts, 1).double().cpu())
+            parts.append(torch.full(wanted.shape, torch.nan, dtype=torch.float64, device=wanted.device))
+            size = max(1, ALIVE // (len(wanted) * model.head.weight.shape[0]))
+            for some in range(0, x.shape[0], size) if bool((wanted >= 0).any()) else ():
+                span = slice(some, some + size)
+                logits = reading.predicted(x[span]).permute(1, 2, 0)
+                each = F.cross_entropy(logits, wanted[:, span], reduction="none", ignore_index=-1).double()
+                parts[-1][:, span] = each.masked_fill(wanted[:, span] < 0, torch.nan)
+        found.append(torch.cat(parts, 1).cpu())
     return torch.cat(found)
+
+
+def mean(losses_BT: Tensor) -> float:
+    """Of all targets; raises UserError where there is none."""
+    require(bool(losses_BT.isfinite().any()), "none of the held-out rows can be trusted: nothing is left to evaluate")
+    return float(losses_BT.nanmean())
 
 
 def by_place(losses_BT: Tensor) -> list[dict[str, float]]:
@@ -113,7 +132,7 @@ def by_place(losses_BT: Tensor) -> list[dict[str, float]]:
     count = losses_BT.shape[1]
     edges = [i * count // PARTS for i in range(PARTS + 1)]
     return [
-        {"first": a + 1, "last": b, "loss": float(losses_BT[:, a:b].mean())}
+        {"first": a + 1, "last": b, "loss": float(losses_BT[:, a:b].nanmean())}
         for a, b in zip(edges, edges[1:], strict=False)
         if b > a
     ]
@@ -139,9 +158,7 @@ def recall(model: Hope, source: Source, world: World, count: int) -> list[dict[s
         again = losses(model, tokens, targets, torch.zeros_like(tokens, dtype=torch.bool), micro, sequence)[
             :, -sequence:
         ]
-        found.append(
-            {"tokens_between": apart * sequence, "loss": float(again.mean()), "first_time": float(first.mean())}
-        )
+        found.append({"tokens_between": apart * sequence, "loss": mean(again), "first_time": mean(first)})
     return found
 
 

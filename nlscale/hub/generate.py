@@ -31,6 +31,9 @@ def continued(
         unread = [token]
 
 
+MOST = 2**20  # tokens that are made
+
+
 class Said:
     """Tokens as the text that they add, once whole characters of it are there."""
 
@@ -59,7 +62,7 @@ def generate(source: Source, prompt: str, count: int, sampling: Sampling) -> Non
 
     Raises UserError for a checkpoint that cannot be read with.
     """
-    require(count >= 1, f"--tokens {count} must be at least 1")
+    require(1 <= count <= MOST, f"--tokens {count} must lie between 1 and {MOST}")
     (ids,) = source.tokeniser.encode([prompt])
     run = source.long(len(ids) + count)
     with opened(run, source.path) as (model, world):

@@ -1,10 +1,10 @@
 """A run's network as a checkpoint left it, to read with: on one process, or split over tensor-parallel ranks."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from nlscale_kernels.switch import kernels
@@ -13,22 +13,24 @@ from torch import Tensor
 from nlscale.config.errors import UserError, require
 from nlscale.config.read import read
 from nlscale.config.run import Run
-from nlscale.data.card import load_card
+from nlscale.data.card import check_data
 from nlscale.data.tokenise import Tokeniser, of_dataset
 from nlscale.model.hope import Hope
 from nlscale.parallel.apply import Parallelized, parallelize
-from nlscale.runtime.folder import STATE, Folder
+from nlscale.runtime.folder import STATE, Folder, read_json
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World, join, leave
+from nlscale.train.agree import everywhere
 from nlscale.train.manifest import verify
 from nlscale.train.pieces import Pieces, load, stored
 
 CONFIG = "config.yaml"
-HERE = (  # what training did otherwise
-    *("parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.context=1"),
-    *("parallel.sequence=false", "train.compile=none", "train.recompute=none", "model.inner.meta=first_order"),
-    *("optim.second_order=false", "cluster.nproc=null", "model.reset=row"),
-)
+HERE = {  # what training may have done otherwise
+    **dict.fromkeys(("parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"), "1"),
+    **dict.fromkeys(("parallel.sequence", "optim.second_order"), "false"),
+    **dict.fromkeys(("train.compile", "train.recompute"), "none"),
+    **{"model.inner.meta": "first_order", "model.reset": "row", "cluster.nproc": "null"},
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Source:
     def long(self, tokens: int) -> Run:
         """The run, for rows that become so many tokens long."""
         rows = -(-tokens // self.run.data.sequence)  # a multiple of what it was trained on fits whatever that fitted
-        return read(str(self.path / CONFIG), [*HERE, *self.overrides, f"data.sequence={rows * self.run.data.sequence}"])
+        return as_read(self.path, [*self.overrides, f"data.sequence={rows * self.run.data.sequence}"])
 
 
 def source(folder: Folder, step: int | None, overrides: Sequence[str] = ()) -> Source:
@@ -54,15 +56,15 @@ def source(folder: Folder, step: int | None, overrides: Sequence[str] = ()) -> S
     step = steps[0] if step is None else step
     require(step in steps, f"{folder.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
     path = folder.checkpoint(step)
-    run = read(str(path / CONFIG), [*HERE, *overrides])
-    parallel = run.parallel
-    require(
-        parallel.ranks == parallel.tensor,
-        f"a run is read by tensor-parallel ranks; parallel.tensor={parallel.ranks} would work",
-    )
-    dataset = run.data.sources[0].path
-    card, facts = load_card(dataset), json.loads((path / STATE).read_text())
-    then = facts["datasets"][0]["tokeniser_digest"]
+    for key, value in HERE.items():
+        said = [each for each in overrides if each.removeprefix("--").split("=")[0] == key]
+        require(
+            not said or said[-1].endswith(f"={value}"),
+            f"{said and said[-1]} is of training: a run is read with {key}={value}, and split by parallel.tensor alone",
+        )
+    run = as_read(path, overrides)
+    dataset, card = run.data.sources[0].path, check_data(run.data, False)[0]
+    then = facts_of(path)["datasets"][0]["tokeniser_digest"]
     require(
         card.tokeniser_digest == then,
         f"{dataset} has tokeniser {card.tokeniser} ({card.tokeniser_digest[:8]}); the checkpoint was trained with another "
@@ -71,20 +73,37 @@ def source(folder: Folder, step: int | None, overrides: Sequence[str] = ()) -> S
     return Source(path, step, run, tuple(overrides), of_dataset(dataset))
 
 
+def as_read(path: Path, overrides: Sequence[str]) -> Run:
+    """The run of a checkpoint, laid out for reading."""
+    here = [f"{key}={value}" for key, value in HERE.items()]
+    return read(str(path / CONFIG), ["parallel.tensor=1", *overrides, *here])
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself; raises UserError where it cannot be read."""
+    facts = read_json(path / STATE)
+    require("step" in facts and bool(facts.get("datasets")), f"{path} is damaged: {STATE} says nothing of its run")
+    return facts
+
+
 @contextmanager
 def opened(run: Run, path: Path) -> Iterator[tuple[Hope, World]]:
     """The network with the checkpoint's weights, on this rank, and the world it is split over. A collective.
 
-    Raises UserError for a damaged checkpoint, or one of another model.
+    Raises UserError for a damaged checkpoint, or one of another model, on every rank.
     """
     with kernels(run.train.kernels):
         world = join(run.parallel, run.cluster, run.train.seed)
         try:
-            faults = verify(path, world.rank, world.size)
+            require(
+                world.size == run.parallel.tensor,
+                f"{world.size} ranks were started, and parallel.tensor={run.parallel.tensor}",
+            )
+            faults = [fault for each in everywhere(lambda: verify(path, world.rank, world.size)) for fault in each]
             require(not faults, f"{path} is damaged: {'; '.join(faults[:3])}")
             model = parallelize(run, world)
             take(model, path, world)
-            model.pace(run.model.inner.pace(json.loads((path / STATE).read_text())["step"], run.train.steps))
+            model.pace(run.model.inner.pace(facts_of(path)["step"], run.train.steps))
             yield model.chunks[0], world
         finally:
             leave()

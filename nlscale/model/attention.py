@@ -55,6 +55,8 @@ def turned(part_BHTK: Tensor, rotary: Rotary) -> Tensor:
 class Attention(MegatronModule):
     """x + out(softmax attention(norm(x))): one fused projection for q, k and v, split over ranks by heads."""
 
+    attends = True  # asks for the scene's mask
+
     def __init__(
         self,
         model: Model,

@@ -31,6 +31,8 @@ class HeadMixer(MegatronModule):
     Tensor parallelism splits heads, context parallelism too (model/exchange.py), so no rule needs a collective.
     """
 
+    attends = False  # asks for the scene's mask
+
     def __init__(
         self,
         model: Model,

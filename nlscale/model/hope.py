@@ -87,6 +87,7 @@ class Hope(MegatronModule):
             )
         blocks = [self.kind_of(layer, model)(model, units, config, self.around(layer, model)) for layer in stage.layers]
         self.blocks = nn.ModuleList(blocks)
+        self.attends = any(block.mix.attends for block in blocks)
         if stage.last:
             own = self.embed.weight if model.tied and stage.first else None
             self.head = Head(model.vocabulary, config, own)
@@ -148,10 +149,9 @@ class Hope(MegatronModule):
 
     def scene(self, starts_BT: Tensor, past: int = 0, hand_on: bool = False) -> Scene:
         """The scene of the tokens after the first `past` of a row; `starts` of all of its tokens so far."""
-        tokens = starts_BT.shape[1]
-        return scene(
-            (self.cosine[:tokens], self.sine[:tokens]), starts_BT if self.apart else None, self.window, past, hand_on
-        )
+        rotary = self.cosine[: starts_BT.shape[1]], self.sine[: starts_BT.shape[1]]
+        starts = starts_BT if self.apart else None
+        return scene(rotary, starts, self.window, past, hand_on, self.attends)
 
     def walk(self, x_TBD: Tensor, scene: Scene, before: Sequence[Any] | None = None) -> tuple[Tensor, list[Any]]:
         """All blocks of this stage, `model.loops` times over; what each hands on, in the order in which they were passed."""

@@ -9,7 +9,7 @@ Levels that move inside rows learn as they read: a chunk's loss is known, and mo
 B rows, T tokens of a part, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -124,11 +124,17 @@ def reader(model: Hope, rows: int = 1) -> Reader:
 
 
 def held(value: Any) -> int:
-    """Bytes of all tensors of what a reader holds of its rows."""
+    """Bytes of memory behind all tensors of what a reader holds of its rows."""
+    return sum(storage.nbytes() for storage in {each.data_ptr(): each for each in storages(value)}.values())
+
+
+def storages(value: Any) -> Iterator[torch.UntypedStorage]:
+    """Of every tensor in a value."""
     if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(held(each) for each in value.values())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return sum(held(each) for each in value)
-    return sum(held(each) for each in vars(value).values()) if hasattr(value, "__dataclass_fields__") else 0
+        yield value.untyped_storage()
+    elif isinstance(value, dict):
+        yield from (found for each in value.values() for found in storages(each))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        yield from (found for each in value for found in storages(each))
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from storages(vars(value))

@@ -19,24 +19,34 @@ class Scene(NamedTuple):
     hand_on: bool = False  # whether anybody wants the states that the mixers leave
 
 
-def scene(rotary: Rotary, starts_BT: Tensor | None, window: int | None, past: int = 0, hand_on: bool = False) -> Scene:
+def scene(
+    rotary: Rotary,
+    starts_BT: Tensor | None,
+    window: int | None,
+    past: int = 0,
+    hand_on: bool = False,
+    attends: bool = True,
+) -> Scene:
     """The scene of the tokens after the first `past` of `starts`' row (None: rows are one document each).
 
     A token attends to itself and earlier tokens of its document, `window` of them at most (None: all). Keys are those of
-    the tokens that one of these may attend to.
+    the tokens that one of these may attend to. `attends`: whether anybody asks for the mask.
     """
-    tokens = rotary[0].shape[0] - past
-    first = 0 if window is None else max(0, past + 1 - window)
-    mask = None
-    if starts_BT is not None or window is not None or past:
-        device = rotary[0].device
-        place = torch.arange(past + tokens, device=device)
-        distance = place[past:, None] - place[first:]
-        allowed = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
-        mask = allowed[None]
-        if starts_BT is not None:
-            document_BT = starts_BT.cumsum(1)
-            mask = mask & (document_BT[:, past:, None] == document_BT[:, None, first:])
-        mask = mask[:, None]
+    masked = attends and (starts_BT is not None or window is not None or past > 0)
+    mask = allowed(rotary[0].shape[0], starts_BT, window, past, rotary[0].device) if masked else None
     here = None if starts_BT is None else starts_BT[:, past:]
     return Scene(rotary, (rotary[0][past:], rotary[1][past:]), mask, window, here, hand_on)
+
+
+def allowed(tokens: int, starts_BT: Tensor | None, window: int | None, past: int, device: torch.device) -> Tensor:
+    """Which keys each of the tokens after `past` may attend to, (B or 1, 1, queries, keys)."""
+    place = torch.arange(tokens, device=device)
+    first = 0 if window is None else max(0, past + 1 - window)
+    queries, keys = place[past:, None], place[first:]
+    mask = keys <= queries
+    if window is not None:
+        mask &= keys > queries - window
+    if starts_BT is None:
+        return mask[None, None]
+    document_BT = starts_BT.cumsum(1, dtype=torch.int32)
+    return (mask & (document_BT[:, past:, None] == document_BT[:, None, first:]))[:, None]

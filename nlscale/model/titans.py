@@ -135,6 +135,7 @@ class TitansGate(TitansMixer):
 
     attention = ("attention_q", "attention_k", "attention_v")
     gated = False
+    attends = True
 
     def __init__(self, model: Model, config: TransformerConfig, exchange: Exchange) -> None:
         super().__init__(model, config, exchange)
@@ -167,6 +168,8 @@ class TitansGate(TitansMixer):
 
 class TitansLayer(MegatronModule):
     """MAL: the memory, then attention (over a window) on what it gives, each with its own norm and residual."""
+
+    attends = True
 
     def __init__(self, model: Model, config: TransformerConfig, exchange: Exchange) -> None:
         super().__init__(config)

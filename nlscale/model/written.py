@@ -36,6 +36,8 @@ class Left(NamedTuple):
 class WrittenMixer(HeadMixer):
     """x + out(W_t attention(norm(x))), W_t written token by token."""
 
+    attends = True
+
     def __init__(self, model: Model, config: TransformerConfig, exchange: Exchange) -> None:
         parts = dict.fromkeys(("q", "k", "v"), model.head_width) | {"rate": 1}
         super().__init__(model, config, exchange, parts)

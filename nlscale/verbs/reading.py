@@ -2,15 +2,17 @@
 
 import argparse
 import importlib
+import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nlscale_launch.local import start
+from nlscale_launch.local import gpus, start
 
-from nlscale.config.errors import CODES, FINISHED, UserError, code_of, require
+from nlscale.config.errors import CODES, FINISHED, ORDERLY, UserError, code_of, require
 from nlscale.runtime.quiet import quiet
 from nlscale.verbs.common import add, existing, writable
 
@@ -64,18 +66,26 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def prompt(options: argparse.Namespace) -> str:
     """The text to go on with."""
-    if options.prompt_file is None:
-        return str(options.prompt)
-    require(not options.prompt, "--prompt and --prompt-file: give one of them")
+    require(not (options.prompt and options.prompt_file), "--prompt and --prompt-file: give one of them")
+    said = "--prompt" if options.prompt_file is None else f"--prompt-file {options.prompt_file}"
     try:
-        return sys.stdin.read() if options.prompt_file == "-" else Path(options.prompt_file).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt-file {options.prompt_file}: {getattr(error, 'strerror', None) or error}") from None
+        if options.prompt_file is None:
+            text = str(options.prompt)
+        else:
+            text = sys.stdin.read() if options.prompt_file == "-" else Path(options.prompt_file).read_text()
+        text.encode()  # what is no UTF-8 comes as characters that cannot be written
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{said}: {getattr(error, 'strerror', None) or error}") from None
+    return text
 
 
 def together(count: int, work: Callable[[], None]) -> int:
     """Runs `work` in this process, or on so many ranks of this machine, of which the first has the terminal."""
-    if count == 1:
+    if 0 < gpus() < count:
+        print(f"{count} ranks and {gpus()} GPUs here: reading on the CPU", file=sys.stderr)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if count == 1:  # whatever rank a job has given this process: it reads alone
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         work()
         return FINISHED
 
@@ -88,5 +98,8 @@ def together(count: int, work: Callable[[], None]) -> int:
             return code_of(error)
         return FINISHED
 
-    with tempfile.TemporaryDirectory(prefix="nlscale-") as logs:
-        return start(count, rank, logs=logs, speak=True)
+    logs = tempfile.mkdtemp(prefix="nlscale-")
+    code = start(count, rank, logs=logs, speak=True)
+    if code in ORDERLY:  # else they say why
+        shutil.rmtree(logs)
+    return code

@@ -2,16 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nlscale.cli import main
+from nlscale.config.errors import UserError
 from nlscale.config.run import Run
 from nlscale.hub import evaluate
-from nlscale.hub.evaluate import by_place, losses
+from nlscale.hub.evaluate import Evaluation, by_place, held_out, losses, mean, stride
 from nlscale.model.hope import Hope
 from nlscale.runtime.folder import read_lines
 from nlscale.testing import ranks
@@ -65,6 +68,25 @@ def test_longer_rows_are_those_that_follow_one_another(trained: dict[str, Run], 
     assert far.code == 78 and "a smaller --longer would work" in far.err
 
 
+class Split:
+    """Held-out rows of two units: 0 to 2 and 3 to 7 follow one another, 3 does not follow 2."""
+
+    num_samples = 8
+
+    def __getitem__(self, row: int) -> dict:
+        return {"tokens": np.arange(5) + 4 * row + 100 * (row >= 3)}
+
+
+@pytest.mark.parametrize(("longer", "begin"), [(2, [0, 116, 124]), (4, [116]), (3, [0, 112])])
+def test_rows_are_joined_where_one_goes_on_with_the_last_token_of_the_other(
+    longer: int, begin: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "open_rows", lambda *_: Split())
+    found = held_out(SimpleNamespace(run=tiny()), None, Evaluation(rows=9, longer=longer))  # type: ignore[arg-type]
+    assert sorted(found[:, 0].tolist()) == begin
+    assert (np.diff(found, axis=1) == 1).all() and found.shape[1] == 4 * longer + 1
+
+
 def test_recall_says_rows_again_after_others(
     trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +95,7 @@ def test_recall_says_rows_again_after_others(
 
     def lost(_: Hope, tokens: Tensor, targets: Tensor, starts: Tensor, rows: int, piece: int) -> Tensor:
         given.append((tokens, targets, starts))
-        return (targets >= 0) * float(tokens.shape[1])
+        return torch.full(targets.shape, float(tokens.shape[1])).masked_fill(targets < 0, torch.nan)
 
     monkeypatch.setattr(evaluate, "losses", lost)
     file = tmp_path / "loss.json"
@@ -98,6 +120,7 @@ def test_mistakes_are_one_line(trained: dict[str, Run]) -> None:
         (["--rows", "0"], "--rows 0 must be at least 1"),
         (["--longer", "0"], "--longer 0 must be at least 1"),
         (["--tasks", "recall", "--rows", "3"], "--tasks recall needs 4 held-out rows, and has 3"),
+        (["data.sequence=64"], "holds rows of 32 tokens, but data.sequence=64; data.sequence=32 would work"),
         (["--json", "/nowhere/at/all"], "--json /nowhere/at/all: No such file"),
     ):
         said = told("eval", trained["hope"].folder, *given)
@@ -119,13 +142,31 @@ def by_hand(run: Run) -> tuple[Tensor, Tensor]:
         logits = model.head.norm(heard[0]) @ model.head.weight.t()
     each = F.cross_entropy(logits.permute(1, 2, 0), targets, reduction="none", ignore_index=-1)
     assert torch.isclose(each.sum(), total)
-    return found, each
+    assert abs(mean(found) - float(total) / int((targets >= 0).sum())) < 1e-10
+    return found, each.masked_fill(targets < 0, torch.nan)
 
 
 @pytest.mark.parametrize("said", ["", "model.mixer=self_modifying"])
 def test_losses_of_parts_are_those_of_rows(said: str) -> None:
     ((found, each),) = ranks(1, by_hand, tiny(*CHUNKS, *said.split()))
-    torch.testing.assert_close(found, each, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found, each, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+def test_rows_that_cannot_be_trusted_are_no_part_of_a_mean() -> None:
+    each = torch.tensor([[1.0, 3.0], [torch.nan, torch.nan]])
+    assert mean(each) == 2 and [part["loss"] for part in by_place(each)] == [1, 3]
+    with pytest.raises(UserError, match="nothing is left to evaluate"):
+        mean(each[1:])
+
+
+@pytest.mark.parametrize(("count", "rows"), [(10, 3), (12, 4), (7, 7), (5, 64), (1, 1), (100, 8)])
+def test_longer_rows_are_spread_over_the_split(count: int, rows: int) -> None:
+    places = [place * stride(count, rows) % count for place in range(count)]
+    assert sorted(places) == list(range(count))
+    some = sorted(places[:rows])
+    assert (
+        max(b - a for a, b in zip(some, some[1:], strict=False)) <= 2 * stride(count, rows) if len(some) > 1 else True
+    )
 
 
 def test_the_parts_of_a_row_hold_all_of_it() -> None:

@@ -22,7 +22,7 @@ from nlscale.testing import ranks
 from nlscale.train.loop import train
 from tests.corpus import small_run
 from tests.faults import flip
-from tests.told import told
+from tests.told import Told, inside, told
 
 SHORT = ["train.steps=12", "checkpoint.interval=6", "optim.lr=0.01"]
 LEARNING = (
@@ -98,12 +98,16 @@ def test_the_prompt_may_be_a_file_or_nothing(trained: dict[str, Run], tmp_path: 
 
 MISTAKES = {
     "no such run": (["generate", "nowhere"], "no run 'nowhere'"),
-    "tokens": (["--tokens", "0"], "--tokens 0 must be at least 1"),
+    "tokens": (["--tokens", "0"], "--tokens 0 must lie between 1 and 1048576"),
+    "too many": (["--tokens", "2000000000000"], "must lie between 1 and 1048576"),
+    "no text": (["--prompt", "\udcff"], "--prompt: 'utf-8' codec can't encode"),
     "temperature": (["--temperature", "-1"], "--temperature -1.0 must not be negative"),
     "top-p": (["--top-p", "0"], "--top-p 0.0 must lie above 0"),
     "top-k": (["--top-k", "-1"], "--top-k -1 must not be negative"),
     "step": (["--step", "7"], "no checkpoint of step 7; it has 12, 6"),
-    "pipeline": (["parallel.pipeline=2"], "a run is read by tensor-parallel ranks; parallel.tensor=2 would work"),
+    "pipeline": (["parallel.pipeline=2"], "a run is read with parallel.pipeline=1, and split by parallel.tensor alone"),
+    "sequence": (["parallel.tensor=2", "--parallel.sequence=true"], "a run is read with parallel.sequence=false"),
+    "heads": (["parallel.tensor=3"], "model.heads=4 cannot be split"),
     "another shape": (["model.width=64"], "overrides may change how a run is read, not its shape"),
     "misspelt": (["model.widht=64"], "Key 'widht' not in 'Model'"),
     "file": (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: No such file"),
@@ -119,12 +123,36 @@ def test_mistakes_are_one_line(mistake: str, trained: dict[str, Run]) -> None:
     assert said.code == 78 and answer in said.err and len(said.err.splitlines()) == 1 and not said.out
 
 
-def test_a_damaged_checkpoint_is_not_read(prepared: str, tmp_path: Path) -> None:
+def broken(run: Run, what: str) -> None:
+    """A bit of a shard, or the facts."""
+    folder = Path(run.folder) / "checkpoints/step-00000002"
+    if what == "shard":
+        flip(next(folder.glob("*.distcp")), random.Random(0))
+    else:
+        (folder / "train_state.json").write_text("{" if what == "torn" else "{}")
+
+
+@pytest.mark.parametrize("what", ["shard", "torn", "other"])
+def test_a_damaged_checkpoint_is_not_read(what: str, prepared: str, tmp_path: Path) -> None:
     run = small_run(prepared, tmp_path / "run", "train.steps=2", "checkpoint.interval=2")
     ranks(1, train, run)
-    flip(next((Path(run.folder) / "checkpoints/step-00000002").glob("*.distcp")), random.Random(0))
-    said = told("generate", run.folder)
-    assert said.code == 78 and "digest differs" in said.err
+    broken(run, what)
+    for more in ([], ["parallel.tensor=2"]):
+        said = told("generate", run.folder, *more)
+        assert said.code == 78 and "step-00000002 is damaged" in said.err and len(said.err.splitlines()) == 1
+
+
+def in_a_job(folder: str) -> Told:
+    """Where a job has given this process a rank among four."""
+    os.environ.update(SLURM_PROCID="1", SLURM_NTASKS="4", SLURM_LOCALID="1")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    return inside(("generate", folder, "--prompt", PROMPT, "--tokens", "3"))
+
+
+def test_it_reads_alone_whatever_rank_a_job_has_given_it(trained: dict[str, Run]) -> None:
+    (said,) = ranks(1, in_a_job, trained["hope"].folder)
+    assert said.code == 0 and said.out.startswith(PROMPT)
 
 
 def unheard(folder: str) -> int:

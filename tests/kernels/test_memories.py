@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nlscale_kernels.linear_memory import Affine, affine, compose, linear_memory, serial
+from nlscale_kernels.linear_memory import Affine, affine, compose, linear_memory, matrix_memory, serial
 from nlscale_kernels.linear_memory import Tokens as Pairs
+from nlscale_kernels.linear_memory.memory import prepared
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import Gates, Memories, State, Still, self_modifying, walk
 from nlscale_kernels.self_modifying import Tokens as Inputs
@@ -394,6 +395,15 @@ def test_what_is_refused() -> None:
         self_modifying(inputs(), (12, 5), FIVE, GATES)
     with pytest.raises(ValueError, match="24 tokens are no multiple of the chunk of 7; 3, 4, 6, 8, 12, 24 would work"):
         linear_memory("delta_frozen", pairs(), 7, numbers(H, K, K))
+    with pytest.raises(ValueError, match="1 tokens are no multiple of the chunk of 7; 1 would work"):
+        linear_memory("delta_frozen", pairs(None, 1), 7, numbers(H, K, K))
+
+
+def prepared_alone(rule: str, tokens: Pairs, initial: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """A chunk of these tokens by the operator, however few they are."""
+    given, told = prepared(rule, tokens, tokens.k.shape[2], initial, state)
+    o, last = matrix_memory(given)
+    return o if told is None else o + told, last
 
 
 @pytest.mark.parametrize("chunk", [7, 40])

@@ -100,8 +100,10 @@ def linear_memory(
     does not divide the tokens, the last chunk is shorter; a rule that hears its anchor, which would then hear another
     one, raises ValueError.
     """
-    rest = tokens.k.shape[2] % chunk
-    if rest and not RULES[rule].frozen:
+    rest, exact = tokens.k.shape[2] % chunk, not RULES[rule].frozen
+    if tokens.k.shape[2] == 1 and exact:  # fewer operations than a chunk's
+        return serial(rule, tokens, initial_HVK, state_BHVK)
+    if rest and exact:
         parts = [cut(tokens, 0, -rest)] if rest < tokens.k.shape[2] else []
         outputs = []
         for part, size in zip((*parts, cut(tokens, -rest)), (*[chunk] * len(parts), rest), strict=True):
