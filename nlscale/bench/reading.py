@@ -41,10 +41,8 @@ ARMS: dict[str, list[str]] = {
 
 def seconds(reading: Reader, tokens: Tensor) -> float:
     """Of a token, read one by one, and what comes next predicted after each."""
-    nowhere, total = (
-        torch.zeros(1, 1, dtype=torch.bool, device=tokens.device),
-        tokens.new_zeros((), dtype=torch.float32),
-    )
+    nowhere = torch.zeros(1, 1, dtype=torch.bool, device=tokens.device)
+    total = tokens.new_zeros((), dtype=torch.float32)
     began = perf_counter()
     for token in tokens.unbind(1):
         total += reading.predicted(reading.read(token[:, None], nowhere)).sum()

@@ -29,7 +29,6 @@ from nlscale.runtime.world import World
 PARTS = 8  # of a row, whose losses are shown
 ALIVE = 2**24  # logits at a time, of this rank's part of the vocabulary
 APART = (0, 1, 3)  # rows between what is said and the same said again
-TASKS = ("recall",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +80,8 @@ def held_out(source: Source, world: World, asked: Evaluation) -> np.ndarray:
     for place in range(count):  # spread over the split, and so over all streams of a mixture
         first = longer * (place * stride(count, asked.rows) % count)
         parts = collate([dataset[first + i] for i in range(longer)])
-        if (parts[1:, 0] == parts[:-1, -1]).all() and (
-            parts >= 0
-        ).all():  # a row ends with the token that the next begins with
+        follow = (parts[1:, 0] == parts[:-1, -1]).all()  # a row ends with the token that the next one begins with
+        if follow and (parts >= 0).all():
             found.append(np.concatenate([parts[:, :-1].reshape(-1), parts[-1, -1:]]))
         if len(found) == asked.rows:
             break
@@ -148,16 +146,13 @@ def recall(model: Hope, source: Source, world: World, count: int) -> list[dict[s
         len(rows) >= least, f"--tasks recall needs {least} held-out rows, and has {len(rows)}; a larger --rows would do"
     )
     batch = to_batch(rows, source.tokeniser.document, world.device)
-    alone = torch.zeros_like(batch.starts_BT)
-    first = losses(model, batch.tokens_BT, batch.targets_BT, alone, micro, sequence)
+    first = losses(model, batch.tokens_BT, batch.targets_BT, torch.zeros_like(batch.starts_BT), micro, sequence)
     found: list[dict[str, float]] = []
     for apart in APART:
         between = [batch.tokens_BT.roll(-1 - i, 0) for i in range(apart)]
         tokens = torch.cat([batch.tokens_BT, *between, batch.tokens_BT], 1)
         targets = torch.cat([torch.full_like(tokens[:, :-sequence], -1), batch.targets_BT], 1)
-        again = losses(model, tokens, targets, torch.zeros_like(tokens, dtype=torch.bool), micro, sequence)[
-            :, -sequence:
-        ]
+        again = losses(model, tokens, targets, torch.zeros_like(tokens, dtype=torch.bool), micro, sequence)
         found.append({"tokens_between": apart * sequence, "loss": mean(again), "first_time": mean(first)})
     return found
 

@@ -12,6 +12,8 @@ from nlscale.hub.opened import Source, opened
 from nlscale.hub.sampling import Sampling
 from nlscale.model.reader import Reader, reader
 
+MOST = 2**20  # tokens that are made
+
 
 def continued(
     reading: Reader, ids: Sequence[int], count: int, tokeniser: Tokeniser, sampling: Sampling, piece: int
@@ -29,9 +31,6 @@ def continued(
             return
         yield token
         unread = [token]
-
-
-MOST = 2**20  # tokens that are made
 
 
 class Said:

@@ -58,6 +58,22 @@ def test_it_is_the_runs_own_held_out_loss(kind: str, trained: dict[str, Run], tm
     assert known[4] > known[8]
 
 
+def test_a_level_may_learn_while_it_is_read_though_it_did_not_in_training(
+    trained: dict[str, Run], tmp_path: Path
+) -> None:
+    """By an override; where nothing may be written, it says what the run says."""
+    moves = (
+        "levels=[{name: fast, period: 8, unit: token, width: 0.5}, {name: slow, period: 4, width: 0.25}, "
+        "{name: long, period: 8, width: 0.25}]"
+    )
+    found = []
+    for said in ([], [moves, "model.inner.lr=1.0"], [moves, "model.inner.lr=1.0", "model.writes=false"]):
+        assert told("eval", trained["hope-attention"].folder, "--json", str(tmp_path / "loss.json"), *said).code == 0
+        found.append(json.loads((tmp_path / "loss.json").read_text())["loss"])
+    usual, learning, still = found
+    assert abs(still - usual) < 1e-6 and abs(learning - usual) > 1e-4
+
+
 def test_longer_rows_are_those_that_follow_one_another(trained: dict[str, Run], tmp_path: Path) -> None:
     file = tmp_path / "loss.json"
     said = told("eval", trained["hope"].folder, "--longer", "3", "--rows", "4", "--json", str(file))

@@ -114,11 +114,9 @@ def block(
     main_writes = [] if gates.still.main else all_writes[walked // chunk :]
     if main_writes and (last or left == 1 and size == chunk):
         main_writes[-1] = main_writes[-1]._replace(ends=True)
-    before, rest = (
-        (state.memories.main, speeds[2]),
-        (cut(tokens, walked), cut(said, walked)) if walked else (tokens, said),
-    )
-    outputs, main = call(walk, *rest, main_writes, before, initial.main, gates.kind, chunk)
+    before = state.memories.main, speeds[2]
+    heard = (cut(tokens, walked), cut(said, walked)) if walked else (tokens, said)
+    outputs, main = call(walk, *heard, main_writes, before, initial.main, gates.kind, chunk)
     makers: list[Moving] = [(state.memories.vectors, speeds[0]), (state.memories.gates, speeds[1])]
     if not last:
         makers = call(move, said, tokens.starts, all_writes, makers, initial, gates, chunk, left == 1)
