@@ -28,6 +28,7 @@ from nlscale.runtime.world import World
 
 PARTS = 8  # of a row, whose losses are shown
 ALIVE = 2**24  # logits at a time, of this rank's part of the vocabulary
+TASKS = ("recall",)
 APART = (0, 1, 3)  # rows between what is said and the same said again
 
 
@@ -42,6 +43,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         require(self.rows >= 1, f"--rows {self.rows} must be at least 1")
         require(self.longer >= 1, f"--longer {self.longer} must be at least 1")
+        for name in self.tasks:
+            require(name in TASKS, f"--tasks {name}: known are {', '.join(TASKS)}")
 
     @property
     def most(self) -> int:

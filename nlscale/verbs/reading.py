@@ -20,7 +20,9 @@ from nlscale.verbs.common import add, existing, writable
 def verbs(parent: Any) -> None:
     """Adds them."""
     made = add(parent, "generate", generate, "go on with a text, with the memories of everything read so far")
-    made.add_argument("recipe", metavar="RUN", help="then section.key=value ..., which change how it is read")
+    made.add_argument(
+        "recipe", metavar="RUN", help="its name or folder; then section.key=value ..., which change how it is read"
+    )
     made.add_argument("--prompt", default="", help="the text to go on with; unset: a document begins")
     made.add_argument("--prompt-file", metavar="FILE", help="a file that holds it; -: standard input")
     made.add_argument("--tokens", type=int, default=200, help="to make at most (200); it ends where the document does")
@@ -32,10 +34,10 @@ def verbs(parent: Any) -> None:
     made.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     made.add_argument("--step", type=int, help="of the checkpoint; unset: the newest")
     made = add(parent, "eval", evaluate, "held-out loss of a checkpoint, by the place in the row; longer rows; recall")
-    made.add_argument("recipe", metavar="RUN", help="then section.key=value ..., such as data.path of another dataset")
+    made.add_argument("recipe", metavar="RUN", help="its name or folder; then section.key=value ..., such as data.path")
     made.add_argument("--rows", type=int, help="so many held-out rows; unset: train.evaluate_rows, or 64")
     made.add_argument("--longer", type=int, default=1, metavar="K", help="rows of K times training's tokens (1)")
-    made.add_argument("--tasks", nargs="+", choices=["recall"], default=[], help="recall: rows that are said again")
+    made.add_argument("--tasks", default="", help="names with commas between; recall: rows that are said again")
     made.add_argument("--step", type=int, help="of the checkpoint; unset: the newest")
     made.add_argument("--json", help="also write it to this file")
 
@@ -60,7 +62,7 @@ def evaluate(options: argparse.Namespace) -> int:
     room = importlib.import_module("nlscale.hub.evaluate")
     source = importlib.import_module("nlscale.hub.opened").source(folder, options.step, options.overrides)
     rows = (source.run.train.evaluate_rows or 64) if options.rows is None else options.rows
-    asked = room.Evaluation(rows=rows, longer=options.longer, tasks=options.tasks)
+    asked = room.Evaluation(rows=rows, longer=options.longer, tasks=[name for name in options.tasks.split(",") if name])
     return together(source.run.parallel.ranks, lambda: room.evaluate(source, asked, options.json))
 
 

@@ -135,6 +135,7 @@ def test_mistakes_are_one_line(trained: dict[str, Run]) -> None:
     for given, answer in (
         (["--rows", "0"], "--rows 0 must be at least 1"),
         (["--longer", "0"], "--longer 0 must be at least 1"),
+        (["--tasks", "recal"], "--tasks recal: known are recall"),
         (["--tasks", "recall", "--rows", "3"], "--tasks recall needs 4 held-out rows, and has 3"),
         (["data.sequence=64"], "holds rows of 32 tokens, but data.sequence=64; data.sequence=32 would work"),
         (["--json", "/nowhere/at/all"], "--json /nowhere/at/all: No such file"),
