@@ -51,10 +51,7 @@ class Source:
 
 def source(folder: Folder, step: int | None, overrides: Sequence[str] = ()) -> Source:
     """The checkpoint of a step, None: the newest. Raises UserError where it cannot be read with."""
-    steps = folder.steps()
-    require(bool(steps), f"{folder.path} has no checkpoint")
-    step = steps[0] if step is None else step
-    require(step in steps, f"{folder.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    step = folder.chosen(step)
     path = folder.checkpoint(step)
     for key, value in HERE.items():
         said = [each for each in overrides if each.removeprefix("--").split("=")[0] == key]

@@ -76,9 +76,8 @@ class LearningReader(Reader):
         self.lower: list[Any] = [None] * model.first
         self.upper: list[Any] = [None] * (len(model.blocks) - model.first)
         self.at_begin = self.upper  # of the chunk under way
-        self.chunk: list[
-            tuple[Tensor, Tensor]
-        ] = []  # its tokens (B, t) and what the learning layers were given (t, B, D)
+        # Its tokens (B, t), and what the learning layers were given of them (t, B, D).
+        self.chunk: list[tuple[Tensor, Tensor]] = []
 
     def passed(self, x_TBD: Tensor, tokens_BT: Tensor, past: int) -> Tensor:
         """Through all blocks; the last ones stop at the end of each chunk to learn from it."""

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nlscale.config.errors import UserError
+from nlscale.config.errors import UserError, require
 
 MANIFEST = "manifest.json"
 STATE = "train_state.json"
@@ -50,6 +50,14 @@ class Folder:
     def newest(self) -> int:
         """Step of the newest checkpoint; 0 where there is none."""
         return next(iter(self.steps()), 0)
+
+    def chosen(self, step: int | None) -> int:
+        """A step with a committed checkpoint, None: the newest; raises UserError where there is none."""
+        steps = self.steps()
+        require(bool(steps), f"{self.path} has no checkpoint")
+        step = steps[0] if step is None else step
+        require(step in steps, f"{self.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        return step
 
     def damaged(self) -> list[Path]:
         """Checkpoints that were found damaged and set aside."""

@@ -1,10 +1,14 @@
 """What verbs share: how one is added, the run that was asked for, a run that is there."""
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from nlscale_launch.local import gpus
 
 from nlscale.config.errors import UserError, require
 from nlscale.config.read import read, shipped
@@ -57,6 +61,13 @@ def existing(run: str) -> Folder:
         if (path / "config.yaml").is_file():
             return Folder(path)
     raise UserError(f"no run '{run}': neither {run} nor runs/{run} holds a config.yaml")
+
+
+def fewer_gpus(count: int, doing: str) -> None:
+    """Hides this machine's GPUs where they are fewer than `count` ranks, and says so on stderr."""
+    if 0 < gpus() < count:
+        print(f"{count} ranks and {gpus()} GPUs here: {doing} on the CPU", file=sys.stderr, flush=True)
+        os.environ["CUDA_VISIBLE_DEVICES"], os.environ["DS_ACCELERATOR"] = "", "cpu"
 
 
 def writable(target: str | None) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nlscale_launch.local import gpus, start
+from nlscale_launch.local import start
 
 from nlscale.config.errors import CODES, FINISHED, ORDERLY, UserError, code_of, require
 from nlscale.runtime.quiet import quiet
-from nlscale.verbs.common import add, existing, writable
+from nlscale.verbs.common import add, existing, fewer_gpus, writable
 
 
 def verbs(parent: Any) -> None:
@@ -83,9 +83,7 @@ def prompt(options: argparse.Namespace) -> str:
 
 def together(count: int, work: Callable[[], None]) -> int:
     """Runs `work` in this process, or on so many ranks of this machine, of which the first has the terminal."""
-    if 0 < gpus() < count:
-        print(f"{count} ranks and {gpus()} GPUs here: reading on the CPU", file=sys.stderr)
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    fewer_gpus(count, "reading")
     if count == 1:  # whatever rank a job has given this process: it reads alone
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         work()

@@ -109,10 +109,7 @@ def convert(options: argparse.Namespace) -> None:
         )
         return
     folder = existing(options.source)
-    steps = folder.steps()
-    require(bool(steps), f"{folder.path} has no checkpoint")
-    step = steps[0] if options.step is None else options.step
-    require(step in steps, f"{folder.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    step = folder.chosen(options.step)
     size = made.to_file(folder.checkpoint(step), Path(options.out), options.weights)
     print(f"{options.out}: step {step}, {size / 2**20:,.1f} MiB of tensors")
 

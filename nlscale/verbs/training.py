@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nlscale_launch.local import gpus, start
+from nlscale_launch.local import start
 from nlscale_launch.policy import attempts_of, verdict
 
 from nlscale.config.errors import CODES, FINISHED, SAVED_ON_SIGNAL, code_of
@@ -21,7 +21,7 @@ from nlscale.runtime.log import Journal
 from nlscale.runtime.outcome import LOGS, blamed, tell, told
 from nlscale.runtime.quiet import quiet
 from nlscale.runtime.watch import Watch
-from nlscale.verbs.common import add, add_recipe, resolve
+from nlscale.verbs.common import add, add_recipe, fewer_gpus, resolve
 
 
 def verbs(parent: Any) -> None:
@@ -41,9 +41,7 @@ def train(options: argparse.Namespace) -> int:
     folder = Folder(Path(run.folder))
     count = options.nproc or run.cluster.nproc or run.parallel.ranks
     replicas(run, count)
-    if 0 < gpus() < count:
-        print(f"{count} ranks and {gpus()} GPUs here: training on the CPU", flush=True)
-        os.environ["CUDA_VISIBLE_DEVICES"], os.environ["DS_ACCELERATOR"] = "", "cpu"
+    fewer_gpus(count, "training")
     quiet()
     for name in needed(run, count):
         importlib.import_module(name)

@@ -107,7 +107,7 @@ def block(
     writing = size - chunk * last  # what is said of tokens that write nothing would be heard by nobody
     said, all_writes = Made.nothing(tokens), []
     if writing:
-        writers, where = (tokens, fresh) if writing == size else (cut(tokens, 0, writing), until(fresh, writing))
+        writers, where = (tokens, fresh) if writing == size else (cut(tokens, 0, writing), those(fresh, 0, writing))
         said = call(made, writers.x, where, initial, state.memories, gates)
         all_writes = told(writers, said, chunk, gates.erase)
     speeds = state.momentum or (None, None, None)
@@ -124,9 +124,9 @@ def block(
     return outputs, State(memories, momenta if state.momentum else None)
 
 
-def until(fresh: Tensor | None, last: int) -> Tensor | None:
-    """`fresh` of the tokens before `last`."""
-    return None if fresh is None else fresh[:, :last]
+def those(fresh: Tensor | None, first: int, last: int | None = None) -> Tensor | None:
+    """`fresh` of the tokens `first` ... `last`, None: all that follow."""
+    return None if fresh is None else fresh[:, first:last]
 
 
 def begun(
@@ -138,12 +138,11 @@ def begun(
     count, (now, speeds, _) = tokens.x.shape[2], state
     fresh, onward, writing = tokens.fresh, cut(tokens, walked), count - count % chunk
     if initial.vectors.up.shape[2] > 2:
-        here = None if fresh is None else fresh[:, walked:]
-        onward = onward._replace(q=asked(onward.x, here, initial, now, gates))
+        onward = onward._replace(q=asked(onward.x, those(fresh, walked), initial, now, gates))
     said, all_writes = Made.nothing(tokens), []
     if writing > walked and not gates.still.main:
-        writers, where = cut(tokens, walked, writing), None if fresh is None else fresh[:, walked:writing]
-        said = made(writers.x, where, initial, now, gates)
+        writers = cut(tokens, walked, writing)
+        said = made(writers.x, those(fresh, walked, writing), initial, now, gates)
         all_writes = told(writers, said, chunk, gates.erase)
     before = now.main, None if speeds is None else speeds.main
     o, (main, speed) = walk_by_chunks(onward, said, all_writes, before, initial.main, gates.kind, chunk)
