@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from nlscale.config.errors import CODES, FINISHED, code_of
-from nlscale.verbs import datasets, jobs, planning, reading, saved, training
+from nlscale.verbs import abroad, datasets, jobs, planning, reading, saved, training
 
 INTERRUPTED, UNHEARD = 130, 141  # as the shell has it of what ends by SIGINT and SIGPIPE
 
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Every verb and its options."""
     parser = argparse.ArgumentParser(prog="nlscale", description="Pretraining of continuum-memory Transformers.")
     parent = parser.add_subparsers(required=True, metavar="VERB")
-    for room in (training, planning, datasets, jobs, reading, saved):
+    for room in (training, planning, datasets, jobs, reading, abroad, saved):
         room.verbs(parent)
     return parser
 

@@ -6,6 +6,7 @@ from typing import Literal
 from nlscale.config.errors import divisors, nearest, positive, require
 from nlscale.config.inner import Inner
 from nlscale.config.mixers import Linear, SelfModifying, Titans, Written
+from nlscale.config.rope import RopeScaling
 from nlscale.config.shapes import MIXERS
 
 
@@ -41,6 +42,7 @@ class Model:
     )
     vocabulary: int | None = None  # unset: data.vocabulary, or the dataset's, rounded up to a multiple of 128
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     norm_eps: float = 1e-5
     init_std: float = 0.02
     base_width: int | None = (

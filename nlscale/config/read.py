@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -159,6 +159,17 @@ def explain(error: OmegaConfBaseException) -> str:
 def dump(run: Run) -> str:
     """The run as YAML that reads back as the same run."""
     return OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
+def of_plain(told: Mapping[str, Any]) -> Run:
+    """The run of nested dicts and lists, such as `plain` gives; what they leave out is as by default. Raises UserError."""
+    try:
+        run = OmegaConf.to_object(OmegaConf.merge(schema(), dict(told)))
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from None
+    assert isinstance(run, Run)
+    finite(run)
+    return run
 
 
 def plain(run: Run) -> dict[str, Any]:

@@ -85,6 +85,20 @@ def train(sample: Iterable[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def of_bytes() -> Tokenizer:
+    """The tokeniser `bytes` in the library's form: byte-level BPE that merges nothing."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = {
+        byte: 256 + i for i, byte in enumerate(b for b in range(256) if b not in shown)
+    }  # as the library spells them
+    vocabulary = {DOCUMENT: 0} | {chr(hidden.get(byte, byte)): byte + 1 for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([DOCUMENT])
+    return tokenizer
+
+
 def limited(texts: Iterable[str], characters: int) -> Iterator[str]:
     """Texts until `characters` have been given."""
     for text in texts:

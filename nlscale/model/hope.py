@@ -12,7 +12,6 @@ from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from nlscale_kernels.rotary import rotary_table
 from torch import Tensor, nn
 
 from nlscale.config.model import Model
@@ -20,6 +19,7 @@ from nlscale.model.continuum import VARIANTS, ContinuumSubmodules
 from nlscale.model.exchange import Exchange
 from nlscale.model.loss import Head
 from nlscale.model.mixers import MIXERS
+from nlscale.model.rope import rotary_of
 from nlscale.model.row_state import RowState, between_rows, check
 from nlscale.model.scene import Scene, scene
 from nlscale.runtime.leaf import Leaf, prefixed
@@ -92,9 +92,7 @@ class Hope(MegatronModule):
             own = self.embed.weight if model.tied and stage.first else None
             self.head = Head(model.vocabulary, config, own)
         device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
-        for name, table in zip(
-            ("cosine", "sine"), rotary_table(tokens, model.head_width, model.rope_base, device), strict=True
-        ):
+        for name, table in zip(("cosine", "sine"), rotary_of(model, tokens, device), strict=True):
             self.register_buffer(name, table.to(config.params_dtype), persistent=False)
 
     def around(self, layer: int, model: Model) -> Exchange:

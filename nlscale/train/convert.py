@@ -1,7 +1,9 @@
 """A checkpoint as one safetensors file, and back: every tensor of it, and what a resume needs, in the file's metadata."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,18 +53,23 @@ def to_checkpoint(source: Path, folder: Folder) -> int:
     require(
         STATE in facts and CONFIG in facts, f"{source} holds no whole checkpoint: weights alone cannot be gone on with"
     )
-    step = int(json.loads(facts[STATE])["step"])
+    return put(tensors, json.loads(facts[STATE]), facts[CONFIG], folder)
+
+
+def put(tensors: Mapping[str, Tensor], facts: dict[str, Any], config: str, folder: Folder) -> int:
+    """Commits a checkpoint of whole tensors to the run in `folder`; gives its step. Raises UserError where there is one."""
+    step = int(facts["step"])
     final = folder.checkpoint(step)
     require(not final.exists(), f"{final} is there already; remove it, or give another folder")
     partial = anew(final.with_name(f".{final.name}.converted.partial"))
     save({name: whole(tensor, True) for name, tensor in tensors.items()}, partial)
-    for name in (STATE, CONFIG):
-        write_durably(partial / name, facts[name])
+    write_durably(partial / STATE, json.dumps(facts))
+    write_durably(partial / CONFIG, config)
     files = {path.name: digest(path) for path in partial.iterdir()}
     write_durably(partial / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
     commit(partial, final)
     if not folder.config.exists():
-        write_durably(folder.config, facts[CONFIG])
+        write_durably(folder.config, config)
     return step
 
 

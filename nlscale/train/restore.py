@@ -16,6 +16,8 @@ from nlscale.train.split import divided, parts_of, redirected
 from nlscale.train.state import TrainState
 from nlscale.train.windows import load_windows
 
+ORIGIN = "origin"  # what a checkpoint says that no run has written: where its weights came from
+
 
 def apply(state: TrainState, path: Path, journal: Journal, rows: bool = True) -> None:
     """Takes over a checked checkpoint; `rows`: and its place in the data. A collective.
@@ -34,10 +36,11 @@ def apply(state: TrainState, path: Path, journal: Journal, rows: bool = True) ->
             "to go on with the new one:\n" + "\n".join(differences(facts.get("datasets", []), state.datasets()))
         )
     pieces, there = state.shards() | memories(state), stored(path)
-    check_memories({key: each for key, each in pieces.items() if not change or key in there}, there)
+    partial = bool(change) or ORIGIN in facts  # of what came from elsewhere there are weights alone
+    check_memories({key: each for key, each in pieces.items() if not partial or key in there}, there)
     began = newly_kept(state.run.levels, now, there, parts)
     pieces = redirected(pieces, parts, there)
-    load({key: each for key, each in pieces.items() if key in there or not (change or of_tasks(key))}, path)
+    load({key: each for key, each in pieces.items() if key in there or not (partial or of_tasks(key))}, path)
     if change:
         report(change, facts, journal)
         facts = carried(facts, change, now)

@@ -47,8 +47,7 @@ class TrainState:
 
     def datasets(self) -> list[dict[str, Any]]:
         """What the datasets are, as a person tells them apart."""
-        paths = [source.path for source in self.run.data.sources]
-        return [{"path": path, **asdict(card)} for path, card in zip(paths, self.cards, strict=True)]
+        return datasets(self.run, self.cards)
 
     def shards(self) -> dict[str, Pieces]:
         """Masters and moments of this rank, by global name."""
@@ -120,6 +119,29 @@ class TrainState:
             torch.tensor([sum(table[r].get(name, 0) for r in mine) for name in windows.groups], dtype=torch.float64)
         )
         self.optimizer.set_updates(facts["updates"])
+
+
+def datasets(run: Run, cards: Sequence[Card]) -> list[dict[str, Any]]:
+    """What a run's datasets are, as a person tells them apart."""
+    return [{"path": source.path, **asdict(card)} for source, card in zip(run.data.sources, cards, strict=True)]
+
+
+def beginning(run: Run, cards: Sequence[Card]) -> dict[str, Any]:
+    """The facts of a state that no step has changed, but for its leaves' identity."""
+    return {
+        "step": 0,
+        "tokens": 0,
+        "loader": None,
+        "replay": None,
+        "updates": {},
+        "windows": {"tokens": [], "open": {}},
+        "tasks": {},
+        "layout": {"tensor": 1, "pipeline": 1, "context": 1, "replicas": 1},
+        "data": [card.fingerprint for card in cards],
+        "datasets": datasets(run, cards),
+        "wandb_id": "",
+        "losses": [],
+    }
 
 
 def merged(mine: dict[str, Any], stages: dist.ProcessGroup) -> dict[str, Any]:

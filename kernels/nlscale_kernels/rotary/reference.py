@@ -1,15 +1,25 @@
 """Rotary positions (Su et al., 2021), half-split form. T tokens, B rows, H heads, K head width."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-def rotary_table(tokens: int, width: int, base: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    tokens: int,
+    width: int,
+    base: float,
+    device: torch.device | None = None,
+    scaled: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of rotary positions (Su et al., 2021), each (T, 1, 1, K), float32.
 
-    The first half of the sines carries the minus sign of the rotation.
+    The first half of the sines carries the minus sign of the rotation. `scaled`: what becomes of the frequencies (K / 2,)
+    in radians a token, float64; None: nothing.
     """
     frequency = base ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
+    frequency = frequency if scaled is None else scaled(frequency)
     angle = torch.outer(torch.arange(tokens, device=device, dtype=torch.float64), frequency)
     cosine, sine = angle.cos(), angle.sin()
     table = torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)
