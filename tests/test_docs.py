@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,6 +58,8 @@ FILL = {
     "FILES": "in",
     "SOURCE": "in",
     "FILE": "one.safetensors",
+    "FOLDER": "theirs",
+    "FOLDER/tokenizer.json": "bytes",
 }
 FILL |= {"NAME": "h100", "N": "1"}
 QUEUED = ("cancel", "submit", "bench")  # tests/slurm runs the first two; benches are looked at one by one below
@@ -188,6 +191,20 @@ def test_targets_of_make_resolve(said: str) -> None:
     assert done.returncode == 0 and "python" in done.stdout + done.stderr or ".venv/bin/" in done.stdout, done.stderr
 
 
+IMPORTED = "runs/llama/config.yaml"
+PROGRAM = [sys.executable, "-m", "nlscale.cli"]
+
+
+def brought(folder: str, said: list[str], quick: list[str]) -> list[str]:
+    """What imports a network that is exported to `folder` first, to where nothing is."""
+    for there in (folder, "runs/llama"):
+        shutil.rmtree(there, ignore_errors=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(["train", "demo", "run.name=demo", *quick])
+    subprocess.run([*PROGRAM, "export", "demo", "--out", folder], check=True, capture_output=True, timeout=250)
+    return ["import", folder, *said, "run.name=llama", "data.path=corpora/stdlib", "data.sequence=256"]
+
+
 @pytest.mark.parametrize("said", sorted({*CONCRETE, *FILLED}))
 def test_commands_run(said: str, somewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by itself, from a folder with the demo's corpus: training for one step, submissions without sending them."""
@@ -206,7 +223,16 @@ def test_commands_run(said: str, somewhere: Path, monkeypatch: pytest.MonkeyPatc
         name = next(word for word in words[1:] if not word.startswith("-"))
         with contextlib.redirect_stdout(io.StringIO()):
             main(["train", "demo", f"run.name={name}", *quick])
-    if words[0] in ("plan", "generate", "eval"):  # pretends a world, or joins one, which this process is not to do
+    if words[0] == "export":
+        shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(["train", "demo", f"run.name={words[1]}", *quick])
+    if words[0] == "import":
+        words = brought(words[1], words[2:], quick)
+    if words[:2] == ["train", IMPORTED]:
+        subprocess.run([*PROGRAM, *brought("theirs", [], quick)], check=True, capture_output=True, timeout=250)
+    # These pretend a world, or join one, which this process is not to do.
+    if words[0] in ("plan", "generate", "eval", "export", "import"):
         done = subprocess.run(
             [sys.executable, "-m", "nlscale.cli", *words], capture_output=True, text=True, timeout=250
         )

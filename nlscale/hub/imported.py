@@ -18,7 +18,7 @@ from nlscale.config.nesting import registry
 from nlscale.config.read import dump, read
 from nlscale.config.run import Run
 from nlscale.data.card import Card, check_data
-from nlscale.data.tokenise import make, of_dataset
+from nlscale.data.tokenise import make, of_bytes, of_dataset
 from nlscale.hub.described import bare
 from nlscale.hub.llama import SHAPE, shape_of, strange, tensors
 from nlscale.optim.levels import identity
@@ -90,7 +90,7 @@ def fitting(source: Path, run: Run) -> list[Card]:
     require(Path(data).is_dir(), f"data.path={data}: no such folder; {how} makes it")
     cards, own, then = check_data(run.data, run.train.evaluate_rows > 0), make(str(path), ()), of_dataset(data)
     require(
-        then.tokenizer is not None and own.tokenizer is not None and bare(then.tokenizer) == bare(own.tokenizer),
+        bare(own.tokenizer or of_bytes()) == bare(then.tokenizer or of_bytes()),
         f"{data} was prepared with another tokeniser than {path}, whose tokens the network knows; with another --out, "
         f"{how} would make one that fits",
     )
