@@ -88,9 +88,7 @@ def train(sample: Iterable[str], vocabulary: int) -> Tokenizer:
 def of_bytes() -> Tokenizer:
     """The tokeniser `bytes` in the library's form: byte-level BPE that merges nothing."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = {
-        byte: 256 + i for i, byte in enumerate(b for b in range(256) if b not in shown)
-    }  # as the library spells them
+    hidden = {byte: 256 + i for i, byte in enumerate(b for b in range(256) if b not in shown)}  # the library's spelling
     vocabulary = {DOCUMENT: 0} | {chr(hidden.get(byte, byte)): byte + 1 for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed import is_initialized
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -160,9 +161,12 @@ def longer(config: NlscaleConfig) -> dict[str, Any]:
 
 @cache
 def alone() -> World:
-    """This process as a world of its own, which it joins once; the environment and what draws stay as they were."""
+    """This process as a world of its own, which it joins once; the environment and what draws stay as they were. Where it
+    has joined others already, whose every rank then loads the network, as one of them.
+    """
     before = {name: os.environ.get(name) for name in PLACES}
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    if not is_initialized():
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     drawing = torch.random.get_rng_state(), random.getstate()
     try:
         return join(Parallel(), Cluster(), 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -134,6 +135,22 @@ def test_what_no_llama_computes_is_built_by_nlscale(kind: str, trained: dict[str
     assert config["architectures"] == ["NlscaleForCausalLM"]
     assert trained[kind].folder not in json.dumps(config) and trained[kind].data.path not in json.dumps(config)
     ranks(1, both, trained[kind].folder, str(tmp_path / "out"))
+
+
+def beside(folder: str) -> tuple[int, Tensor]:
+    """Of ranks that have met before, each loads the network and reads for itself."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}.meeting", rank=rank, world_size=size)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert dist.get_rank() == rank and dist.get_world_size() == size
+    return rank, model(some_tokens() % 256 + 1).logits
+
+
+def test_ranks_that_have_met_load_it_each(trained: dict[str, Run], tmp_path: Path) -> None:
+    wrote(trained["hope"], tmp_path / "out")
+    (first, one), (second, two) = ranks(2, beside, str(tmp_path / "out"))
+    assert (first, second) == (0, 1)
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def elsewhere(folder: str) -> bool:

@@ -20,7 +20,9 @@ from nlscale.model.reader import reader
 from nlscale.model.rope import SCALINGS
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.testing import ranks
+from nlscale.train.convert import whole
 from nlscale.train.loop import train
+from nlscale.train.pieces import load, stored
 from tests.corpus import write_corpus
 from tests.foreign import (
     ROPE_INIT_FUNCTIONS,
@@ -159,6 +161,29 @@ def test_it_loses_what_transformers_loses_and_learns_from_there(dataset: str, tm
     assert abs(lost - float(theirs)) < 1e-5 * lost
     assert len(found[1]) == 6 and found[1][-1] < found[1][0]
     torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[2]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_slow_level_may_be_held_to_the_weights_that_came(dataset: str, tmp_path: Path) -> None:
+    """The import is the end of a task: anchors are what was imported, whatever the level has moved to since."""
+    folder, run = made(tmp_path / "theirs", dataset, {}), tmp_path / "run"
+    levels = "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 2, width: 0.5, anchor: 3.0}]"
+    steps = ["train.steps=4", "train.global_batch=4", "train.evaluate_rows=0", "optim.lr=0.003", "checkpoint.keep=9"]
+    assert take(folder, dataset, run, levels, *steps).code == 0
+    ranks(1, train, read(str(run / "config.yaml")))
+    name = "blocks.1.continuum.slow.up.weight"
+    came, anchor, now = (
+        whole_of(run, step, f"{kind}/{name}") for step, kind in ((0, "weights"), (4, "state.anchor"), (4, "weights"))
+    )
+    assert torch.equal(came, anchor) and not torch.equal(came, now)
+    assert not torch.equal(came, load_file(folder / "model.safetensors")["model.layers.1.mlp.up_proj.weight"][:32])
+
+
+def whole_of(run: Path, step: int, key: str) -> Tensor:
+    """A tensor of a checkpoint."""
+    path = Folder(run).checkpoint(step)
+    found = torch.empty(stored(path)[key].shape)
+    load({key: whole(found, False)}, path)
+    return found
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
