@@ -61,6 +61,7 @@ setup(
         "fla": ["fla-core>=0.6,<0.7; sys_platform == 'linux'"],
         "liger": ["liger-kernel>=0.8.5,<0.9; sys_platform == 'linux'"],
         "test": [
+            "fla-core>=0.6,<0.7; sys_platform == 'linux'",
             "liger-kernel>=0.8.5,<0.9; sys_platform == 'linux'",
             "pytest>=8",
             "pytest-timeout>=2.3",

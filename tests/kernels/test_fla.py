@@ -1,5 +1,8 @@
-"""The adapter to flash-linear-attention: its published rule, in its layout, gives what ours gives."""
+"""The adapter to flash-linear-attention: its published rule, and its kernels, interpreted, give what ours gives."""
 
+import builtins
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,6 +17,29 @@ from nlscale.config.model import Model
 from nlscale.model.linear import memory_of
 
 B, H, T, K, V = 2, 3, 12, 4, 5
+LEARNT = 1e-4  # relative, float32: spec I14
+
+
+class Count(int):
+    """A loop's counter as Triton compiles it; the interpreter counts with plain ones."""
+
+    def to(self, _: Any) -> int:
+        return int(self)
+
+
+def counted(*given: Any) -> Iterator[Count]:
+    return map(Count, builtins.range(*map(int, given)))
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """fla's chunked kernels, interpreted: with the first of the configs that it would try, as there is nothing to time."""
+    pytest.importorskip("fla")
+    chunks = import_module("fla.ops.common.chunk_delta_h")
+    autotuner = import_module("triton.runtime.autotuner").Autotuner
+    monkeypatch.setattr(chunks, "range", counted, raising=False)
+    monkeypatch.setattr(autotuner, "_bench", lambda *_, **__: [1.0, 1.0, 1.0])
+    return fla.kernel_of()
 
 
 def published(
@@ -42,9 +68,10 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def tokens(starts: Tensor | None = None) -> Tokens:
-    q, k, v = numbers(B, H, T, K), F.normalize(numbers(B, H, T, K, seed=1), dim=-1), numbers(B, H, T, V, seed=2)
-    rate, keep = torch.sigmoid(numbers(B, H, T, seed=3)), F.logsigmoid(numbers(B, H, T, seed=4))
+def tokens(starts: Tensor | None = None, length: int = T, key: int = K, value: int = V) -> Tokens:
+    q, k = numbers(B, H, length, key), F.normalize(numbers(B, H, length, key, seed=1), dim=-1)
+    v = numbers(B, H, length, value, seed=2)
+    rate, keep = torch.sigmoid(numbers(B, H, length, seed=3)), F.logsigmoid(numbers(B, H, length, seed=4))
     return Tokens(q, k, v, rate, keep, starts)
 
 
@@ -62,6 +89,23 @@ def test_its_rule_is_ours(rule: str, state: Tensor | None) -> None:
     )
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", fla.VALUES)
+def test_i14_its_kernels_are_ours(rule: str, kernel: Callable[..., Any]) -> None:
+    """Outputs, the state handed on, and every gradient; the row does not end with a chunk of its (64 tokens)."""
+    key, value = 16, 24
+    given = [x.float().requires_grad_() for x in tokens(None, 80, key, value)[:5]]
+    initial, state = (numbers(*shape, seed=5).float() for shape in ((H, value, key), (B, H, value, key)))
+    leaves, mine, theirs = [*given, state.requires_grad_()], list[Tensor](), list[Tensor]()
+    for found, (o, last) in (
+        (theirs, fla.by_fla(rule, Tokens(*given), 16, initial, state, kernel)),
+        (mine, linear_memory(rule, Tokens(*given), 16, initial, state)),
+    ):
+        told = (o * numbers(*o.shape, seed=7)).sum() + (last * numbers(*last.shape, seed=8)).sum()
+        found += [o, last, *torch.autograd.grad(told, leaves)]
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(theirs, mine, strict=True)]
+    assert len(errors) == 2 + len(leaves) and max(errors) <= LEARNT, errors
 
 
 def test_documents_are_ours() -> None:
