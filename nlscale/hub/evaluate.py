@@ -1,4 +1,4 @@
-"""`nlscale eval`: what a checkpoint's network loses on held-out rows, by the place in the row, and on what was said before.
+"""`nlscale eval`: what a checkpoint's network loses on held-out rows, by the place in the row, and what its memory can do.
 
 Rows may be longer than those of training: the corpus goes on where a row ends, so rows that follow one another are joined.
 
@@ -14,22 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nlscale.config.errors import require
 from nlscale.data.batch import to_batch
 from nlscale.data.loader import HeldOut, collate
 from nlscale.data.rows import open_rows
+from nlscale.hub.heard import answers, losses
 from nlscale.hub.opened import Source, opened
 from nlscale.model.hope import Hope
-from nlscale.model.reader import reader
 from nlscale.runtime.world import World
+from nlscale.tasks import TASKS
+from nlscale.tasks.trial import Material
 
 PARTS = 8  # of a row, whose losses are shown
-ALIVE = 2**24  # logits at a time, of this rank's part of the vocabulary
-TASKS = ("recall",)
-APART = (0, 1, 3)  # rows between what is said and the same said again
+SEED = 0  # of what tasks draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +43,17 @@ class Evaluation:
         require(self.rows >= 1, f"--rows {self.rows} must be at least 1")
         require(self.longer >= 1, f"--longer {self.longer} must be at least 1")
         for name in self.tasks:
-            require(name in TASKS, f"--tasks {name}: known are {', '.join(TASKS)}")
+            require(name in TASKS, f"--tasks {name}: known are {', '.join(TASKS)}; or all")
 
-    @property
-    def most(self) -> int:
-        """Rows of training's length that the longest row is made of."""
-        return max(self.longer, APART[-1] + 2 if "recall" in self.tasks else 1)
+    def longest(self, sequence: int) -> int:
+        """Tokens of the longest row, where training's rows have `sequence`."""
+        return max(self.longer * sequence, *(TASKS[name].tokens(sequence) for name in self.tasks), 0)
 
 
 def evaluate(source: Source, asked: Evaluation, target: str | None) -> None:
     """Prints the losses, and writes them to the JSON file `target`, on rank 0. A collective."""
-    sequence, run = source.run.data.sequence, source.long(asked.most * source.run.data.sequence)
+    sequence = source.run.data.sequence
+    run = source.long(asked.longest(sequence))
     with opened(run, source.path) as (model, world):
         document, micro = source.tokeniser.document, source.run.train.micro_batch
         found: dict[str, Any] = {"run": source.run.run.name, "step": source.step, "sequence": asked.longer * sequence}
@@ -62,8 +61,8 @@ def evaluate(source: Source, asked: Evaluation, target: str | None) -> None:
         batch = to_batch(rows, document, world.device)
         each = losses(model, batch.tokens_BT, batch.targets_BT, batch.starts_BT, micro, sequence)
         found |= {"rows": len(rows), "loss": mean(each), "by_place": by_place(each)}
-        if "recall" in asked.tasks:
-            found["recall"] = recall(model, source, world, asked.rows)
+        if asked.tasks:
+            found["tasks"] = tasks(model, source, world, asked)
     if world.leads:
         print(words(found))
         if target is not None:
@@ -103,25 +102,6 @@ def stride(count: int, rows: int) -> int:
     return step
 
 
-def losses(model: Hope, tokens: Tensor, targets: Tensor, starts: Tensor, rows: int, piece: int) -> Tensor:
-    """Loss of every target (B, T) in float64, NaN where there is none. `rows` are read at a time, `piece` tokens at once."""
-    found = []
-    for i in range(0, len(tokens), rows):
-        reading, parts = reader(model, len(tokens[i : i + rows])), []
-        for first in range(0, tokens.shape[1], piece):
-            here = slice(i, i + rows), slice(first, first + piece)
-            x, wanted = reading.read(tokens[here], starts[here]), targets[here]
-            parts.append(torch.full(wanted.shape, torch.nan, dtype=torch.float64, device=wanted.device))
-            size = max(1, ALIVE // (len(wanted) * model.head.weight.shape[0]))
-            for some in range(0, x.shape[0], size) if bool((wanted >= 0).any()) else ():
-                span = slice(some, some + size)
-                logits = reading.predicted(x[span]).permute(1, 2, 0)
-                each = F.cross_entropy(logits, wanted[:, span], reduction="none", ignore_index=-1).double()
-                parts[-1][:, span] = each.masked_fill(wanted[:, span] < 0, torch.nan)
-        found.append(torch.cat(parts, 1).cpu())
-    return torch.cat(found)
-
-
 def mean(losses_BT: Tensor) -> float:
     """Of all targets; raises UserError where there is none."""
     require(bool(losses_BT.isfinite().any()), "none of the held-out rows can be trusted: nothing is left to evaluate")
@@ -139,24 +119,16 @@ def by_place(losses_BT: Tensor) -> list[dict[str, float]]:
     ]
 
 
-def recall(model: Hope, source: Source, world: World, count: int) -> list[dict[str, float]]:
-    """Loss of rows that were said before in the same document, with none or some other rows between: a network that
-    remembers them loses less than at the first time. Raises UserError where there are too few rows to come between.
-    """
-    sequence, micro = source.run.data.sequence, source.run.train.micro_batch
-    rows, least = HeldOut(source.run.data, count, 1, world).rows()[0], APART[-1] + 1
-    require(
-        len(rows) >= least, f"--tasks recall needs {least} held-out rows, and has {len(rows)}; a larger --rows would do"
-    )
-    batch = to_batch(rows, source.tokeniser.document, world.device)
-    first = losses(model, batch.tokens_BT, batch.targets_BT, torch.zeros_like(batch.starts_BT), micro, sequence)
-    found: list[dict[str, float]] = []
-    for apart in APART:
-        between = [batch.tokens_BT.roll(-1 - i, 0) for i in range(apart)]
-        tokens = torch.cat([batch.tokens_BT, *between, batch.tokens_BT], 1)
-        targets = torch.cat([torch.full_like(tokens[:, :-sequence], -1), batch.targets_BT], 1)
-        again = losses(model, tokens, targets, torch.zeros_like(tokens, dtype=torch.bool), micro, sequence)
-        found.append({"tokens_between": apart * sequence, "loss": mean(again), "first_time": mean(first)})
+def tasks(model: Hope, source: Source, world: World, asked: Evaluation) -> list[dict[str, Any]]:
+    """What each task asks, and how much of it the network knows. Raises UserError where the held-out rows do not suffice."""
+    rows = torch.as_tensor(HeldOut(source.run.data, asked.rows, 1, world).rows()[0]).long()
+    micro, found = source.run.train.micro_batch, []
+    for name in asked.tasks:
+        generator = torch.Generator().manual_seed(SEED)
+        material = Material(rows[(rows >= 0).all(1)], source.tokeniser.document, generator)
+        for trial in TASKS[name].made(material):
+            loss, right = answers(model, trial, micro, source.run.data.sequence)
+            found += [{"task": name, **line} for line in trial.table(loss, right)]
     return found
 
 
@@ -170,10 +142,15 @@ def words(found: dict[str, Any]) -> str:
         f"{'tokens of the row':<24}{'loss':>8}",
         *(f"{each['first']:,} to {each['last']:,}".ljust(24) + f"{each['loss']:8.4f}" for each in found["by_place"]),
     ]
-    if "recall" in found:
-        lines += ["", f"{'said again after':<24}{'loss':>8}  the first time"]
-        for each in found["recall"]:
-            lines.append(
-                f"{each['tokens_between']:,} tokens".ljust(24) + f"{each['loss']:8.4f}  {each['first_time']:.4f}"
-            )
+    told = found.get("tasks", [])
+    for name in dict.fromkeys(line["task"] for line in told):
+        own = [line for line in told if line["task"] == name]
+        shares = "" if own[0]["right"] is None else "   right  guessed"
+        lines += ["", f"{name}: {TASKS[name].about}", f"{'':<44}{'loss':>8}{shares}", *map(answered, own)]
     return "\n".join(lines)
+
+
+def answered(line: dict[str, Any]) -> str:
+    """One line of a task's table."""
+    shares = "" if line["right"] is None else f"  {line['right']:6.1%}  {line['guessed']:7.1%}"
+    return f"{line['asked']:<44}{line['loss']:8.4f}{shares}"

@@ -33,11 +33,13 @@ def verbs(parent: Any) -> None:
     )
     made.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     made.add_argument("--step", type=int, help="of the checkpoint; unset: the newest")
-    made = add(parent, "eval", evaluate, "held-out loss of a checkpoint, by the place in the row; longer rows; recall")
+    made = add(
+        parent, "eval", evaluate, "held-out loss of a checkpoint, by the place in the row; longer rows; memory tasks"
+    )
     made.add_argument("recipe", metavar="RUN", help="its name or folder; then section.key=value ..., such as data.path")
     made.add_argument("--rows", type=int, help="so many held-out rows; unset: train.evaluate_rows, or 64")
     made.add_argument("--longer", type=int, default=1, metavar="K", help="rows of K times training's tokens (1)")
-    made.add_argument("--tasks", default="", help="names with commas between; recall: rows that are said again")
+    made.add_argument("--tasks", default="", help="names with commas between, or all: recall, needle, shift, ...")
     made.add_argument("--step", type=int, help="of the checkpoint; unset: the newest")
     made.add_argument("--json", help="also write it to this file")
 
@@ -62,7 +64,8 @@ def evaluate(options: argparse.Namespace) -> int:
     room = importlib.import_module("nlscale.hub.evaluate")
     source = importlib.import_module("nlscale.hub.opened").source(folder, options.step, options.overrides)
     rows = (source.run.train.evaluate_rows or 64) if options.rows is None else options.rows
-    asked = room.Evaluation(rows=rows, longer=options.longer, tasks=[name for name in options.tasks.split(",") if name])
+    names = [name for name in options.tasks.split(",") if name]
+    asked = room.Evaluation(rows=rows, longer=options.longer, tasks=list(room.TASKS) if names == ["all"] else names)
     return together(source.run.parallel.ranks, lambda: room.evaluate(source, asked, options.json))
 
 

@@ -1,4 +1,4 @@
-"""`nlscale eval`: the run's own held-out loss, again and by place; longer rows; rows that are said again."""
+"""`nlscale eval`: the run's own held-out loss, again and by place; longer rows; memory tasks."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nlscale.cli import main
 from nlscale.config.errors import UserError
 from nlscale.config.run import Run
+from nlscale.data.write import Preparation, prepare
 from nlscale.hub import evaluate
-from nlscale.hub.evaluate import Evaluation, by_place, held_out, losses, mean, stride
-from nlscale.model.hope import Hope
+from nlscale.hub.evaluate import Evaluation, by_place, held_out, mean, stride
+from nlscale.hub.heard import answers, losses
 from nlscale.runtime.folder import read_lines
+from nlscale.tasks import TASKS
+from nlscale.tasks.trial import Material
 from nlscale.testing import ranks
 from nlscale.train.loop import train
 from tests.corpus import small_run
@@ -103,40 +105,43 @@ def test_rows_are_joined_where_one_goes_on_with_the_last_token_of_the_other(
     assert (np.diff(found, axis=1) == 1).all() and found.shape[1] == 4 * longer + 1
 
 
-def test_recall_says_rows_again_after_others(
-    trained: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In one document; what counts is the second time alone."""
-    given: list[tuple[Tensor, ...]] = []
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A dataset of rows of 32 bytes, many of them different."""
+    root = tmp_path_factory.mktemp("varied")
+    texts = np.random.default_rng(0).integers(40, 120, (200, 60), dtype=np.uint8)
+    lines = [json.dumps({"text": text.tobytes().decode()}) for text in texts]
+    (root / "text.jsonl").write_text("\n".join(lines) + "\n")
+    source, out = str(root / "text.jsonl"), str(root / "out")
+    prepare(Preparation(sources=(source,), out=out, sequence=32, tokeniser="bytes", held_out=0.2))
+    return out
 
-    def lost(_: Hope, tokens: Tensor, targets: Tensor, starts: Tensor, rows: int, piece: int) -> Tensor:
-        given.append((tokens, targets, starts))
-        return torch.full(targets.shape, float(tokens.shape[1])).masked_fill(targets < 0, torch.nan)
 
-    monkeypatch.setattr(evaluate, "losses", lost)
-    file = tmp_path / "loss.json"
-
-    def asked() -> list[tuple[Tensor, ...]]:
-        assert main(["eval", trained["hope"].folder, "--tasks", "recall", "--rows", "4", "--json", str(file)]) == 0
-        return given
-
-    _, (alone, wanted, _), *again = ranks(1, asked)[0]
-    assert [each["tokens_between"] for each in json.loads(file.read_text())["recall"]] == [0, 32, 96]
-    assert [each["loss"] for each in json.loads(file.read_text())["recall"]] == [64, 96, 160]
-    for (tokens, targets, starts), between in zip(again, (0, 32, 96), strict=True):
-        assert tokens.shape == (4, 64 + between) and not starts.any()
-        assert torch.equal(tokens[:, :32], alone) and torch.equal(tokens[:, -32:], alone)
-        assert torch.equal(targets[:, -32:], wanted) and (targets[:, :-32] == -1).all()
-        for part in tokens[:, 32:-32].split(32, 1) if between else ():
-            assert not (part == alone).all(1).any() and all((row == alone).all(1).any() for row in part)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tasks_of_a_trained_run(kind: str, trained: dict[str, Run], varied: str, tmp_path: Path) -> None:
+    """Of all three kinds of readers, one on two ranks: each line is printed as it stands in the file."""
+    file = tmp_path / "tasks.json"
+    given = [trained[kind].folder, f"data.path={varied}", "--rows", "6", "--json", str(file)]
+    said = told("eval", *given, "--tasks", "all")
+    lines = json.loads(file.read_text())["tasks"]
+    assert said.code == 0 and list(dict.fromkeys(line["task"] for line in lines)) == list(TASKS)
+    for line in lines:
+        assert 0 < line["loss"] < 20 and line["answers"] >= 6
+        assert (line["right"] is None) == (line["guessed"] is None)
+        shown = next(each for each in said.out.splitlines() if each.startswith(line["asked"] + "  "))
+        assert line["right"] is None or f"{line['right']:.1%}" in said.out
+        assert len(shown) > 44
+    assert told("eval", *given, "--tasks", "needle").code == 0
+    assert json.loads(file.read_text())["tasks"] == [line for line in lines if line["task"] == "needle"]
 
 
 def test_mistakes_are_one_line(trained: dict[str, Run]) -> None:
     for given, answer in (
         (["--rows", "0"], "--rows 0 must be at least 1"),
         (["--longer", "0"], "--longer 0 must be at least 1"),
-        (["--tasks", "recal"], "--tasks recal: known are recall"),
-        (["--tasks", "recall", "--rows", "3"], "--tasks recall needs 4 held-out rows, and has 3"),
+        (["--tasks", "recal"], "--tasks recal: known are recall, needle, shift, adaptation, continual, states; or all"),
+        (["--tasks", "all"], "--tasks needs 20 different tokens, and the held-out rows have"),
+        (["--tasks", "recall", "--rows", "3"], "--tasks needs 4 held-out rows, and has 3; a larger --rows would do"),
         (["data.sequence=64"], "holds rows of 32 tokens, but data.sequence=64; data.sequence=32 would work"),
         (["--json", "/nowhere/at/all"], "--json /nowhere/at/all: No such file"),
     ):
@@ -167,6 +172,36 @@ def by_hand(run: Run) -> tuple[Tensor, Tensor]:
 def test_losses_of_parts_are_those_of_rows(said: str) -> None:
     ((found, each),) = ranks(1, by_hand, tiny(*CHUNKS, *said.split()))
     torch.testing.assert_close(found, each, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+def asked_by_hand(run: Run) -> tuple[Tensor, Tensor]:
+    """What a network answers to needles, and what its scores of whole rows say."""
+    model, _ = built(run)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(1, 128, (5, 17), generator=generator)
+    trial = TASKS["needle"].made(Material(text, 0, generator))[0]
+    loss, right = answers(model, trial, 2, 16)
+    assert right is not None and trial.choices_BTK is not None
+    heard: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, given: heard.append(given[0].detach()))
+    targets, starts = trial.targets_BT, torch.zeros_like(trial.tokens_BT, dtype=torch.bool)
+    with torch.no_grad():
+        model(trial.tokens_BT, targets, starts)
+        logits = (model.head.norm(heard[0]) @ model.head.weight.t()).transpose(0, 1)
+    found = []
+    for b, t in (trial.asked_BT >= 0).nonzero().tolist():
+        best = max(trial.choices_BTK[b, t].tolist(), key=lambda token: float(logits[b, t, token]))
+        found.append([float(-logits[b, t].log_softmax(0)[targets[b, t]]), float(best == targets[b, t])])
+    here = trial.asked_BT >= 0
+    assert len(found) == 20 and not right[~here].any() and loss[~here].isnan().all()
+    return torch.stack([loss[here], right[here].double()], 1), torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("said", ["", "model.mixer=self_modifying"])
+def test_answers_are_the_likeliest_of_the_choices(said: str) -> None:
+    ((found, each),) = ranks(1, asked_by_hand, tiny(*CHUNKS, "data.sequence=64", *said.split()))
+    torch.testing.assert_close(found, each, rtol=1e-10, atol=1e-12)
+    assert 0 < found[:, 1].mean() < 1
 
 
 def test_rows_that_cannot_be_trusted_are_no_part_of_a_mean() -> None:
