@@ -70,6 +70,15 @@ class Level:
         return self.period if self.unit == "step" else 1
 
 
+def due(level: Level, count: int, phase: int = 0, unit: Literal["step", "token"] = "step") -> bool:
+    """Whether `level` moves at the end of step `count`, from 1; of unit `token`: a row's copy of it after so many tokens.
+
+    A pure function of the count: no rank keeps a clock.
+    """
+    period = level.steps if unit == "step" else level.period
+    return not level.frozen and (count + phase) % period == 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Levels:
     """The continuum as a checked whole: a divisibility chain of periods whose widths fill the feed-forward."""

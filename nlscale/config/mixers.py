@@ -1,10 +1,12 @@
 """How a block mixes tokens: the rules for sequence memories, each with its own few settings (spec 2.6, 2.9)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import lcm
 from typing import TYPE_CHECKING, Literal
 
-from nlscale.config.errors import divisors, nearest, positive, require
+from nlscale.config.errors import UserError, divisors, nearest, positive, require
 
 if TYPE_CHECKING:
     from nlscale.config.model import Model
@@ -96,12 +98,7 @@ class SelfModifying:
                 name in MEMORIES,
                 f"model.self_modifying.written: '{name}' is no memory; choose of {', '.join(MEMORIES)}",
             )
-        makers = self.maker_chunk
-        require(
-            makers is None or (makers >= 1 and makers % self.chunk == 0),
-            f"model.self_modifying.maker_chunk={makers} must be a multiple of model.self_modifying.chunk={self.chunk}; "
-            f"{nearest(max(makers or 0, 0), self.chunk)} would work",
-        )
+        positive("model.self_modifying", maker_chunk=self.maker_chunk)
         require(
             self.hidden is None or self.hidden >= 1, f"model.self_modifying.hidden={self.hidden} must be at least 1"
         )
@@ -109,7 +106,7 @@ class SelfModifying:
     @property
     def makers(self) -> int:
         """Tokens between two moves of the makers."""
-        return self.maker_chunk or self.chunk
+        return self.chunk if self.maker_chunk is None else self.maker_chunk
 
     @property
     def vectors(self) -> tuple[str, ...]:
@@ -117,23 +114,51 @@ class SelfModifying:
         return VECTORS if self.query else VECTORS[:2]
 
 
-def chunk_of(model: "Model") -> tuple[str, int]:
-    """The setting whose chunks must divide a row, and its value; 1 where there are none."""
+def chunks_of(model: "Model") -> dict[str, int]:
+    """Settings whose chunks must divide a row, and their values; each must divide the next."""
     if model.mixer in ("linear", "delta"):
-        return "model.linear.chunk", model.linear.chunk
+        return {"model.linear.chunk": model.linear.chunk}
     if model.mixer == "written":
-        return "model.written.chunk", model.written.chunk
+        return {"model.written.chunk": model.written.chunk}
     if model.mixer.startswith("titans"):
-        return "model.titans.chunk", model.titans.chunk
+        return {"model.titans.chunk": model.titans.chunk}
     if model.mixer == "self_modifying":
-        name = "maker_chunk" if model.self_modifying.maker_chunk else "chunk"
-        return f"model.self_modifying.{name}", model.self_modifying.makers
-    return "", 1
+        settings, name = model.self_modifying, "model.self_modifying"
+        makers = {} if settings.maker_chunk is None else {f"{name}.maker_chunk": settings.maker_chunk}
+        return {f"{name}.chunk": settings.chunk, **makers}
+    return {}
+
+
+def chunk_of(model: "Model") -> tuple[str, int]:
+    """The largest of them; 1 where there are none."""
+    return [("", 1), *chunks_of(model).items()][-1]
+
+
+def fit(chunks: Iterable[int], own: int) -> bool:
+    """Whether each chunk divides the next, and the last one the `own` tokens."""
+    return all(later % chunk == 0 for chunk, later in pairwise([*chunks, own]))
+
+
+def fitting(chunks: dict[str, int], own: int) -> str:
+    """What is wrong with chunks that do not fit, and what would: another value of one of them, else of all."""
+    for name in sorted(chunks, key=lambda name: (own % chunks[name] == 0, -chunks[name])):
+        options = [d for d in divisors(own) if fit((chunks | {name: d}).values(), own)]
+        smaller = [f"{each}={chunks[each]}" for each in chunks if each != name]
+        wrong = f"does not divide the {own} tokens of a row" if own % chunks[name] else f"and {smaller[0]} do not fit"
+        if options:
+            return f"{name}={chunks[name]} {wrong}%s; {', '.join(map(str, options[-6:]))} would work"
+    whole, found = own, dict[str, int]()
+    for name in reversed(chunks):
+        whole = max(d for d in divisors(whole) if d <= max(1, chunks[name]))
+        found[name] = whole
+    given = " and ".join(f"{name}={chunk}" for name, chunk in chunks.items())
+    would = " with ".join(f"{name}={chunk}" for name, chunk in reversed(found.items()))
+    return f"{given} do not divide the {own} tokens of a row%s; {would} would work"
 
 
 def check_chunks(model: "Model", tokens: int, ranks: int) -> None:
     """Raises UserError where chunks do not divide the tokens that one rank of `ranks` context-parallel ones walks along."""
-    name, chunk = chunk_of(model)
+    chunks, (_, chunk) = chunks_of(model), chunk_of(model)
     unit = ranks * chunk if model.mixer in ("linear", "delta") else lcm(ranks, chunk)
     require(
         tokens % ranks == 0,
@@ -141,11 +166,8 @@ def check_chunks(model: "Model", tokens: int, ranks: int) -> None:
     )
     own = tokens // ranks if model.mixer in ("linear", "delta") else tokens
     where = f" on each of parallel.context={ranks} ranks" if own != tokens else ""
-    require(
-        own % chunk == 0,
-        f"{name}={chunk} does not divide the {own} tokens of a row{where}; "
-        f"{', '.join(str(d) for d in divisors(own)[-6:])} would work",
-    )
+    if not fit(chunks.values(), own):
+        raise UserError(fitting(chunks, own) % where)
     require(
         own == tokens or own >= model.linear.convolution - 1,
         f"model.linear.convolution={model.linear.convolution} reaches past the {own} tokens of the rank before{where}; "

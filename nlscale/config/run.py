@@ -84,16 +84,18 @@ class Run:
                 )
             return
         chunk, slow = levels[0].period, levels[-1].period
+        name, mixing = chunk_of(model)
+        whole = divisors(self.data.sequence)
+        multiples = [d for d in whole if d % mixing == 0]
+        fits = [d for d in multiples if all(each.period % d == 0 for each in levels[1:2])]
+        would = f"{', '.join(map(str, (fits or multiples or whole)[-6:]))} would work"
         require(
             self.data.sequence % chunk == 0,
-            f"levels.{levels[0].name}.period={chunk} tokens does not divide data.sequence={self.data.sequence}; "
-            f"{', '.join(str(d) for d in divisors(self.data.sequence)[-6:])} would work",
+            f"levels.{levels[0].name}.period={chunk} tokens does not divide data.sequence={self.data.sequence}; {would}",
         )
-        name, mixing = chunk_of(model)
         require(
             chunk % mixing == 0,
-            f"levels.{levels[0].name}.period={chunk} must be a multiple of {name}={mixing}; "
-            f"{nearest(chunk, mixing)} would work",
+            f"levels.{levels[0].name}.period={chunk} must be a multiple of {name}={mixing}; {would}",
         )
         require(
             slow <= self.data.sequence,

@@ -22,7 +22,7 @@ from nlscale_kernels.summed_loss import whole_loss
 from torch import Tensor, nn
 
 from nlscale.config.inner import Inner
-from nlscale.config.levels import Level
+from nlscale.config.levels import Level, due
 from nlscale.config.model import Model
 from nlscale.model.attention import by_math
 from nlscale.model.collectives import column, cross_entropy, from_tensor_ranks, row, to_tensor_ranks
@@ -61,7 +61,7 @@ class Rhythm:
 
     def due(self, tokens: int) -> list[Level]:
         """Levels that move when so many tokens of a row were seen: the same clock as between steps, counted in tokens."""
-        return [level for level in self.levels if tokens % level.period == 0]
+        return [level for level in self.levels if due(level, tokens, unit="token")]
 
 
 class ReadingBlock(Block):

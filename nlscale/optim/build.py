@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nlscale.config.levels import level_of
+from nlscale.config.levels import due, level_of
 from nlscale.config.optim import Optim
 from nlscale.config.run import Run
 from nlscale.optim.alone import AloneShard
 from nlscale.optim.buffers import BufferShard
 from nlscale.optim.grams import Grams
 from nlscale.optim.layout import buckets
-from nlscale.optim.levels import Group, by_group, due, groups
+from nlscale.optim.levels import Group, by_group, groups
 from nlscale.optim.mover import Moved, Mover
 from nlscale.optim.nested import Anchors
 from nlscale.optim.reduce import POLICIES, Policy

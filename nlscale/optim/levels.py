@@ -33,11 +33,6 @@ class Group:
         return f"{self.level.name}+{self.phase}" if self.phase else self.level.name
 
 
-def due(level: Level, step: int, phase: int = 0) -> bool:
-    """Whether `level` moves at the end of `step`, counted from 1. A pure function of the step: no rank keeps a clock."""
-    return not level.frozen and (step + phase) % level.steps == 0
-
-
 def phase_of(name: str, level: Level, layers: int) -> int:
     """Steps by which a leaf of block j moves early: floor(j period / layers); other leaves keep the level's beat."""
     block = re.match(r"blocks\.(\d+)\.", name)

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from nlscale.config.levels import Level
+from nlscale.config.levels import Level, due
 from nlscale.config.run import Run
 from nlscale.model.count import parameters
-from nlscale.optim.levels import due
 from nlscale.train.plot import pyplot, written
 
 SHOWN = 2  # periods of the slowest level that fits

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nlscale.config.levels import Level
+from nlscale.config.levels import Level, due
 from nlscale.config.run import Run
 from nlscale.optim.build import Optimizer
-from nlscale.optim.levels import decays, due
+from nlscale.optim.levels import decays
 from nlscale.optim.nested import SLOW
 from nlscale.optim.schedule import level_decay, level_rate
 from nlscale.parallel.apply import MicroBatch, Parallelized

@@ -60,8 +60,21 @@ REFUSED = {
     "model.inner.shared=true": "model.inner.shared=True needs a level with unit: token, such as use.levels=inside",
     "model.inner.layers=2": "model.inner.layers=2 needs a level with unit: token",
     "model.mixer=delta; parallel.context=3": "cannot be split over parallel.context=3 ranks; 192 or 384 would work",
-    "model.mixer=self_modifying; model.self_modifying.maker_chunk=96": "chunk=64; 64 or 128 would work",
+    "model.mixer=self_modifying; model.self_modifying.maker_chunk=96": (
+        "model.self_modifying.maker_chunk=96 does not divide the 256 tokens of a row; 64, 128, 256 would work"
+    ),
+    "model.mixer=self_modifying; model.self_modifying.maker_chunk=32": (
+        "model.self_modifying.chunk=64 and model.self_modifying.maker_chunk=32 do not fit; 1, 2, 4, 8, 16, 32 would work"
+    ),
+    "model.mixer=self_modifying; model.self_modifying.chunk=7; model.self_modifying.maker_chunk=128": (
+        "model.self_modifying.chunk=7 does not divide the 256 tokens of a row; 4, 8, 16, 32, 64, 128 would work"
+    ),
+    "model.mixer=self_modifying; model.self_modifying.maker_chunk=128; data.sequence=250": (
+        "model.self_modifying.chunk=64 and model.self_modifying.maker_chunk=128 do not divide the 250 tokens of a row; "
+        "model.self_modifying.chunk=25 with model.self_modifying.maker_chunk=125 would work"
+    ),
     "use.levels=inside; model.mixer=delta; model.linear.chunk=256": "a multiple of model.linear.chunk=256; 256 would",
+    "use.levels=inside; model.mixer=delta; model.linear.chunk=3": "model.linear.chunk=3 does not divide the 256 tokens",
     "use.levels=inside; data.sequence=64": "is longer than a row; data.sequence=",
     "levels=[{name: all, inner: 3.0}]": "levels.all.inner=3.0 is a factor on model.inner.lr",
     "levels=[{name: all, lr: .inf}]": "levels.all.lr=inf must be a number that has an end",
@@ -74,3 +87,29 @@ def test_what_does_not_fit_says_what_would_work(overrides: str) -> None:
     with pytest.raises(UserError) as refusal:
         read("demo", overrides.split("; "))
     assert REFUSED[overrides] in str(refusal.value)
+
+
+def named(said: str) -> list[list[str]]:
+    """What a refusal says would work, as overrides: one of several values of a setting, or several settings."""
+    wrong, would = said.removesuffix(" would work").split("; ")
+    if "=" in would:
+        return [would.split(" with ")]
+    return [[f"{wrong.split('=')[0]}={value}"] for value in would.replace(" or ", ", ").split(", ")]
+
+
+@pytest.mark.parametrize("sequence", [250, 252, 256, 97])
+@pytest.mark.parametrize("makers", [None, 1, 96, 100, 128, 500])
+@pytest.mark.parametrize("chunk", [1, 7, 24, 64, 300])
+def test_chunks_that_would_work_do(chunk: int, makers: int | None, sequence: int) -> None:
+    """Whatever is named is accepted, with everything else as it was."""
+    given = ["model.mixer=self_modifying", f"model.self_modifying.chunk={chunk}", f"data.sequence={sequence}"]
+    given += [] if makers is None else [f"model.self_modifying.maker_chunk={makers}"]
+    fits = sequence % (makers or chunk) == 0 == (makers or chunk) % chunk
+    try:
+        read("demo", given)
+    except UserError as refusal:
+        assert not fits
+        for would in named(str(refusal)):
+            assert read("demo", [*given, *would]).model.mixer == "self_modifying"
+    else:
+        assert fits

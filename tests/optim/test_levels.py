@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from nlscale.config.errors import UserError
-from nlscale.config.levels import Level, level_of, parameter_names
+from nlscale.config.levels import Level, due, level_of, parameter_names
 from nlscale.config.nesting import Learner, belongs, learners, nesting, registry
 from nlscale.config.optim import MATRIX_RULES, STATES, Optim
 from nlscale.model.count import parameters
 from nlscale.optim.layout import Kind, slots
-from nlscale.optim.levels import Group, due, groups, phase_of
+from nlscale.optim.levels import Group, groups, phase_of
 from nlscale.optim.rules import ELEMENTS, bind
 from nlscale.runtime.leaf import Leaf
 from nlscale.testing import ranks

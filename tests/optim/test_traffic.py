@@ -4,8 +4,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from nlscale.config.levels import level_of
-from nlscale.optim.levels import due
+from nlscale.config.levels import due, level_of
 from nlscale.runtime.wire import Wire
 from nlscale.testing import ranks
 from tests.optim.driver import LAYOUTS, built, usual
