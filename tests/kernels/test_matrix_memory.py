@@ -15,7 +15,7 @@ from torch import Tensor
 
 B, H = 2, 2
 TINY = Config({"V": 16}, warps=4, stages=1)
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

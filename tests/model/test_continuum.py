@@ -140,6 +140,31 @@ def test_row_31_a_level_parted_into_levels_is_the_same_function_bit_for_bit() ->
     assert torch.equal(one, three) and not torch.equal(one, moved)
 
 
+def joined() -> tuple[Tensor, Tensor, Tensor]:
+    """Losses without a level, with a new one whose output projection is zero, and with one whose is not."""
+    model, before, world = whole()
+    wider = "levels=[{name: fast, period: 1, width: 0.4}, {name: slow, period: 4, width: 0.2}, "
+    wider += "{name: long, period: 16, width: 0.2}, {name: new, period: 16, width: 0.2}]"
+    there = parallelize(tiny(wider, "model.hidden=80"), world, torch.float64)
+    with torch.no_grad():
+        for leaf in there.leaves:
+            if leaf.name in before:
+                leaf.value.copy_(before[leaf.name])
+            elif leaf.name.endswith(".down.weight"):
+                leaf.value.zero_()
+        (batch,) = micro_batches(tiny("train.global_batch=2"), 0, 0, 1)
+        found = [model(*batch), there.chunks[0](*batch)]
+        new = {leaf.name: leaf.value for leaf in there.leaves}["blocks.0.continuum.new.down.weight"]
+        new.fill_(0.1)
+        return found[0], found[1], there.chunks[0](*batch)
+
+
+def test_row_31_a_new_level_that_says_nothing_changes_no_bit() -> None:
+    """Of a float32; in float64 BLAS may add up longer sums in another order."""
+    without, new, moved = (loss.float() for loss in ranks(1, joined)[0])
+    assert torch.equal(without, new) and not torch.equal(without, moved)
+
+
 def one_level_parts() -> tuple[list[str], dict[str, int], int, float]:
     model, value, _ = whole("levels=[{name: all, period: 1, width: 1.0}]")
     run = tiny("levels=[{name: all, period: 1, width: 1.0}]")

@@ -48,7 +48,8 @@ def test_one_input_gives_the_papers_coefficient() -> None:
     rate = 3.0
     a = rate / (1 + rate * x @ x)
     expected = w @ (torch.eye(6, dtype=torch.float64) - a * torch.outer(x, x)) + a * torch.outer(u, x)
-    torch.testing.assert_close(moved(w, -torch.outer(u, x), torch.outer(x, x), rate, 1), expected)
+    found = moved(w, -torch.outer(u, x), torch.outer(x, x), rate, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 LAYOUTS = {

@@ -196,7 +196,18 @@ def moves_of_frozen(overrides: list[str]) -> bool:
         optimizer.step(step, model.forward_backward(usual(run, step, world), True)[2].long())
     optimizer.flush(4)
     changed = {leaf.name for leaf in model.leaves if not torch.equal(before[leaf.name], leaf.value)}
-    return changed == {name for name in before if ".slow." not in name}
+    return changed == {name for name in before if level_of(name, run.levels).name == "fast"}
+
+
+TRUNK = (
+    "levels=[{name: fast, period: 1, width: 0.5, match: [head.weight]}, {name: trunk, period: 1, width: 0.5, frozen: true, "
+    "match: [embed.weight, norm.weight, 'blocks.*.mix.*', 'blocks.*.continuum.norm.weight']}]"
+)
+
+
+def test_row_32_a_frozen_trunk_is_as_it_was_while_the_rest_moves() -> None:
+    """Everything but the head and half of each continuum, matched by name."""
+    assert all(ranks(2, moves_of_frozen, [TRUNK]))
 
 
 @pytest.mark.parametrize("policy", ["defer", "eager"])

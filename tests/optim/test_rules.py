@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from nlscale_kernels.associative import deep_step
 from nlscale_kernels.newton_schulz import QUINTIC
 from torch import Tensor
 
@@ -67,7 +68,7 @@ def reference(name: str, grads: list[Tensor], weight: Tensor) -> Tensor:
                 slow = slow + h.slow_momentum * window
                 direction, window = polynomial(slow, 5), torch.zeros_like(w)
         else:  # delta momentum
-            unit = g / g.square().sum().sqrt()
+            unit = g / (g.square().sum().sqrt() + 1e-7)
             m = m @ (h.momentum * torch.eye(w.shape[1]) - h.delta * unit.T @ unit) + g
             step = m
         w = (1 - rate * 0.1) * w - rate * step
@@ -93,7 +94,62 @@ def test_a_rule_is_its_equation(name: str, shape: tuple[int, int]) -> None:
         bound.step(grad.flatten(), 0.02)
     expected = reference(name, grads, weight)
     torch.set_default_dtype(torch.float32)
-    torch.testing.assert_close(bound.master.view(shape), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(bound.master.view(shape), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "size"), [("sgd", None), ("muon", 5)])
+def test_row_34_momentum_whose_output_passes_a_map_is_sgd_or_muon(name: str, size: int | None) -> None:
+    """Eq. 52 with the identity, and with Newton-Schulz (through the singular values here)."""
+    weight, *grads = random(10, 6)
+    optim = Optim(weight_decay=0.0, matrix=HYPER)
+    bound = bind(Kind(name, True), weight.flatten().clone(), optim, Level(), [Part(0, (10, 6), None)], None, {})
+    momentum, scale = torch.zeros_like(weight), 0.02 if size is None else 0.02 * 0.2 * 10**0.5
+    for grad in grads:
+        bound.step(grad.flatten(), 0.02)
+        told = lambda m: scale * (m if size is None else polynomial(m, size))  # noqa: E731
+        weight, momentum = deep_step(weight, momentum, grad, HYPER.momentum, 1.0, told)
+    torch.testing.assert_close(bound.master.view(10, 6), weight, rtol=1e-10, atol=1e-10)
+
+
+def after_another_task(name: str, rate: float, seed: int) -> float:
+    """Loss on the first task when the loss on the second has fallen to LEARNT, after TOLD steps on the first.
+
+    Least squares whose inputs span two dimensions in each task, orthogonal to those of the other (eq. 45).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0]
+    inputs = [basis[:, 2 * i : 2 * i + 2].T for i in range(2)]
+    wanted = [torch.randn(2, 3, generator=generator, dtype=torch.float64) for _ in inputs]
+    optim = Optim(weight_decay=0.0, matrix=Matrix(momentum=0.9))
+    bound = bind(
+        Kind(name, True), torch.zeros(24, dtype=torch.float64), optim, Level(), [Part(0, (3, 8), None)], None, {}
+    )
+
+    def loss(task: int) -> tuple[float, Tensor]:
+        error = inputs[task] @ bound.master.view(3, 8).T - wanted[task]
+        return float(error.square().sum() / 2), (error.T @ inputs[task]).flatten()
+
+    for _ in range(TOLD):
+        bound.step(loss(0)[1], rate)
+    before = loss(0)[0], loss(1)[0]
+    for _ in range(400):
+        bound.step(loss(1)[1], rate)
+        now = loss(0)[0], loss(1)[0]
+        if now[1] <= LEARNT:  # to where the second task's loss passes, between two steps
+            part = (before[1] - LEARNT) / (before[1] - now[1])
+            return before[0] + part * (now[0] - before[0])
+        before = now
+    raise AssertionError("never learned")
+
+
+TOLD, LEARNT = 10, 0.01
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_row_33_delta_momentum_forgets_less_of_an_orthogonal_task(seed: int) -> None:
+    """At the same loss on the second task: what the first one's gradients left in the momentum is erased sooner."""
+    delta, plain = (after_another_task(name, 0.02, seed) for name in ("delta_momentum", "sgd"))
+    assert delta < 0.7 * plain, (delta, plain)
 
 
 def test_deep_momentum_is_gradient_descent_on_its_own_loss() -> None:

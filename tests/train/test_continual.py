@@ -235,6 +235,10 @@ def test_parts_that_are_not_the_whole_are_refused(prepared: str, tmp_path: Path)
 def test_whole_layers_become_levels_by_match(prepared: str, tmp_path: Path) -> None:
     late = LEVELS % "" + ""
     levels = late[:-1] + ', {name: late, period: 16, width: 0, match: ["blocks.1.continuum.*"]}]'
-    run, event = changed(prepared, tmp_path, 1, levels)
+    unbroken = small_run(prepared, tmp_path / "unbroken")
+    ranks(1, train, unbroken)
+    run, event = changed(prepared, tmp_path / "regrouped", 1, levels)
     assert len(event["moved"]) == 3 and all("-> late period=16" in line for line in event["moved"])
     assert fired(run, "late") == [16, 30]
+    before, after = ([line["train/loss"] for line in lines(each)] for each in (unbroken, run))
+    assert after[:16] == before[:16] and after[16:] != before[16:]  # the function is kept, bit for bit

@@ -2,6 +2,7 @@
 
 from nlscale_kernels.associative.closed import (
     adam_memory,
+    deep_step,
     delta_step,
     follow_leader,
     momentum_memory,
@@ -36,6 +37,7 @@ __all__ = [
     "Signal",
     "State",
     "adam_memory",
+    "deep_step",
     "delta_step",
     "dot",
     "follow_leader",

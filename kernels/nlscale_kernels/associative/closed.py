@@ -26,6 +26,22 @@ def momentum_memory(
     return share * momentum - rate * feature(gradient)
 
 
+def deep_step(
+    weight: Tensor,
+    momentum: Tensor,
+    gradient: Tensor,
+    share: float,
+    rate: float,
+    output: Callable[[Tensor], Tensor] = lambda m: m,
+) -> tuple[Tensor, Tensor]:
+    """W <- W + f(m), m <- share m - rate g: momentum whose output passes a map f (eq. 52); the new weight and momentum.
+
+    With the identity it is SGD with momentum, with an orthogonalisation of m (Newton-Schulz) Muon.
+    """
+    momentum = momentum_memory(momentum, gradient, share, rate)
+    return weight + output(momentum), momentum
+
+
 def adam_memory(gradients_SN: Tensor, beta: float) -> Tensor:
     """argmin_m sum_i w_i |m * g_i - P|^2, element by element, w_i = (1 - beta) beta^(t - i), P = sqrt(sum w g^2).
 

@@ -23,10 +23,11 @@ def programmed(generator_FD: Tensor, x_TD: Tensor, q_TK: Tensor, rate: Tensor | 
 
     theta_t = theta_{t-1} + rate v_t k_t^T with (k_t, v_t) = phi x_t, F = K + V features; theta_0 = 0. Outputs (T, V).
     """
-    key_size = q_TK.shape[1]
-    k_TK, v_TV = (x_TD @ generator_FD.T).split([key_size, generator_FD.shape[0] - key_size], -1)
-    slow = x_TD.new_zeros(v_TV.shape[1], key_size)
-    return written_in_context(q_TK, k_TK, v_TV, slow, rate)
+    sizes = {"key": q_TK.shape[1], "value": generator_FD.shape[0] - q_TK.shape[1]}
+    generator = dict(zip(sizes, generator_FD.split(list(sizes.values())), strict=True))
+    made = [generated(generator, x, {name: (size,) for name, size in sizes.items()}) for x in x_TD]
+    k_TK, v_TV = (torch.stack([each[name] for each in made]) for name in sizes)
+    return written_in_context(q_TK, k_TK, v_TV, x_TD.new_zeros(sizes["value"], sizes["key"]), rate)
 
 
 def written_in_context(y_TK: Tensor, k_TK: Tensor, v_TV: Tensor, slow_VK: Tensor, rate: Tensor | float) -> Tensor:
