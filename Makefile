@@ -15,7 +15,7 @@ train: $(VENV)/installed
 
 # Tests that are mostly of one process go a file a core; ranks wait for each other at every collective, so that two jobs of
 # several ranks beside each other take many times as long: their tests have the machine to themselves, and so have a queue's.
-ONE := $(addprefix tests/,config data kernels model plan runtime)
+ONE := $(addprefix tests/,config data kernels model plan runtime tasks)
 BESIDE := -n logical --maxprocesses 8 --dist loadfile
 test: lint slurm
 	$(BIN)/python -m pytest $(ONE) $(BESIDE) --durations=5

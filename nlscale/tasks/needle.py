@@ -1,7 +1,7 @@
 """Needles in a haystack: four keys with a value each stand in held-out text; later the keys come again, in another order.
 
 (RULER's multi-key needles, Hsieh et al., 2024, in tokens.) What a window of attention does not reach, a memory must hold. A
-key is four tokens, so that none of them says it alone; the answer is one of the four values.
+key is three tokens, so that none of them says it alone; the answer is one of the four values.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nlscale.tasks.trial import Material, Trial, among, nowhere
 
-NEEDLES, KEY = 4, 4
+NEEDLES, KEY = 4, 3
 ABOUT = f"{NEEDLES} keys with a value each stand in text; later the keys come again"
 
 

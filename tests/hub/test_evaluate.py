@@ -140,7 +140,7 @@ def test_mistakes_are_one_line(trained: dict[str, Run]) -> None:
         (["--rows", "0"], "--rows 0 must be at least 1"),
         (["--longer", "0"], "--longer 0 must be at least 1"),
         (["--tasks", "recal"], "--tasks recal: known are recall, needle, shift, adaptation, continual, states; or all"),
-        (["--tasks", "all"], "--tasks needs 20 different tokens, and the held-out rows have"),
+        (["--tasks", "all"], "--tasks needs 32 different tokens, and the held-out rows have"),
         (["--tasks", "recall", "--rows", "3"], "--tasks needs 4 held-out rows, and has 3; a larger --rows would do"),
         (["data.sequence=64"], "holds rows of 32 tokens, but data.sequence=64; data.sequence=32 would work"),
         (["--json", "/nowhere/at/all"], "--json /nowhere/at/all: No such file"),

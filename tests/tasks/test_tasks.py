@@ -63,11 +63,11 @@ def test_a_needle_lies_so_far_back() -> None:
     """From the end of the last needle to the key that asks first; all four are asked."""
     for trial, far in zip(TASKS["needle"].made(material()), (16, 64, 192), strict=False):
         asked = (trial.asked_BT[0] >= 0).nonzero().flatten()
-        assert asked.diff().tolist() == [5, 5, 5] and asked[-1] == trial.tokens_BT.shape[1] - 2
-        first = int(asked[0]) - 3  # of the key's four tokens
+        assert asked.diff().tolist() == [4, 4, 4] and asked[-1] == trial.tokens_BT.shape[1] - 2
+        first = int(asked[0]) - 2  # of the key's three tokens
         said = trial.tokens_BT.tolist()
-        told = [next(p for p in range(first) if row[p : p + 4] == row[first : first + 4]) for row in said]
-        assert {(first - far - place) % 5 for place in told} == {0} and max(told) == first - far - 5
+        told = [next(p for p in range(first) if row[p : p + 3] == row[first : first + 3]) for row in said]
+        assert {(first - far - place) % 4 for place in told} == {0} and max(told) == first - far - 4
 
 
 def test_pairs_are_known_once_they_were_seen() -> None:
