@@ -12,7 +12,7 @@ from nlscale.testing import ranks
 @pytest.mark.matrix
 @pytest.mark.timeout(1800)
 def test_row_22_no_part_can_be_left_out() -> None:
-    """Erasing, keys, values: with half of the bench's steps and its first seed, the whole rule alone finds the second hop."""
+    """Erasing, keys, values: with half of the steps and one seed, the whole rule alone finds the second hop."""
     found = dict(side_by_side(learnt, {name: (SEEDS[0], [said], 1250) for name, said in ARMS.items()}))
     whole = found.pop(WHOLE)[1]
     assert whole > 0.95 and max(two for _, two in found.values()) < whole - 0.2, found
