@@ -143,14 +143,13 @@ def fitting(chunks: dict[str, int], own: int) -> str:
     """What is wrong with chunks that do not fit, and what would: another value of one of them, else of all."""
     for name in sorted(chunks, key=lambda name: (own % chunks[name] == 0, -chunks[name])):
         options = [d for d in divisors(own) if fit((chunks | {name: d}).values(), own)]
-        smaller = [f"{each}={chunks[each]}" for each in chunks if each != name]
-        wrong = f"does not divide the {own} tokens of a row" if own % chunks[name] else f"and {smaller[0]} do not fit"
+        others = [f"{each}={chunks[each]}" for each in chunks if each != name]
+        wrong = f"does not divide the {own} tokens of a row" if own % chunks[name] else f"and {others[0]} do not fit"
         if options:
             return f"{name}={chunks[name]} {wrong}%s; {', '.join(map(str, options[-6:]))} would work"
-    whole, found = own, dict[str, int]()
+    largest, found = own, dict[str, int]()
     for name in reversed(chunks):
-        whole = max(d for d in divisors(whole) if d <= max(1, chunks[name]))
-        found[name] = whole
+        found[name] = largest = max(d for d in divisors(largest) if d <= chunks[name])
     given = " and ".join(f"{name}={chunk}" for name, chunk in chunks.items())
     would = " with ".join(f"{name}={chunk}" for name, chunk in reversed(found.items()))
     return f"{given} do not divide the {own} tokens of a row%s; {would} would work"

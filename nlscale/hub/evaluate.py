@@ -22,10 +22,9 @@ from nlscale.data.loader import HeldOut, collate
 from nlscale.data.rows import open_rows
 from nlscale.hub.heard import answers, losses
 from nlscale.hub.opened import Source, opened
-from nlscale.model.hope import Hope
 from nlscale.runtime.world import World
 from nlscale.tasks import TASKS
-from nlscale.tasks.trial import Material
+from nlscale.tasks.trial import Material, Trial
 
 PARTS = 8  # of a row, whose losses are shown
 SEED = 0  # of what tasks draw
@@ -57,12 +56,13 @@ def evaluate(source: Source, asked: Evaluation, target: str | None) -> None:
     with opened(run, source.path) as (model, world):
         document, micro = source.tokeniser.document, source.run.train.micro_batch
         found: dict[str, Any] = {"run": source.run.run.name, "step": source.step, "sequence": asked.longer * sequence}
-        rows = held_out(source, world, asked)
+        rows, made = held_out(source, world, asked), trials(source, world, asked)
         batch = to_batch(rows, document, world.device)
         each = losses(model, batch.tokens_BT, batch.targets_BT, batch.starts_BT, micro, sequence)
         found |= {"rows": len(rows), "loss": mean(each), "by_place": by_place(each)}
-        if asked.tasks:
-            found["tasks"] = tasks(model, source, world, asked)
+        for name, trial in made:
+            lines = trial.table(*answers(model, trial, micro, sequence))
+            found.setdefault("tasks", []).extend({"task": name, **line} for line in lines)
     if world.leads:
         print(words(found))
         if target is not None:
@@ -119,16 +119,16 @@ def by_place(losses_BT: Tensor) -> list[dict[str, float]]:
     ]
 
 
-def tasks(model: Hope, source: Source, world: World, asked: Evaluation) -> list[dict[str, Any]]:
-    """What each task asks, and how much of it the network knows. Raises UserError where the held-out rows do not suffice."""
+def trials(source: Source, world: World, asked: Evaluation) -> list[tuple[str, Trial]]:
+    """Rows of every task with its name. Raises UserError where the held-out rows do not suffice."""
+    if not asked.tasks:
+        return []
+    found: list[tuple[str, Trial]] = []
     rows = torch.as_tensor(HeldOut(source.run.data, asked.rows, 1, world).rows()[0]).long()
-    micro, found = source.run.train.micro_batch, []
     for name in asked.tasks:
         generator = torch.Generator().manual_seed(SEED)
         material = Material(rows[(rows >= 0).all(1)], source.tokeniser.document, generator)
-        for trial in TASKS[name].made(material):
-            loss, right = answers(model, trial, micro, source.run.data.sequence)
-            found += [{"task": name, **line} for line in trial.table(loss, right)]
+        found += [(name, trial) for trial in TASKS[name].made(material)]
     return found
 
 

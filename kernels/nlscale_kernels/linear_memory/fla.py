@@ -23,7 +23,7 @@ def available() -> bool:
 
 
 def kernel_of() -> Kernel:
-    """Its function; importing it needs a GPU's driver."""
+    """Its function, which runs on a GPU; imported when it is asked for."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     found: Kernel = chunk_gated_delta_rule
