@@ -65,7 +65,7 @@ def evaluate(options: argparse.Namespace) -> int:
     source = importlib.import_module("nlscale.hub.opened").source(folder, options.step, options.overrides)
     rows = (source.run.train.evaluate_rows or 64) if options.rows is None else options.rows
     names = list(dict.fromkeys(name for name in options.tasks.split(",") if name))
-    asked = room.Evaluation(rows=rows, longer=options.longer, tasks=list(room.TASKS) if names == ["all"] else names)
+    asked = room.Evaluation(rows=rows, longer=options.longer, tasks=list(room.TASKS) if "all" in names else names)
     return together(source.run.parallel.ranks, lambda: room.evaluate(source, asked, options.json))
 
 
