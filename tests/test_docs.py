@@ -171,7 +171,7 @@ def test_benches_print_their_tables(said: str, somewhere: Path, monkeypatch: pyt
 def somewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the corpus that the demo's recipe names, and a run in it."""
     root = tmp_path_factory.mktemp("docs")
-    source = write_corpus(root / "in")
+    source = write_corpus(root / "in", space=" 0123456789ABCDEF")  # as many tokens as tasks ask for
     out = str(root / "corpora" / "stdlib")
     prepare(Preparation(sources=(str(source),), out=out, sequence=256, tokeniser="bytes", held_out=0.1))
     web = str(root / "corpora" / "web")
