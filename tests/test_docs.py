@@ -223,6 +223,7 @@ def test_commands_run(said: str, somewhere: Path, monkeypatch: pytest.MonkeyPatc
         name = next(word for word in words[1:] if not word.startswith("-"))
         with contextlib.redirect_stdout(io.StringIO()):
             main(["train", "demo", f"run.name={name}", *quick])
+        words += ["--rows", "6"] if words[0] == "eval" else []
     if words[0] == "export":
         shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
         with contextlib.redirect_stdout(io.StringIO()):
