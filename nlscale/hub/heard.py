@@ -48,17 +48,17 @@ def answers(model: Hope, trial: Trial, rows: int, piece: int) -> tuple[Tensor, T
     right = torch.zeros(targets.shape, dtype=torch.bool)
     for (some, span), reading, x in heard(model, tokens, torch.zeros_like(tokens, dtype=torch.bool), rows, piece):
         asked = targets[some, span] >= 0
-        wanted, states = targets[some, span][asked], x.transpose(0, 1)[asked.to(device)]
+        wanted, states = targets[some, span][asked].to(device), x.transpose(0, 1)[asked.to(device)]
         told, chosen, size = [], [], max(1, ALIVE // model.head.weight.shape[0])
         for first in range(0, len(wanted), size):
-            logits = reading.predicted(states[first : first + size, None])[:, 0].cpu().double()
-            told.append(F.cross_entropy(logits, wanted[first : first + size], reduction="none"))
+            logits = reading.predicted(states[first : first + size, None])[:, 0]
+            told.append(F.cross_entropy(logits, wanted[first : first + size], reduction="none").double())
             if trial.choices_BTK is not None:
-                choices = trial.choices_BTK[some, span][asked][first : first + size]
+                choices = trial.choices_BTK[some, span][asked][first : first + size].to(device)
                 best = logits.gather(1, choices).argmax(1, keepdim=True)
                 chosen.append(choices.gather(1, best)[:, 0] == wanted[first : first + size])
         if told:
-            loss[some, span][asked] = torch.cat(told)
+            loss[some, span][asked] = torch.cat(told).cpu()
         if chosen:
-            right[some, span][asked] = torch.cat(chosen)
+            right[some, span][asked] = torch.cat(chosen).cpu()
     return loss, None if trial.choices_BTK is None else right

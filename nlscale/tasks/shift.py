@@ -4,6 +4,8 @@ What was learned of the text misleads now; who learns while reading finds the ne
 a row's beginning shows what it costs when nothing misleads.
 """
 
+from itertools import pairwise
+
 import torch
 
 from nlscale.tasks.trial import Material, Trial, nowhere
@@ -32,7 +34,7 @@ def trial(said: torch.Tensor, first: int, how: str) -> Trial:
     names = ["before the shift"] if first else []
     asked[:, : max(0, first - 1)] = 0
     edges = [0, *(length // 2**n for n in (3, 2, 1, 0))]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         known = max(1, a)  # by the cipher: what the first one is cannot be said of any
         asked[:, first + known - 1 : first + b - 1] = len(names)
         names.append(f"tokens {known + 1:,} to {b:,} after it{how}")

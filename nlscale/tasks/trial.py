@@ -5,6 +5,7 @@ B rows, T tokens of a row, K answers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class Material:
         """T of training."""
         return self.text.shape[1] - 1
 
-    @property
+    @cached_property
     def pool(self) -> Tensor:
         """Tokens that occur in the text."""
         return torch.tensor([token for token in self.text.unique().tolist() if token != self.document])

@@ -97,9 +97,9 @@ def named(said: str) -> list[list[str]]:
     return [[f"{wrong.split('=')[0]}={value}"] for value in would.replace(" or ", ", ").split(", ")]
 
 
-@pytest.mark.parametrize("sequence", [250, 252, 256, 97])
-@pytest.mark.parametrize("makers", [None, 1, 96, 100, 128, 500])
-@pytest.mark.parametrize("chunk", [1, 7, 24, 64, 300])
+@pytest.mark.parametrize("sequence", [250, 256, 97])
+@pytest.mark.parametrize("makers", [None, 1, 96, 128])
+@pytest.mark.parametrize("chunk", [1, 7, 24, 64])
 def test_chunks_that_would_work_do(chunk: int, makers: int | None, sequence: int) -> None:
     """Whatever is named is accepted, with everything else as it was."""
     given = ["model.mixer=self_modifying", f"model.self_modifying.chunk={chunk}", f"data.sequence={sequence}"]

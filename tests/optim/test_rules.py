@@ -111,6 +111,9 @@ def test_row_34_momentum_whose_output_passes_a_map_is_sgd_or_muon(name: str, siz
     torch.testing.assert_close(bound.master.view(10, 6), weight, rtol=1e-10, atol=1e-10)
 
 
+TOLD, LEARNT = 10, 0.01  # steps on the first task; loss on the second
+
+
 def after_another_task(name: str, rate: float, seed: int) -> float:
     """Loss on the first task when the loss on the second has fallen to LEARNT, after TOLD steps on the first.
 
@@ -140,9 +143,6 @@ def after_another_task(name: str, rate: float, seed: int) -> float:
             return before[0] + part * (now[0] - before[0])
         before = now
     raise AssertionError("never learned")
-
-
-TOLD, LEARNT = 10, 0.01
 
 
 @pytest.mark.parametrize("seed", range(4))
