@@ -39,6 +39,12 @@ def test_every_test_asserts() -> None:
     assert not empty
 
 
+def test_all_tests_can_be_collected_at_once() -> None:
+    """`make matrices` and `make faults` collect every folder: where no folder is a package, names must differ."""
+    names = [path.name for path in TESTS if not (path.parent / "__init__.py").exists()]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def checks(node: ast.AST) -> bool:
     called = node.func if isinstance(node, ast.Call) else None
     name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""

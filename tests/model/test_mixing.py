@@ -167,7 +167,7 @@ REFUSED = {
     "model.mixer=delta model.linear.chunk=5": "model.linear.chunk=5 does not divide the 16 tokens of a row; 1, 2, 4, 8, 16",
     "model.mixer=titans model.titans.chunk=32": "model.titans.chunk=32 does not divide the 16 tokens",
     "model.mixer=delta model.linear.chunk=16 parallel.context=2": "the 8 tokens of a row on each of parallel.context=2",
-    "model.mixer=self_modifying model.self_modifying.chunk=4 model.self_modifying.maker_chunk=6": "must be a multiple of",
+    "model.mixer=self_modifying model.self_modifying.chunk=4 model.self_modifying.maker_chunk=6": "4, 8, 16 would work",
     "model.mixer=self_modifying parallel.tensor=8": "model.heads=4 cannot be split over",
     "parallel.context=4": "model.kv_heads=2 cannot be split over parallel.tensor x parallel.context=4",
     "parallel.context=3": "model.heads=4 cannot be split",
