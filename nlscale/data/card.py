@@ -8,6 +8,7 @@ from nlscale.config.data import Data
 from nlscale.config.errors import UserError, require
 
 NAME = "dataset.json"
+TOKENISER = "tokenizer.json"  # beside it, where the tokeniser is not `bytes`
 SPLITS = ("train", "heldout")
 
 
@@ -39,6 +40,12 @@ def load_card(folder: str) -> Card:
         return Card(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def tokeniser_file(folder: str) -> dict[str, str]:
+    """Name and text of the file that holds a dataset's tokeniser; `bytes` has none."""
+    path = Path(folder, TOKENISER)
+    return {TOKENISER: path.read_text()} if path.is_file() else {}
 
 
 def save_card(folder: Path, card: Card) -> None:

@@ -8,7 +8,7 @@ import xxhash
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nlscale.config.errors import UserError, require
-from nlscale.data.card import load_card
+from nlscale.data.card import TOKENISER, load_card
 
 DOCUMENT = "<|doc|>"
 STARTS = (DOCUMENT, "<|endoftext|>", "<|begin_of_text|>", "<s>", "</s>")  # what a given tokeniser may call it
@@ -66,9 +66,17 @@ def make(name: str, sample: Iterable[str]) -> Tokeniser:
 
 def of_dataset(folder: str) -> Tokeniser:
     """The tokeniser that a dataset was made with; raises UserError where it is not there, or is another."""
-    card, path = load_card(folder), Path(folder, "tokenizer.json")
-    made = make("bytes" if card.tokeniser == "bytes" else str(path), ())
-    require(made.digest == card.tokeniser_digest, f"{path} is not the tokeniser that {folder} was made with")
+    card = load_card(folder)
+    return kept(Path(folder), card.tokeniser, card.tokeniser_digest)
+
+
+def kept(folder: Path, name: str, digest: str) -> Tokeniser:
+    """The tokeniser in a folder of rows, or of weights that learned of them; raises UserError where it is not there, or is
+    another than its name and digest say.
+    """
+    path = folder / TOKENISER
+    made = make(name if name == "bytes" else str(path), ())
+    require(made.digest == digest, f"{path} is not the tokeniser that {folder} was made with")
     return made
 
 

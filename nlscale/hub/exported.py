@@ -20,8 +20,9 @@ from torch import Tensor
 from nlscale.config.errors import UserError, require
 from nlscale.config.levels import learning, parameter_names
 from nlscale.config.run import Run
+from nlscale.data.card import TOKENISER
 from nlscale.hub.described import own, speaking, words
-from nlscale.hub.imported import CONFIG, INDEX, ONE, TOKENISER
+from nlscale.hub.imported import CONFIG, INDEX, ONE
 from nlscale.hub.llama import described, strange, tensors
 from nlscale.hub.opened import Source, facts_of
 from nlscale.model.count import sizes

@@ -5,6 +5,7 @@ stacking, Behrouz et al., 2025, section 7.3; spec 2.5). Files of tensors are map
 is written once, and nothing of it is unpickled.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,18 @@ from nlscale.config.errors import UserError, require
 from nlscale.config.nesting import registry
 from nlscale.config.read import dump, read
 from nlscale.config.run import Run
-from nlscale.data.card import Card, check_data
+from nlscale.data.card import TOKENISER, Card, check_data, tokeniser_file
 from nlscale.data.tokenise import make, of_bytes, of_dataset
 from nlscale.hub.described import bare
 from nlscale.hub.llama import SHAPE, shape_of, strange, tensors
 from nlscale.optim.levels import identity
-from nlscale.runtime.folder import Folder, read_json
+from nlscale.runtime.folder import STATE, Folder, read_json
 from nlscale.runtime.log import Journal
 from nlscale.train.convert import WEIGHTS, put
 from nlscale.train.restore import ORIGIN
 from nlscale.train.state import beginning
 
-CONFIG, ONE, INDEX, TOKENISER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+CONFIG, ONE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FIXED = tuple(f"model.{name}" for name in (*SHAPE.values(), "kv_heads", "tied"))  # what config.json says alone
 SPARE = ("rotary_emb.inv_freq", "rotary_emb.cos_cached")  # ends of names that old folders hold beside the weights
 
@@ -51,7 +52,8 @@ def take_in(source: Path, recipe: str, overrides: Sequence[str]) -> tuple[Run, i
     }
     try:
         folder.checkpoint(0).parent.mkdir(parents=True, exist_ok=True)
-        put({f"{WEIGHTS}{name}": each for name, each in weights.items()}, facts, dump(run), folder)
+        texts = {STATE: json.dumps(facts), folder.config.name: dump(run), **tokeniser_file(run.data.sources[0].path)}
+        put({f"{WEIGHTS}{name}": each for name, each in weights.items()}, texts, folder)
     except OSError as error:
         raise UserError(f"cannot write the run folder {folder.path}: {error.strerror}") from None
     Journal(folder, True).event("import", 0, source=str(source))

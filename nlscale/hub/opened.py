@@ -14,17 +14,16 @@ from nlscale.config.errors import UserError, require
 from nlscale.config.read import read
 from nlscale.config.run import Run
 from nlscale.data.card import check_data
-from nlscale.data.tokenise import Tokeniser, of_dataset
+from nlscale.data.tokenise import Tokeniser, kept
 from nlscale.model.hope import Hope
 from nlscale.parallel.apply import Parallelized, parallelize
-from nlscale.runtime.folder import STATE, Folder, read_json
+from nlscale.runtime.folder import CONFIG, STATE, Folder, read_json
 from nlscale.runtime.leaf import Leaf
 from nlscale.runtime.world import World, join, leave
 from nlscale.train.agree import everywhere
 from nlscale.train.manifest import verify
 from nlscale.train.pieces import Pieces, load, stored
 
-CONFIG = "config.yaml"
 HERE = {  # what training may have done otherwise
     **dict.fromkeys(("parallel.pipeline", "parallel.virtual_pipeline", "parallel.context"), "1"),
     **dict.fromkeys(("parallel.sequence", "optim.second_order"), "false"),
@@ -48,6 +47,15 @@ class Source:
         rows = -(-tokens // self.run.data.sequence)  # a multiple of what it was trained on fits whatever that fitted
         return as_read(self.path, [*self.overrides, f"data.sequence={rows * self.run.data.sequence}"])
 
+    def check_rows(self) -> None:
+        """Raises UserError where the run's rows are not there, or were made with another tokeniser."""
+        dataset, card = self.run.data.sources[0].path, check_data(self.run.data, False)[0]
+        require(
+            card.tokeniser_digest == self.tokeniser.digest,
+            f"{dataset} has tokeniser {card.tokeniser} ({card.tokeniser_digest[:8]}); the checkpoint was trained with "
+            f"another ({self.tokeniser.digest[:8]}); give data.path of a dataset that was made with it",
+        )
+
 
 def source(folder: Folder, step: int | None, overrides: Sequence[str] = ()) -> Source:
     """The checkpoint of a step, None: the newest. Raises UserError where it cannot be read with."""
@@ -60,14 +68,8 @@ def source(folder: Folder, step: int | None, overrides: Sequence[str] = ()) -> S
             f"{said and said[-1]} is of training: a run is read with {key}={value}, and split by parallel.tensor alone",
         )
     run = as_read(path, overrides)
-    dataset, card = run.data.sources[0].path, check_data(run.data, False)[0]
-    then = facts_of(path)["datasets"][0]["tokeniser_digest"]
-    require(
-        card.tokeniser_digest == then,
-        f"{dataset} has tokeniser {card.tokeniser} ({card.tokeniser_digest[:8]}); the checkpoint was trained with another "
-        f"({then[:8]}); give data.path of a dataset that was made with it",
-    )
-    return Source(path, step, run, tuple(overrides), of_dataset(dataset))
+    then = facts_of(path)["datasets"][0]
+    return Source(path, step, run, tuple(overrides), kept(path, then["tokeniser"], then["tokeniser_digest"]))
 
 
 def as_read(path: Path, overrides: Sequence[str]) -> Run:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nlscale.config.errors import UserError, require
 
+CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 STATE = "train_state.json"
 
@@ -20,7 +21,7 @@ class Folder:
     @property
     def config(self) -> Path:
         """The resolved run; itself a recipe."""
-        return self.path / "config.yaml"
+        return self.path / CONFIG
 
     @property
     def metrics(self) -> Path:

@@ -24,7 +24,8 @@ from nlscale.config.errors import StoppedOnPurpose
 from nlscale.config.nesting import registry
 from nlscale.config.read import dump
 from nlscale.config.run import Run
-from nlscale.runtime.folder import MANIFEST, STATE, Folder, write_durably
+from nlscale.data.card import tokeniser_file
+from nlscale.runtime.folder import CONFIG, MANIFEST, STATE, Folder, write_durably
 from nlscale.runtime.holder import Hold
 from nlscale.runtime.log import Journal
 from nlscale.runtime.world import World
@@ -141,10 +142,11 @@ class Checkpoints:
         def conclude() -> None:
             sizes = {name: each.nbytes for name, each in stored(draft_folder).items()}
             facts = json.loads(draft.facts) | {"learners": registry(sizes, self.run)}
-            write_durably(draft_folder / STATE, json.dumps(facts))
-            write_durably(draft_folder / "config.yaml", self.config)
+            texts = {STATE: json.dumps(facts), CONFIG: self.config, **tokeniser_file(self.run.data.sources[0].path)}
+            for name, text in texts.items():
+                write_durably(draft_folder / name, text)
             files = {name: each for mine in digests for name, each in mine.items()}
-            files |= {name: digest(draft_folder / name) for name in (".metadata", STATE, "config.yaml")}
+            files |= {name: digest(draft_folder / name) for name in (".metadata", *texts)}
             write_durably(draft_folder / MANIFEST, json.dumps({"step": draft.step, "files": files}, indent=1))
             with self.hold.committing():
                 commit(draft_folder, final)

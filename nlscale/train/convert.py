@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,12 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nlscale.config.errors import UserError, require
-from nlscale.runtime.folder import MANIFEST, STATE, Folder, write_durably
+from nlscale.data.card import TOKENISER
+from nlscale.runtime.folder import CONFIG, MANIFEST, STATE, Folder, write_durably
 from nlscale.train.manifest import anew, commit, digest, verify
 from nlscale.train.pieces import Pieces, load, save, stored
 
 WEIGHTS = "weights/"
-CONFIG = "config.yaml"
+TEXTS = STATE, CONFIG, TOKENISER
 
 
 def to_file(path: Path, target: Path, weights: bool = False) -> int:
@@ -33,7 +33,7 @@ def to_file(path: Path, target: Path, weights: bool = False) -> int:
         if name.startswith(WEIGHTS) or not weights
     }
     load({name: whole(tensor, False) for name, tensor in tensors.items()}, path)
-    facts = {STATE: (path / STATE).read_text(), CONFIG: (path / CONFIG).read_text()}
+    facts = {name: (path / name).read_text() for name in TEXTS if (path / name).is_file()}
     if weights:
         tensors, facts = {name.removeprefix(WEIGHTS): each for name, each in tensors.items()}, {"format": "pt"}
     partial = target.with_name(target.name + ".partial")
@@ -53,23 +53,26 @@ def to_checkpoint(source: Path, folder: Folder) -> int:
     require(
         STATE in facts and CONFIG in facts, f"{source} holds no whole checkpoint: weights alone cannot be gone on with"
     )
-    return put(tensors, json.loads(facts[STATE]), facts[CONFIG], folder)
+    return put(tensors, {name: facts[name] for name in TEXTS if name in facts}, folder)
 
 
-def put(tensors: Mapping[str, Tensor], facts: dict[str, Any], config: str, folder: Folder) -> int:
-    """Commits a checkpoint of whole tensors to the run in `folder`; gives its step. Raises UserError where there is one."""
-    step = int(facts["step"])
+def put(tensors: Mapping[str, Tensor], texts: Mapping[str, str], folder: Folder) -> int:
+    """Commits a checkpoint of whole tensors to the run in `folder`; gives its step. `texts`: its other files by their names.
+
+    Raises UserError where there is one.
+    """
+    step = int(json.loads(texts[STATE])["step"])
     final = folder.checkpoint(step)
     require(not final.exists(), f"{final} is there already; remove it, or give another folder")
     partial = anew(final.with_name(f".{final.name}.converted.partial"))
     save({name: whole(tensor, True) for name, tensor in tensors.items()}, partial)
-    write_durably(partial / STATE, json.dumps(facts))
-    write_durably(partial / CONFIG, config)
+    for name, text in texts.items():
+        write_durably(partial / name, text)
     files = {path.name: digest(path) for path in partial.iterdir()}
     write_durably(partial / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
     commit(partial, final)
     if not folder.config.exists():
-        write_durably(folder.config, config)
+        write_durably(folder.config, texts[CONFIG])
     return step
 
 

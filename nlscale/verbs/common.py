@@ -58,7 +58,7 @@ def foreseen(recipe: str, overrides: Sequence[str]) -> tuple[Run, str]:
 def existing(run: str) -> Folder:
     """The folder of a run given by path or by name."""
     for path in (Path(run), Path("runs", run)):
-        if (path / "config.yaml").is_file():
+        if Folder(path).config.is_file():
             return Folder(path)
     raise UserError(f"no run '{run}': neither {run} nor runs/{run} holds a config.yaml")
 

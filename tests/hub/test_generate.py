@@ -112,7 +112,6 @@ MISTAKES = {
     "misspelt": (["model.widht=64"], "Key 'widht' not in 'Model'"),
     "file": (["--prompt-file", "nowhere.txt"], "--prompt-file nowhere.txt: No such file"),
     "both": (["--prompt", "a", "--prompt-file", "b"], "give one of them"),
-    "no data": (["data.path=nowhere"], "data.path=nowhere: no such folder"),
 }
 
 
