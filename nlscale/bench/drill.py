@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
+from statistics import mean, stdev
 from typing import Any, TypeVar
 
 import torch
@@ -64,6 +65,12 @@ def trained(model: Parallelized, optimizer: Optimizer, steps: int, made: Made, s
         total = model.forward_backward([(tokens, targets, torch.zeros_like(tokens, dtype=torch.bool))], True)
         optimizer.step(step, total[2].long())
         seen(step, float(total[0] / total[1]))
+
+
+def apart(values: Sequence[float], control: Sequence[float]) -> tuple[float, float]:
+    """Mean of the differences, seed by seed, and its standard error (0 of one seed)."""
+    each = [value - other for value, other in zip(values, control, strict=True)]
+    return mean(each), stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0
 
 
 def right(model: Parallelized, rows: Rows) -> Tensor:

@@ -13,12 +13,12 @@ slow copy, which has followed them half of the way (of a squared loss 1 - 1/4 wo
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from torch import Tensor
 
-from nlscale.bench.drill import Rows, alone, side_by_side, trained
+from nlscale.bench.drill import Rows, alone, apart, side_by_side, trained
 from nlscale.bench.table import Row, show
 from nlscale.config.read import read
 from nlscale.optim.build import Optimizer
@@ -215,10 +215,9 @@ def rows_for(name: str, courses: Sequence[Course], levels: Iterable[float], cont
     standard errors of the difference.
     """
     values = [each.at(level) for each, level in zip(courses, levels, strict=True)]
-    apart = [value - other for value, other in zip(values, control, strict=True)]
-    error = stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
-    unit = f"nats ({mean(apart):+.2f}, standard error {error:.2f}); {mean(each.learnt for each in courses):.3f} after A"
-    ok, target = (mean(apart) + 2 * error < 0, "< 1x by 2 errors") if name == NESTED else (True, "")
+    more, error = apart(values, control)
+    unit = f"nats ({more:+.2f}, standard error {error:.2f}); {mean(each.learnt for each in courses):.3f} after A"
+    ok, target = (more + 2 * error < 0, "< 1x by 2 errors") if name == NESTED else (True, "")
     again = mean(each.again for each in courses)
     return [
         Row(name, mean(values), unit, mean(control), mean(values) / mean(control), target, ok),

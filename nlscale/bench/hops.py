@@ -12,7 +12,7 @@ from statistics import mean, median
 
 import torch
 
-from nlscale.bench.drill import Rows, alone, right, side_by_side, trained
+from nlscale.bench.drill import Rows, alone, apart, right, side_by_side, trained
 from nlscale.bench.table import Row, show
 from nlscale.config.read import read
 from nlscale.runtime.quiet import quiet
@@ -91,5 +91,7 @@ def row(name: str, found: dict[tuple[str, int], tuple[float, float]]) -> Row:
     if name == WHOLE:
         two = median(twos)
         return Row(f"{name}, median", two, "share", median(ones), None, f">= {WANTED}", two >= WANTED)
-    most = mean(found[WHOLE, seed][1] for seed in SEEDS) - WORTH
-    return Row(f"{name}, mean", mean(twos), "share", mean(ones), None, f"<= {most:.3f}", mean(twos) <= most)
+    whole = [found[WHOLE, seed][1] for seed in SEEDS]
+    (less, error), most = apart(twos, whole), mean(whole) - WORTH
+    unit = f"share ({less:+.3f}, standard error {error:.3f})"
+    return Row(f"{name}, mean", mean(twos), unit, mean(ones), None, f"<= {most:.3f}", mean(twos) <= most)

@@ -1,7 +1,9 @@
 """The task that tells parts of HOPE apart (row 22): its rows are what they say, and no arm is passed off for another."""
 
+import pytest
 import torch
 
+from nlscale.bench.drill import apart
 from nlscale.bench.hops import ARMS, CHAINS, MODEL, SEEDS, SYMBOLS, TOKENS, WHOLE, chains, learnt, row, table
 from nlscale.config.read import read
 from nlscale.testing import ranks
@@ -37,6 +39,12 @@ def test_parts_are_held_to_what_they_are_worth() -> None:
     assert not row(WHOLE, whole | {(WHOLE, SEEDS[1]): (1.0, 0.9)}).ok
     for shares, ok in (((0.5, 0.9, 0.89), True), ((0.5, 0.96, 0.9), False)):  # the whole's mean: 0.8167
         assert row(part, whole | {(part, s): (1.0, share) for s, share in zip(SEEDS, shares, strict=True)}).ok is ok
+
+
+def test_what_a_part_is_worth_is_told_with_its_error() -> None:
+    assert apart([0.9, 0.7], [1.0, 1.0]) == pytest.approx((-0.2, 0.1)) and apart([1.0], [0.5]) == (0.5, 0.0)
+    found = {(name, seed): (1.0, 1.0 if name == WHOLE else 0.7 + 0.1 * seed) for name in ARMS for seed in SEEDS}
+    assert row("keys' memory never written", found).unit == "share (-0.100, standard error 0.058)"
 
 
 def test_the_table_has_every_arm_and_seed() -> None:
