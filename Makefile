@@ -37,7 +37,7 @@ lint: $(VENV)/tested
 
 bench: $(VENV)/installed
 	$(BIN)/nlscale bench step
-	$(BIN)/nlscale bench loader
+	$(BIN)/nlscale bench data
 	$(BIN)/nlscale bench levels
 	$(BIN)/nlscale bench memories
 

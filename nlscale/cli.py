@@ -1,25 +1,24 @@
 """nlscale: the program. A user's mistake is one line on stderr and exit code 78."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
 from nlscale.config.errors import CODES, FINISHED, code_of
 from nlscale.verbs import abroad, datasets, jobs, planning, reading, saved, training
+from nlscale.verbs.parser import Parser
 
 INTERRUPTED, UNHEARD = 130, 141  # as the shell has it of what ends by SIGINT and SIGPIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; gives the exit code."""
-    parser = build_parser()
-    options, overrides = parser.parse_known_args(arguments)
-    unknown = [word for word in overrides if "=" not in word]
-    if unknown or (overrides and not hasattr(options, "recipe")):
-        parser.error(f"unknown argument {(unknown or overrides)[0]}; overrides have the form section.key=value")
-    options.overrides = overrides
     try:
+        options, overrides = build_parser().parse_known_args(arguments)
+        unknown = [word for word in overrides if "=" not in word]
+        if unknown or (overrides and not hasattr(options, "recipe")):
+            options.parser.unknown((unknown or overrides)[0])
+        options.overrides = overrides
         return int(options.verb(options) or FINISHED)
     except tuple(CODES) as error:
         print(f"nlscale: {error}", file=sys.stderr)
@@ -31,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return UNHEARD
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Every verb and its options."""
-    parser = argparse.ArgumentParser(prog="nlscale", description="Pretraining of continuum-memory Transformers.")
+    parser = Parser(prog="nlscale", description="Pretraining of continuum-memory Transformers.")
     parent = parser.add_subparsers(required=True, metavar="VERB")
     for room in (training, planning, datasets, jobs, reading, abroad, saved):
         room.verbs(parent)

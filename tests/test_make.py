@@ -86,7 +86,7 @@ def test_targets_run(target: str, tmp_path: Path) -> None:
 def test_bench_prints_its_tables(tmp_path: Path) -> None:
     done = made("make bench", tmp_path, timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.stem for path in tmp_path.glob("*.json")} == {"step", "loader", "levels", "memories"}
+    assert {path.stem for path in tmp_path.glob("*.json")} == {"step", "data", "levels", "memories"}
 
 
 WITHOUT = pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")

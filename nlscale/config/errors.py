@@ -1,7 +1,8 @@
 """What a run's end means to whoever started it: exit codes, and the one error that is the user's to mend."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
@@ -74,6 +75,12 @@ def nearest(value: int, multiple: int) -> str:
     """The multiples on both sides of `value`, in words."""
     below = value // multiple * multiple
     return f"{below} or {below + multiple}" if below else f"{multiple}"
+
+
+def meant(said: str, known: Iterable[str]) -> str:
+    """Which of the known names is nearly what was said, in words; nothing where none is."""
+    found = get_close_matches(said, known, 1)
+    return f" (did you mean '{found[0]}'?)" if found else ""
 
 
 def divisors(value: int) -> list[int]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nlscale.config.errors import UserError, finite, require
+from nlscale.config.errors import UserError, finite, meant, require
 from nlscale.config.model import Model
 from nlscale.config.run import Run
 
@@ -85,7 +85,8 @@ def find(recipe: str) -> Path:
     for path in (Path(recipe), CONFIGS / "recipes" / f"{recipe}.yaml"):
         if path.is_file():
             return path
-    raise UserError(f"no recipe '{recipe}': neither a file nor one of {', '.join(shipped('recipes'))}")
+    known = shipped("recipes")
+    raise UserError(f"no recipe '{recipe}'{meant(recipe, known)}: neither a file nor one of {', '.join(known)}")
 
 
 def section_file(section: str, name: str) -> DictConfig:
@@ -93,7 +94,9 @@ def section_file(section: str, name: str) -> DictConfig:
     require(section in SECTIONS, f"use.{section}: sections are {', '.join(SECTIONS)}")
     if name.endswith((".yaml", ".yml")) and Path(name).is_file():
         return OmegaConf.create({section: load(Path(name))})
-    require(name in shipped(section), f"use.{section}={name}: choose from {', '.join(shipped(section)) or 'none yet'}")
+    known = shipped(section)
+    near = meant(name, known)
+    require(name in known, f"use.{section}={name}{near}: choose from {', '.join(known) or 'none yet'}, or a YAML file")
     return OmegaConf.create({section: OmegaConf.load(CONFIGS / section / f"{name}.yaml")})
 
 
@@ -105,7 +108,10 @@ def laid_out(layout: str | None, model: str, mixer: str) -> DictConfig:
     if layout is None:
         return OmegaConf.create({})
     sizes = shipped("model")
-    require(not model or model in sizes or Path(model).is_file(), f"use.model={model}: choose from {', '.join(sizes)}")
+    require(
+        not model or model in sizes or Path(model).is_file(),
+        f"use.model={model}{meant(model, sizes)}: choose from {', '.join(sizes)}",
+    )
     by_path = layout.endswith((".yaml", ".yml")) and Path(layout).is_file()
     require(
         by_path or layout in shipped("layout"),

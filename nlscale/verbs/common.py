@@ -22,7 +22,7 @@ Verb = Callable[[argparse.Namespace], int | None]
 def add(parent: Any, name: str, function: Verb, text: str) -> argparse.ArgumentParser:
     """A verb of the program, or of one of its groups."""
     made: argparse.ArgumentParser = parent.add_parser(name, help=text, description=text)
-    made.set_defaults(verb=function)
+    made.set_defaults(verb=function, parser=made)
     return made
 
 

@@ -11,7 +11,7 @@ from nlscale_launch import logs, slurm, status
 from nlscale_launch.script import Request
 from nlscale_launch.submit import Plan, named, plan, spread, submit, test_only
 
-from nlscale.config.errors import UserError, require
+from nlscale.config.errors import UserError, meant, require
 from nlscale.config.read import shipped
 from nlscale.verbs.common import add, add_recipe, existing, resolve
 
@@ -21,7 +21,7 @@ def verbs(parent: Any) -> None:
     made = add(parent, "submit", submit_run, "submit a run to Slurm, which trains it to its end over restarts")
     add_recipe(made)
     made.add_argument("--cluster", required=True, help=f"one of {', '.join(shipped('cluster'))}, or a YAML file")
-    made.add_argument("--nodes", type=int, required=True)
+    made.add_argument("--nodes", type=int, required=True, help="machines that the job asks for")
     made.add_argument("--dry-run", action="store_true", help="print the job script and write nothing")
     made.add_argument("--test-only", action="store_true", help="ask Slurm whether and when it would start")
     made.add_argument(
@@ -50,6 +50,11 @@ def submit_run(options: argparse.Namespace) -> None:
     for name in ("nodes", "array"):
         given = getattr(options, name)
         require(given > 0 or (name == "array" and given == 0), f"--{name} {given} must be at least 1")
+    known = shipped("cluster")
+    require(
+        options.cluster in known or Path(options.cluster).is_file(),
+        f"--cluster {options.cluster}{meant(options.cluster, known)}: choose from {', '.join(known)}, or a YAML file",
+    )
     require(not options.after or options.after.replace("_", "").isdigit(), f"--after {options.after}: a job's number")
     wanted = planned(options)
     if options.dry_run:

@@ -11,9 +11,9 @@ from nlscale.config.errors import require
 from nlscale.config.run import replicas
 from nlscale.runtime.folder import STATE, Folder
 from nlscale.runtime.quiet import quiet
-from nlscale.verbs.common import add, existing, foreseen, resolve
+from nlscale.verbs.common import add, existing, foreseen, resolve, writable
 
-MACHINE = ("step", "loader", "kernels", "checkpoint", "memory", "ladder")
+MACHINE = ("step", "data", "kernels", "checkpoint", "memory", "ladder")
 LEARNING = ("hops", "beyond", "states", "forgetting", "classes", "transfer")
 BENCHES = (*MACHINE, "levels", "memories", "reading", "parts", *LEARNING)
 
@@ -26,11 +26,11 @@ def verbs(parent: Any) -> None:
     made.add_argument("--levels", action="store_true", help="of a recipe or config.yaml: when its levels move")
     group = parent.add_parser("checkpoint", help="list, verify and convert checkpoints")
     saved = group.add_subparsers(required=True, metavar="VERB")
-    for name, function, text in (
-        ("list", list_checkpoints, "checkpoints of a run"),
-        ("verify", verify_checkpoints, "check every file of every checkpoint against its digest"),
-    ):
-        add(saved, name, function, text).add_argument("run", metavar="RUN")
+    made = add(saved, "list", list_checkpoints, "checkpoints of a run")
+    made.add_argument("run", metavar="RUN")
+    made.add_argument("--json", help="also write the table to this file")
+    made = add(saved, "verify", verify_checkpoints, "check every file of every checkpoint against its digest")
+    made.add_argument("run", metavar="RUN")
     made = add(saved, "convert", convert, "a run's checkpoint -> one safetensors file, or such a file -> a run folder")
     made.add_argument("source", metavar="RUN|FILE")
     made.add_argument("--out", required=True, help="the file, or the run folder")
@@ -65,17 +65,21 @@ def draw(options: argparse.Namespace) -> None:
 
 def list_checkpoints(options: argparse.Namespace) -> None:
     """`nlscale checkpoint list`."""
-    folder = existing(options.run)
+    folder, found = existing(options.run), []
+    writable(options.json)
     for step in reversed(folder.steps()):  # the newest last
         path = folder.checkpoint(step)
         facts = json.loads((path / STATE).read_text())
         size = sum(file.stat().st_size for file in path.iterdir())
-        open_levels = [name for name, steps in facts["windows"]["open"].items() if steps]
+        opened = [name for name, steps in facts["windows"]["open"].items() if steps]
+        found.append({"step": step, "tokens": facts["tokens"], "bytes": size, "open_windows": opened})
         print(
             f"step {step:8d}  {facts['tokens']:>14,} tokens  {size / 2**20:10.1f} MiB  "
-            f"open windows: {', '.join(open_levels) or 'none'}"
+            f"open windows: {', '.join(opened) or 'none'}"
         )
     learners = facts.get("learners", {}) if folder.steps() else {}  # of the newest one, said last
+    if options.json:
+        Path(options.json).write_text(json.dumps({"checkpoints": found, "learners": learners}, indent=1) + "\n")
     for name, each in sorted(learners.items(), key=lambda item: (item[1]["unit"] == "step", pace(item[1]["period"]))):
         beat = f"every {each['period']} {each['unit']}s" if each["period"] > 1 else f"every {each['unit']}"
         beat = f"moves {beat}" if each["period"] else "never moves"
