@@ -58,9 +58,11 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
+        "datasets": ["pyarrow>=17"],
         "fla": ["fla-core>=0.6,<0.7; sys_platform == 'linux'"],
         "liger": ["liger-kernel>=0.8.5,<0.9; sys_platform == 'linux'"],
         "test": [
+            "pyarrow>=17",
             "fla-core>=0.6,<0.7; sys_platform == 'linux'",
             "liger-kernel>=0.8.5,<0.9; sys_platform == 'linux'",
             "pytest>=8",

@@ -22,7 +22,7 @@ class Linear:
     chunk: int = 64  # tokens computed at once; the result does not depend on it
     convolution: int = 4  # tokens that a short causal convolution of q, k and v looks at
     rate: float = 1.0  # largest inner rate; 0: the memory stays as it began
-    kernels: Literal["own", "fla"] = "own"  # fla: delta by flash-linear-attention (pip install "nlscale[fla]")
+    kernels: Literal["own", "fla"] = "own"  # fla: delta by flash-linear-attention (pip install fla-core)
 
     def __post_init__(self) -> None:
         positive("model.linear", chunk=self.chunk, convolution=self.convolution)

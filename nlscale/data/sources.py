@@ -1,4 +1,4 @@
-"""Files -> documents: text (one document a file) and JSON lines, plain, .gz or .zst."""
+"""Files -> documents: text (one document a file) and JSON lines, plain, .gz or .zst; files of columns (columns.py)."""
 
 import glob
 import gzip
@@ -8,23 +8,25 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
 import zstandard
 
 from nlscale.config.errors import UserError, require
+from nlscale.data import columns
 
 UNIT = 2**24  # bytes of source that one unit of work covers, at most where files can be cut
 SMALLEST_UNIT = 2**20
 STDLIB = "stdlib"  # the sources of this Python's standard library
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "__pycache__"}
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".json", ".gz", ".zst")
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".json", ".gz", ".zst", columns.ARROW, columns.PARQUET)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A file, or the lines of a plain JSON-lines file that begin in bytes [start, stop)."""
+    """A file; or the lines of a plain JSON-lines file that begin in bytes [start, stop), or such blocks of columns."""
 
     path: str
     size: int
@@ -41,6 +43,8 @@ def expand(sources: Sequence[str]) -> list[Path]:
             files = [p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts)]
         elif Path(source).is_dir():
             files = [p for p in Path(source).rglob("*") if p.is_file() and p.name.lower().endswith(SUFFIXES)]
+            if any(map(columns.of_columns, files)):
+                files = columns.chosen(Path(source), files)
         else:
             files = [Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file()]
         require(bool(files), f"source '{source}' names no file that can be read as text or JSON lines")
@@ -56,7 +60,11 @@ def units(files: Sequence[Path]) -> list[list[Piece]]:
     for path, size in sizes.items():
         if path.name.lower().endswith(".jsonl") and size > limit:
             cuts = [*range(0, size, limit), size]
-            pieces += [Piece(str(path), b - a, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+            pieces += [Piece(str(path), b - a, a, b) for a, b in pairwise(cuts)]
+        elif columns.of_columns(path) and size > limit:
+            count, parts = columns.blocks(str(path)), -(-size // limit)
+            cuts = sorted({part * count // parts for part in range(parts + 1)})
+            pieces += [Piece(str(path), size * (b - a) // count, a, b) for a, b in pairwise(cuts)]
         elif size:
             pieces.append(Piece(str(path), size))
     require(bool(pieces), "the sources are empty: all files have 0 bytes")
@@ -73,6 +81,9 @@ def units(files: Sequence[Path]) -> list[list[Piece]]:
 
 def documents(piece: Piece, field: str) -> Iterator[str]:
     """The piece's documents; `field` holds the text of a JSON line. Raises UserError with the place of what is wrong."""
+    if columns.of_columns(piece.path):
+        yield from columns.texts(piece.path, piece.start, piece.stop, field)
+        return
     try:
         yield from read_documents(piece, field)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:

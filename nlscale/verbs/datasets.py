@@ -14,13 +14,16 @@ def verbs(parent: Any) -> None:
     data = parent.add_parser("data", help="prepare and verify datasets").add_subparsers(required=True, metavar="VERB")
     made = add(data, "prepare", prepare, "documents -> tokens -> packed MDS shards")
     made.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="files, folders or globs of text or JSON lines; or stdlib"
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="files, folders or globs of text, JSON lines, Parquet or Arrow; or stdlib",
     )
     made.add_argument("--out", required=True, help="folder of the dataset")
     made.add_argument("--sequence", type=int, default=2048, help="tokens a row")
     made.add_argument("--tokeniser", default="bpe:32768", help="bytes, bpe:N (trained here) or a tokenizers JSON file")
     made.add_argument("--held-out", type=float, default=0.02, help="share of the documents held out")
-    made.add_argument("--field", default="text", help="field of a JSON line that holds the text")
+    made.add_argument("--field", default="text", help="field of a JSON line, or column, that holds the text")
     made.add_argument("--workers", type=int, default=0, help="processes; 0: one a core")
     add(data, "verify", verify, "audit every shard of a dataset").add_argument("folder")
 
