@@ -21,7 +21,7 @@ def check_liger(parts: Collection[str]) -> None:
     require(not parts or torch.cuda.is_available(), f"{said} needs an NVIDIA GPU; train.liger=[] would work")
     require(
         not parts or liger.available(),
-        f'{said} needs liger-kernel: `pip install liger-kernel`; train.liger=[] would work',
+        f"{said} needs liger-kernel: `pip install liger-kernel`; train.liger=[] would work",
     )
 
 

@@ -36,7 +36,7 @@ def memory_of(model: Model) -> Memory:
     if model.linear.kernels == "own":
         return linear_memory
     require(torch.cuda.is_available(), "model.linear.kernels=fla needs an NVIDIA GPU; own would work")
-    require(fla.available(), 'model.linear.kernels=fla needs fla-core: `pip install fla-core`; own would work')
+    require(fla.available(), "model.linear.kernels=fla needs fla-core: `pip install fla-core`; own would work")
     return fla.by_fla
 
 
