@@ -18,15 +18,13 @@ from nlscale.config.ladder import rule
 from nlscale.config.read import CONFIGS, read
 from nlscale.config.run import Run
 from nlscale.model.count import parameters
-from nlscale.plan.search import Choice, accepted, assessed
+from nlscale.plan.search import LEAST, Choice, accepted, assessed
 
 SIZES = ("125m", "350m", "760m", "1.3b", "2.7b", "7b", "13b", "30b", "70b")
 COUNTS = (1, 8, 64, 512, 1024)
 CLASSES = ("h100", "h200")
 ENOUGH = 0.7
 MARGIN = 0.9
-# bytes a parameter, over all GPUs, below which nothing fits: weights and windows; all else may be on the host
-LEAST = 6
 DOUBLINGS = 7
 TRIED = 40  # layouts, until one fits the control, too
 BETTER = 0.03

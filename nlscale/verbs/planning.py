@@ -25,7 +25,7 @@ from nlscale.model.count import parameters
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.holding import carried
 from nlscale.plan.report import figures, several, text
-from nlscale.plan.search import accepted
+from nlscale.plan.search import LEAST, accepted
 from nlscale.runtime.quiet import quiet
 from nlscale.verbs.common import add, add_recipe, foreseen, writable
 
@@ -183,9 +183,9 @@ def remedy(run: Run, world: int, on: Device | None, room: float) -> str:
     """The layout that fits so many GPUs, or the number of GPUs on which one does."""
     name, memory = f"GPUs with {room / ROOM / GIB:.0f} GiB", room / ROOM
     target = on if on and on.memory <= memory else replace(on or DEVICES["h100"], name=name, memory=memory)
-    weights = (2 if run.train.precision == "bf16" else 4) * sum(parameters(run.model, run.levels).values())
+    least = LEAST * sum(parameters(run.model, run.levels).values())
     for gpus in (world, *(world * 2**n for n in range(1, 11))):
-        if weights > gpus * target.memory:
+        if least > gpus * target.memory:
             continue
         found = next(accepted(run, gpus, target, (1,)), None)  # one row a forward pass needs least
         if found and found.fits(target):

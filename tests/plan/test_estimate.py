@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from nlscale_kernels.self_modifying.given import WIDEST
@@ -120,6 +121,29 @@ def test_checkpoints_that_stay_are_counted() -> None:
 
     assert count("checkpoint.keep=3") == 4 and count("checkpoint.keep=0") == 10
     assert count("checkpoint.keep=2", "checkpoint.keep_every=50") == 5 and count("checkpoint.keep=30") == 10
+
+
+def test_checkpoints_that_do_not_fit_the_disk_are_refused_and_fewer_that_do_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ["350m-hope-attention", "--gpus", "1", "use.layout=null", "cluster.lead=100000", "run.folder=/nowhere/run"]
+    size, free = checkpoint_bytes(read(said[0], said[3:]), 1), [0.0]
+    monkeypatch.setattr("nlscale.verbs.planning.shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
+
+    def told(times: float, *more: str) -> tuple[int, str]:
+        free[0] = times * size
+        return main(["check", *said, "checkpoint.keep=5", *more]), " ".join(capsys.readouterr().out.split())
+
+    assert told(6.01)[0] == 0
+    code, words = told(3.5)
+    assert code == 78 and f"! 6 checkpoints of {size / 2**30:.1f} GiB" in words
+    assert f"do not fit the {free[0] / 2**30:.1f} GiB that are free in /; checkpoint.keep=2 would fit" in words
+    assert told(3.5, "checkpoint.keep=2")[0] == 0 and told(3.5, "checkpoint.keep=3")[0] == 78
+    code, words = told(5.99, "checkpoint.keep_every=2000")
+    assert code == 78 and "checkpoint.keep=4 checkpoint.keep_every=0 would fit" in words
+    assert told(5.99, "checkpoint.keep=4", "checkpoint.keep_every=0")[0] == 0
+    code, words = told(1.5)
+    assert code == 78 and "run.folder must lie on a larger disk" in words
 
 
 def test_everything_is_kept_on_the_host_where_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
