@@ -28,11 +28,18 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def given(momentum: bool, documents: bool, clip: bool, last: bool, sizes: tuple[int, int] = (5, 7)) -> Given:
-    """`last`: the last chunk is not written."""
-    (K, M), N, T = sizes, COUNT - last, CHUNK * COUNT
-    written = N * CHUNK
-    fresh = torch.cat([part.cumsum(-1) > 0 for part in STARTS.split(CHUNK, 1)], 1) if documents else None
+def given(
+    momentum: bool,
+    documents: bool,
+    clip: bool,
+    last: bool,
+    sizes: tuple[int, int, int] = (CHUNK, 5, 7),
+    starts: Tensor = STARTS,
+) -> Given:
+    """`last`: the last chunk is not written; `sizes`: tokens of a chunk, width of keys, units."""
+    (chunk, K, M), N = sizes, COUNT - last
+    T, written = chunk * COUNT, chunk * N
+    fresh = torch.cat([part.cumsum(-1) > 0 for part in starts.split(chunk, 1)], 1) if documents else None
     factors = torch.sigmoid(numbers(B, H, N, 4, seed=9))
     if fresh is not None:  # nothing of a momentum goes on where a document begins
         factors[..., 1:] *= live(fresh, N)
@@ -48,13 +55,14 @@ def given(momentum: bool, documents: bool, clip: bool, last: bool, sizes: tuple[
         *(0.5 * numbers(B, H, *shape, seed=10) for shape in ((M, K), (K, M))),
         *(0.1 * numbers(B, H, *shape, seed=11) if momentum else None for shape in ((M, K), (K, M))),
         *(0.5 * numbers(H, *shape, seed=12) for shape in ((M, K), (K, M))),
-        CHUNK,
+        chunk,
         1.5 if clip else 0.0,
     )
 
 
 def live(fresh: Tensor, count: int) -> Tensor:
-    return (~fresh[:, CHUNK - 1 :: CHUNK][:, :count]).double()[:, None, :, None]
+    chunk = fresh.shape[1] // COUNT
+    return (~fresh[:, chunk - 1 :: chunk][:, :count]).double()[:, None, :, None]
 
 
 def single(this: Given) -> Given:
@@ -67,7 +75,18 @@ def ends(said: tuple[Tensor, ...]) -> list[Tensor]:
 
 @pytest.mark.parametrize(("momentum", "documents", "clip", "last"), CASES)
 def test_kernels(momentum: bool, documents: bool, clip: bool, last: bool) -> None:
-    this = given(momentum, documents, clip, last)
+    equal(given(momentum, documents, clip, last))
+
+
+@pytest.mark.parametrize("sizes", [(40, 19, 33), (33, 33, 17), (16, 64, 64)])
+def test_kernels_whose_chunks_and_widths_take_several_tiles(sizes: tuple[int, int, int]) -> None:
+    starts, chunk = torch.zeros(B, sizes[0] * COUNT, dtype=torch.bool), sizes[0]
+    starts[0, [chunk // 2, 2 * chunk + 1]] = starts[1, [chunk, 2 * chunk - 1]] = True
+    equal(given(True, True, True, False, sizes, starts))
+
+
+def equal(this: Given) -> None:
+    """The kernels, interpreted, and the chunks one by one: what is said and every gradient."""
     said = resident.looped(this)
     mine = triton_backward.walked(single(this))
     for name, found, theirs in zip(mine._fields, mine, said, strict=False):
@@ -86,7 +105,7 @@ def test_kernels(momentum: bool, documents: bool, clip: bool, last: bool) -> Non
 
 @pytest.mark.parametrize(("momentum", "documents"), [(False, False), (True, True)])
 def test_operator_is_well_formed_and_twice_differentiable(momentum: bool, documents: bool) -> None:
-    this = given(momentum, documents, True, False, (2, 3))
+    this = given(momentum, documents, True, False, (CHUNK, 2, 3))
     names = [name for name in DIFFERENTIABLE if getattr(this, name) is not None]
     leaves = [getattr(this, name).requires_grad_() for name in names]
     torch.library.opcheck(

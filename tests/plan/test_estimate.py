@@ -286,7 +286,7 @@ def test_where_a_layout_does_not_suit_the_gpus_a_table_is_named_that_does(capsys
         assert "use.layout" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", [["--gpus", "64"], ["--gpus", "8", "use.layout=null"]])
+@pytest.mark.parametrize("given", [["--gpus", "64"], *(["--gpus", gpus, "use.layout=null"] for gpus in ("1", "8"))])
 def test_check_needs_no_torch_and_no_time(given: list[str]) -> None:
     """Neither where a layout fits nor where one has to be found."""
     lines = f"import sys; from nlscale.cli import main; main(['check', '70b-hope', '--gpu', 'h100', *{given}]); "
