@@ -23,7 +23,9 @@ from nlscale_kernels.linear_memory.memory import prepared
 from nlscale_kernels.linear_memory.reference import Given
 from nlscale_kernels.newton_schulz import reference
 from nlscale_kernels.newton_schulz import triton as products
+from nlscale_kernels.self_modifying import op as solve
 from nlscale_kernels.self_modifying import resident
+from nlscale_kernels.self_modifying import triton as solve_kernels
 from nlscale_kernels.self_modifying import triton_backward as walk_kernels
 from nlscale_kernels.triton_build import Config
 from nlscale_kernels.tuned import FOLDER, device_facts, file_of
@@ -138,6 +140,32 @@ def matrix_memories(
     return found
 
 
+def solves(
+    device: str, shape: tuple[int, int, int], widths: Sequence[int], arch: int, time: Callable[..., float]
+) -> list[dict[str, Any]]:
+    """The way back through the solve that memories share, in bfloat16; `shape`: rows, heads, tokens of a chunk."""
+    configs, found = [each for each in solve_kernels.GRADIENT if each.least <= arch], []
+    for width in widths:
+        generator = torch.Generator(device).manual_seed(0)
+        k, d_reach = (torch.randn(*shape, width, generator=generator, device=device) for _ in range(2))
+        erase, after, held = (torch.rand(shape, generator=generator, device=device) for _ in range(3))
+        kept = -0.1 * held.cumsum(-1)  # binary logarithm of what is left; before a token's own share and after it
+        given = solve.Given(F.normalize(k, dim=-1), erase, kept + 0.1 * held, kept, after, None)
+        wide = solve.Given._make(x if x is None else x.double() for x in given)
+        said = solve.reached(wide)
+        keys = solve.gradients(wide, said, d_reach.double()).k
+        narrow, ends = given._replace(k=given.k.bfloat16()), (said.bfloat16(), d_reach.bfloat16())
+
+        def run(config: Config, narrow: solve.Given = narrow, ends: tuple[Tensor, Tensor] = ends) -> Tensor:
+            return solve_kernels.gradients(narrow, *ends, (None, config)).k
+
+        chosen = best(configs, run, keys, time)
+        if chosen is not None:
+            found.append({"shape": {"width": width}, **chosen})
+            print(f"reach.gradients, width {width}: {chosen}")
+    return found
+
+
 def walk_of(rows: int, heads: int, chunks: int, chunk: int, width: int, device: str) -> resident.Given:
     """A random run of tokens of self-modifying Titans' main memory, with momentum and a limit, one document a row."""
     generator, tokens = torch.Generator(device).manual_seed(0), chunks * chunk
@@ -200,6 +228,7 @@ def main() -> int:
     time = triton.testing.do_bench
     found = {"symmetric_product": symmetric_products("cuda", SIDES, arch, time)}
     found |= matrix_memories("cuda", (4, 16, 4096, 64), (64, 128), arch, time)
+    found["reach.gradients"] = solves("cuda", (4, 64, 64), (32, 64, 128), arch, time)
     found |= walks("cuda", (4, 16, 8, 64), (32, 64), arch, time) if arch >= 90 else {}
     path = FOLDER / file_of(name)
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """Configs come from committed files: the nearest shape's, else the first of the kernel's list."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from nlscale_kernels import tune, tuned
 from nlscale_kernels.newton_schulz import reference, triton
+from nlscale_kernels.self_modifying import triton as solve_kernels
 from nlscale_kernels.self_modifying import triton_backward as walk_kernels
 from nlscale_kernels.triton_build import Config
 from nlscale_kernels.tuned import entries, file_of, nearest
@@ -75,6 +77,22 @@ def test_kernels_of_matrix_memory_are_tuned_one_by_one() -> None:
     assert found.keys() == {f"matrix_memory.{name}" for name in (*tune.FORWARD, *tune.BACKWARD)}
     first = {f"matrix_memory.{name}": configs[0] for name, configs in (tune.FORWARD | tune.BACKWARD).items()}
     assert all(nearest(each, CONFIGS, {"width": 16}) == first[name] for name, each in found.items())
+
+
+def test_the_way_back_through_the_solve_is_tuned() -> None:
+    times = iter((2.0, 1.0))
+    found = tune.solves("cpu", (1, 2, 24), [40], 90, lambda run: next(times))
+    assert [each["shape"] for each in found] == [{"width": 40}]
+    assert nearest(found, CONFIGS, {"width": 40}) == replace(solve_kernels.GRADIENT[1], least=80)
+
+
+def test_every_kernel_with_several_configs_is_tuned() -> None:
+    """What operators look up is what the tuned file says."""
+    source = [path.read_text() for path in Path(tune.__file__).parent.rglob("*.py")]
+    asked = {name for text in source for name in re.findall(r'(?:config_for|chosen)\("([\w.]+)"', text)}
+    written = {f"matrix_memory.{name}" for name in (*tune.FORWARD, *tune.BACKWARD)}
+    written |= {"symmetric_product", "reach.gradients", "resident.walk", "resident.gradients"}
+    assert asked == written
 
 
 def test_kernels_of_the_walk_are_tuned() -> None:

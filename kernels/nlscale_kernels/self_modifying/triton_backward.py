@@ -509,7 +509,7 @@ def shape_of(given: Given, config: Config) -> tuple[tuple[int | float, ...], dic
 
 def config_for(kernel: str, configs: list[Config], like: Tensor) -> Config:
     """The one that was tuned for the width of `like`."""
-    return SMALL if INTERPRET else chosen(f"resident.{kernel}", configs, like.device, width=like.shape[-1])
+    return SMALL if INTERPRET else chosen(kernel, configs, like.device, width=like.shape[-1])
 
 
 def walked(given: Given, config: Config | None = None) -> Walked:
@@ -517,7 +517,7 @@ def walked(given: Given, config: Config | None = None) -> Walked:
     given = ready(given)
     said, kept = torch.empty_like(given.q), given.q.new_empty(kept_by(given))
     views = parted(kept, given)
-    sizes, constants = shape_of(given, config or config_for("walk", FORWARD, given.q))
+    sizes, constants = shape_of(given, config or config_for("resident.walk", FORWARD, given.q))
     (B, H), like = given.q.shape[:2], (given.up, given.down, given.up_speed, given.down_speed)
     walk_kernel[(B * H,)](*given[:-2], said, *views, *sizes, **constants)
     ends = [
@@ -530,7 +530,7 @@ def walked(given: Given, config: Config | None = None) -> Walked:
 def gradients(given: Given, kept: Tensor, of: list[Tensor], config: Config | None = None) -> list[Tensor]:
     """As resident.backward."""
     given = ready(given)
-    sizes, constants = shape_of(given, config or config_for("gradients", BACKWARD, given.q))
+    sizes, constants = shape_of(given, config or config_for("resident.gradients", BACKWARD, given.q))
     written, (B, H) = given.write.shape[2], given.q.shape[:2]
     known = {name: getattr(given, name) for name in DIFFERENTIABLE}
     found: dict[str, Any] = {name: None if x is None else torch.empty_like(x) for name, x in known.items()}
