@@ -1,0 +1,52 @@
+"""Every operator that has a kernel, called as itself: in one graph of torch.compile, well formed, and learnt through."""
+
+import pytest
+import torch
+from nlscale_kernels.switch import OPERATORS
+from torch import Tensor
+
+from tests.operators import LEARNING, arguments, done, filled, learnt, tensors
+
+DOUBLE = torch.float64
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_it_is_compiled_whole(name: str) -> None:
+    given = arguments(name, "cpu", DOUBLE)
+    those = tensors(given)
+    torch.compiler.reset()  # the same lines are compiled for every operator
+    compiled = torch.compile(lambda *x: done(name, given, x), fullgraph=True, backend="aot_eager")
+    mine, theirs = compiled(*those), done(name, given, those)
+    assert len(mine) == len(theirs) > len(those) - (name == "level_step.momenta")
+    for x, y in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_it_is_well_formed(name: str) -> None:
+    """Its schema says what it writes to, and nothing it gives is what it was given; its shapes are known before it runs."""
+    given = arguments(name, "cpu", DOUBLE)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    said = torch.library.opcheck(OPERATORS[name], tuple(filled(given, tensors(given))), test_utils=checks)
+    assert said == dict.fromkeys(checks, "SUCCESS")
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_it_is_learnt_through_when_compiled(name: str) -> None:
+    given = arguments(name, "cpu", DOUBLE)
+    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in tensors(given)]
+    torch.compiler.reset()
+
+    def total(*those: Tensor) -> Tensor:
+        said = OPERATORS[name](*filled(given, those))
+        outs = [said] if isinstance(said, Tensor) else said
+        ends = [torch.linspace(-1, 1, x.numel(), dtype=DOUBLE).view(x.shape) for x in outs]
+        return sum(((x * end).sum() for x, end in zip(outs, ends, strict=True)), torch.zeros((), dtype=DOUBLE))
+
+    wanted = [x for x in leaves if x.requires_grad]
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    mine = [x for x in torch.autograd.grad(compiled(*leaves), wanted, allow_unused=True) if x is not None]
+    theirs = learnt(name, given, leaves)[-len(mine) :]
+    assert len(mine) >= 3 and sum(bool(x.any()) for x in mine) >= 3
+    for x, y in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
