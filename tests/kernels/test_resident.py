@@ -75,32 +75,34 @@ def ends(said: tuple[Tensor, ...]) -> list[Tensor]:
 
 @pytest.mark.parametrize(("momentum", "documents", "clip", "last"), CASES)
 def test_kernels(momentum: bool, documents: bool, clip: bool, last: bool) -> None:
-    equal(given(momentum, documents, clip, last))
+    assert worst(given(momentum, documents, clip, last))[0] <= 0
 
 
 @pytest.mark.parametrize("sizes", [(40, 19, 33), (33, 33, 17), (16, 64, 64)])
 def test_kernels_whose_chunks_and_widths_take_several_tiles(sizes: tuple[int, int, int]) -> None:
     starts, chunk = torch.zeros(B, sizes[0] * COUNT, dtype=torch.bool), sizes[0]
     starts[0, [chunk // 2, 2 * chunk + 1]] = starts[1, [chunk, 2 * chunk - 1]] = True
-    equal(given(True, True, True, False, sizes, starts))
+    assert worst(given(True, True, True, False, sizes, starts))[0] <= 0
 
 
-def equal(this: Given) -> None:
-    """The kernels, interpreted, and the chunks one by one: what is said and every gradient."""
+def worst(this: Given) -> tuple[float, str]:
+    """The kernels, interpreted, against the chunks one by one: by how much an error is above what it may be at most, 1e-5
+    of what is said and 2e-5 of gradients, and whose it is.
+    """
     said = resident.looped(this)
     mine = triton_backward.walked(single(this))
-    for name, found, theirs in zip(mine._fields, mine, said, strict=False):
-        error = float((found.double() - theirs).norm())
-        assert error <= 1e-5 * float(theirs.norm()), (name, error)
+    found = {name: (x, y, 1e-5) for name, x, y in zip(mine._fields, mine, said, strict=False)}
     of = ends(said)
     expected = resident.gradients(this, of)
-    found = triton_backward.gradients(single(this), mine.kept, [x.float() for x in of])
-    for name, d, theirs in zip(DIFFERENTIABLE, found, expected, strict=True):
+    back = triton_backward.gradients(single(this), mine.kept, [x.float() for x in of])
+    for name, d, theirs in zip(DIFFERENTIABLE, back, expected, strict=True):
         if name == "factors" and this.fresh is not None:  # those of zeros
             for each in (d, theirs):
                 each[..., 1:] *= live(this.fresh, theirs.shape[2]).to(each.dtype)
-        error = float((d.double() - theirs).norm())
-        assert d.shape == theirs.shape and error <= 2e-5 * float(theirs.norm()), (name, error)
+        assert d.shape == theirs.shape
+        found[f"d {name}"] = d, theirs, 2e-5
+    left = {name: float((x.double() - y).norm()) - limit * float(y.norm()) for name, (x, y, limit) in found.items()}
+    return max((each, name) for name, each in left.items())
 
 
 @pytest.mark.parametrize(("momentum", "documents"), [(False, False), (True, True)])
