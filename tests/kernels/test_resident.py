@@ -101,6 +101,7 @@ def worst(this: Given) -> tuple[float, str]:
                 each[..., 1:] *= live(this.fresh, theirs.shape[2]).to(each.dtype)
         assert d.shape == theirs.shape
         found[f"d {name}"] = d, theirs, 2e-5
+    assert all(bool(x.isfinite().all()) for x, _, _ in found.values())
     left = {name: float((x.double() - y).norm()) - limit * float(y.norm()) for name, (x, y, limit) in found.items()}
     return max((each, name) for name, each in left.items())
 
