@@ -87,8 +87,17 @@ def symmetric_products(
     return found
 
 
-def tokens_of(rows: int, heads: int, tokens: int, chunk: int, width: int, device: str, dtype: torch.dtype) -> Given:
-    """Random ones of the gated delta rule, one document a row."""
+def tokens_of(
+    rows: int,
+    heads: int,
+    tokens: int,
+    chunk: int,
+    width: int,
+    device: str,
+    dtype: torch.dtype,
+    rule: str = "delta",
+) -> Given:
+    """Random ones of a rule, the gated delta rule's unless it is said, one document a row."""
     generator = torch.Generator(device).manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
@@ -97,7 +106,7 @@ def tokens_of(rows: int, heads: int, tokens: int, chunk: int, width: int, device
     q, k, v = (numbers(rows, heads, tokens, width) for _ in range(3))
     rate, keep = numbers(rows, heads, tokens).sigmoid() / 2, F.logsigmoid(numbers(rows, heads, tokens) + 4)
     initial = torch.zeros(heads, width, width, device=device)
-    given, _ = prepared("delta", Tokens(q, F.normalize(k, dim=-1), v, rate, keep), chunk, initial, None)
+    given, _ = prepared(rule, Tokens(q, F.normalize(k, dim=-1), v, rate, keep), chunk, initial, None)
     return given._replace(q=given.q.to(dtype), k=given.k.to(dtype), v=given.v.to(dtype))
 
 

@@ -3,20 +3,25 @@
 On a GPU; elsewhere the table of machine code that was compiled ahead of time, and every speed is "not measured".
 """
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from nlscale_kernels import level_step, newton_schulz
 from nlscale_kernels.newton_schulz import reference
 from torch import Tensor
 
-from nlscale.bench.memory_kernels import Shape, matrix_memories, mlp_memories, walks
-from nlscale.bench.table import Row, Timer, alternating, at_least, beside, show
+from nlscale.bench.memory_kernels import Shape, between_products, matrix_memories, mlp_memories, walks
+from nlscale.bench.table import Row, Timer, alternating, at_least, show, write
 
 ROUNDS = 30
+PERIODS = (1, 4, 16, 64)
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -94,9 +99,51 @@ def levels(elements: int, device: str, timer: Timer) -> list[Row]:
         ),
         at_least("level_step, foreach AdamW, scale, cast / own", foreach, "s", own, 3.0),
         at_least("level_step, fused AdamW, scale, cast / own", fused_torch, "s", own, 1.35),
-        beside("level_step, written out and compiled by torch.compile / own", by_compiler, "s", own),
+        at_least("level_step, written out and compiled by torch.compile / own", by_compiler, "s", own, 0.97),
         at_least("level_step, all levels / one of four due", own, "s", one, 3.0),
     ]
+
+
+def continuum(elements: int, device: str, timer: Timer) -> list[Row]:
+    """Four levels of equal size that move every 1, 4, 16 and 64 steps: the mean step of one launch, whose table says which
+    are due, and of torch's foreach optimizers of those that are.
+    """
+    share = elements // len(PERIODS)
+    parameters = [torch.nn.Parameter(torch.randn(share, device=device)) for _ in PERIODS]
+    copies = [each.detach().bfloat16() for each in parameters]
+    optimizers = [torch.optim.AdamW([each], **HYPER, foreach=True) for each in parameters]  # type: ignore[arg-type]
+    master = torch.randn(len(PERIODS) * share, device=device)
+    state = [torch.randn_like(master), torch.zeros_like(master), torch.zeros_like(master), master.bfloat16()]
+    rows = level_step.table(
+        [level_step.AdamW.at(1, 1e-3, (0.9, 0.95), 1e-8, 0.1, 0.5), level_step.AdamW.rest()], master
+    )
+    place = torch.arange(-(-len(master) // level_step.BLOCK), device=device) * level_step.BLOCK // share
+
+    def theirs(due: int) -> Callable[[], None]:
+        def step() -> None:
+            for parameter, copy, optimizer in zip(parameters[:due], copies[:due], optimizers[:due], strict=True):
+                parameter.grad = copy.float().mul_(0.5)
+                optimizer.step()
+                copy.copy_(parameter.detach())
+
+        return step
+
+    def ours(due: int) -> Callable[[], object]:
+        blocks = (place >= due).int()
+        return lambda: level_step.adamw(master, *state, rows, blocks)
+
+    counts = range(1, len(PERIODS) + 1)
+    times = timer([form(due) for form in (ours, theirs) for due in counts])
+    own, foreach = (mean_step(times[start : start + len(PERIODS)]) for start in (0, len(PERIODS)))
+    periods = "/".join(map(str, PERIODS))
+    return [at_least(f"level_step, levels of {periods} steps, foreach AdamW / own, mean", foreach, "s", own, 2.2)]
+
+
+def mean_step(seconds: Sequence[float]) -> float:
+    """Of steps in which the first 1, 2, ... levels are due."""
+    last = PERIODS[-1]
+    due = [sum(step % period == 0 for period in PERIODS) for step in range(1, last + 1)]
+    return sum(seconds[count - 1] for count in due) / last
 
 
 def orthogonalisation(side: int, device: str, timer: Timer) -> list[Row]:
@@ -133,23 +180,60 @@ def products(side: int, device: str, timer: Timer) -> float:
     return side**3 / seconds
 
 
-def tables(elements: int, side: int, device: str, timer: Timer) -> list[Row]:
-    """All of them; sizes of memories follow `side`."""
-    found = levels(elements, device, timer) + orthogonalisation(side, device, timer)
-    found += matrix_memories(Shape(4, 16, side, 128), device, timer)
-    found += walks(Shape(4, 16, side // 8, 64), device, timer)
+def tables(elements: int, side: int, device: str, timer: Timer) -> Iterator[list[Row]]:
+    """All of them, an operator's at a time; sizes of memories follow `side`."""
+    yield levels(elements, device, timer)
+    yield continuum(elements, device, timer)
+    yield orthogonalisation(side, device, timer)
+    for rule in ("delta", "dgd_frozen"):
+        yield matrix_memories(Shape(4, 16, side, 128), device, timer, rule)
+    yield walks(Shape(4, 16, side // 8, 64), device, timer)
+    yield between_products(elements, device, timer)
     fastest = products(2 * side, device, timer)
     for chunk in (side // 16, side // 4, side // 2):
-        found += mlp_memories(chunk, side // 4, device, timer, fastest)
-    return found
+        yield mlp_memories(chunk, side // 4, device, timer, fastest)
 
 
 def main(target: str | None) -> int:
     """Prints the table; 0 if every target is kept."""
     if torch.cuda.is_available():
         title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, median of {ROUNDS}, cache flushed between"
-        return show(title, tables(2**28, 4096, "cuda", on_gpu), target)
+        found: list[Row] = []
+        for rows in tables(2**28, 4096, "cuda", on_gpu):
+            found += rows
+            for row in rows:
+                print(f"{row.name}: {row.value} {row.unit}, ratio {row.ratio}", flush=True)  # should it be cut short
+            if target:
+                write(found, target)
+        return show(title, found, target)
     print("Speeds: not measured, there is no NVIDIA GPU here. Machine code, compiled ahead of time:", flush=True)
+    return machine_code(target)
+
+
+def machine_code(target: str | None) -> int:
+    """Has every kernel compiled ahead of time, and writes the registers of each; 0 if all keep their budgets."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "nlscale_kernels.aot", *(["--json", target] if target else [])]
-    return subprocess.run(command, env=environment, check=False).returncode
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "built.json")
+        command = [sys.executable, "-m", "nlscale_kernels.aot", "--json", str(file)]
+        code = subprocess.run(command, env=environment, check=False).returncode
+        built = json.loads(file.read_text()) if file.is_file() else []
+    if target:
+        write([needed(**each) for each in built], target)
+    return code
+
+
+def needed(
+    operator: str,
+    kernel: str,
+    config: str,
+    arch: int,
+    registers: int,
+    spills: int,
+    shared: int,
+    faults: list[str],
+    **_: Any,
+) -> Row:
+    """One kernel's machine code as a row: `value` is its registers."""
+    unit = f"registers; {spills} bytes spilled, {shared} of shared memory{''.join(f'; {each}' for each in faults)}"
+    return Row(f"{operator} {kernel} {config} sm_{arch}", registers, unit, None, None, "its budget", not faults)

@@ -1,21 +1,30 @@
 """Kernels of memories against torch: its operators one by one, and compiled by torch.compile."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from nlscale_kernels.linear_memory import Tokens, fla, matrix_memory, reference
 from nlscale_kernels.linear_memory.reference import Given
-from nlscale_kernels.mlp_memory import Net, gathered
+from nlscale_kernels.mlp_memory import Net, Step, gathered
+from nlscale_kernels.mlp_memory import op as mlp_memory
 from nlscale_kernels.mlp_memory import reference as plain
+from nlscale_kernels.mlp_memory import step as memory_step
+from nlscale_kernels.mlp_memory.glue import TORCH
+from nlscale_kernels.mlp_memory.step import stepped
 from nlscale_kernels.self_modifying import resident
 from nlscale_kernels.tune import tokens_of, walk_of
 from torch import Tensor
 
-from nlscale.bench.table import Row, Timer, at_least
+from nlscale.bench.table import Row, Timer, at_least, beside
 
 CHUNK = 64  # of the matrix memory
+SLOWER = 1.10  # than flash-linear-attention's delta rule, that ours with frozen gradients may be at most
+RATE = 100.0  # 1e12 operations a second of the rule forward
+NAMES = {"delta": "delta rule", "dgd_frozen": "DGD with gradients at the chunk's anchor"}
+LARGE = {1024: 0.45, 2048: 0.58}  # tokens of a write: share of the rate of one large product
 
 
 class Shape(NamedTuple):
@@ -27,11 +36,11 @@ class Shape(NamedTuple):
     width: int
 
 
-def matrix_memories(shape: Shape, device: str, timer: Timer) -> list[Row]:
-    """The gated delta rule: forward alone, and with backward."""
+def matrix_memories(shape: Shape, device: str, timer: Timer, rule: str = "delta") -> list[Row]:
+    """The gated delta rule, or DGD with gradients at the chunk's anchor: forward alone, and with backward."""
     rows, heads, tokens, width = shape
     narrow = torch.bfloat16 if device == "cuda" else torch.float32
-    given = tokens_of(rows, heads, tokens, min(CHUNK, tokens), width, device, narrow)
+    given = tokens_of(rows, heads, tokens, min(CHUNK, tokens), width, device, narrow, rule)
     wanted = [x.requires_grad_() for x in given if isinstance(x, Tensor)]
     d_o, d_last = torch.randn_like(given.v), torch.randn_like(given.state)
 
@@ -55,32 +64,44 @@ def matrix_memories(shape: Shape, device: str, timer: Timer) -> list[Row]:
     own, eager, fast, own_both, eager_both, fast_both = timer(
         [make(form) for make in (forward, both) for form in forms]
     )
-    beside = [by_fla(shape, device)] if device == "cuda" and fla.available() else []
-    name = f"delta rule, {rows} x {heads} x {tokens} x {width}"
+    name = f"{NAMES[rule]}, {rows} x {heads} x {tokens} x {width}"
     multiplied = rows * heads * tokens * (3 * width**2 + 5 * CHUNK * width + CHUNK**2)
-    said = f" ({multiplied / own / 1e12:.0f}T multiplications/s)"
+    rate = 2 * multiplied / own / 1e12
+    theirs = timer(by_fla(shape, device)) if device == "cuda" and fla.available() else []
+    least = 0.95 if rule == "delta" else 1 / SLOWER
     return [
-        at_least(f"{name}, torch / own{said}", eager, "s", own, 10.0),
+        at_least(f"{name}, torch / own", eager, "s", own, 10.0),
         at_least(f"{name}, torch.compile / own", fast, "s", own, 4.0),
         at_least(f"{name}, with backward, torch / own", eager_both, "s", own_both, 8.0),
         at_least(f"{name}, with backward, torch.compile / own", fast_both, "s", own_both, 3.0),
-        *(at_least(f"{name}, flash-linear-attention / own", theirs, "s", own, 0.95) for theirs in timer(beside)),
+        Row(f"{name}, operations", rate, "1e12 a second", None, None, f">= {RATE:g}", rate >= RATE),
+        *(
+            at_least(f"{name}{more}, flash-linear-attention's delta rule / own", fla_took, "s", own_took, least)
+            for more, fla_took, own_took in zip(("", ", with backward"), theirs, (own, own_both), strict=False)
+        ),
     ]
 
 
-def by_fla(shape: Shape, device: str, kernel: fla.Kernel | None = None) -> Callable[[], Any]:
-    """The delta rule forward as flash-linear-attention has it; `kernel`: its function, None: as installed."""
+def by_fla(shape: Shape, device: str, kernel: fla.Kernel | None = None) -> list[Callable[[], Any]]:
+    """The delta rule forward, and with backward, as flash-linear-attention has it; `kernel`: its function, None: as
+    installed.
+    """
     rows, heads, tokens, width = shape
     q, k, v = torch.randn(3, rows, heads, tokens, width, device=device).unbind(0)
     rate, log_keep = torch.rand(2, rows, heads, tokens, device=device).unbind(0)
-    given = Tokens(q, F.normalize(k, dim=-1), v, rate, -log_keep / 16)
+    each = (q, F.normalize(k, dim=-1), v, rate, -log_keep / 16)
+    leaves = [x.detach().requires_grad_() for x in each]
     initial = torch.zeros(heads, width, width, device=device)
 
-    def run() -> Any:
+    def forward() -> Any:
         with torch.no_grad():
-            return fla.by_fla("delta", given, CHUNK, initial, kernel=kernel)
+            return fla.by_fla("delta", Tokens(*each), CHUNK, initial, kernel=kernel)
 
-    return run
+    def both() -> Any:
+        o, _ = fla.by_fla("delta", Tokens(*leaves), CHUNK, initial, kernel=kernel)
+        return torch.autograd.grad(o, leaves, v, allow_unused=True)
+
+    return [forward, both]
 
 
 def mlp_memories(chunk: int, width: int, device: str, timer: Timer, fastest: float) -> list[Row]:
@@ -117,12 +138,54 @@ def mlp_memories(chunk: int, width: int, device: str, timer: Timer, fastest: flo
     leaves = [x.requires_grad_() for x in (*net, key, target, weight)]
     own_both, plainly_both = timer([both(gathered), both(plain.gathered)])
     name, rate = f"writes of {chunk} tokens, SwiGLU memory {width} x {width}", 4 * chunk * 9 * width**2 / own
-    share = at_least(f"{name}, share of a product's rate", rate / 1e12, "T/s", fastest / 1e12, 0.45)
+    said = f"{name}, share of a product's rate", rate / 1e12, "T/s", fastest / 1e12
     return [
         at_least(f"{name}, torch / own", plainly, "s", own, 1.8 if chunk <= 1024 else 1.4),
-        at_least(f"{name}, torch.compile / own", fast, "s", own, 1.10),
+        at_least(f"{name}, torch.compile / own", fast, "s", own, 1.15 if chunk <= 256 else 1.10),
         at_least(f"{name}, with backward, torch / own", plainly_both, "s", own_both, 1.0),
-        *([share] if chunk >= 1024 else []),
+        at_least(*said, LARGE[chunk]) if chunk in LARGE else beside(*said),
+    ]
+
+
+def between_products(elements: int, device: str, timer: Timer) -> list[Row]:
+    """What is as fast as memory: the derivative of SwiGLU units, and the step of memories' weights, momentum and limit
+    included; bytes that must be moved a second, of those of a copy.
+    """
+    narrow = torch.bfloat16 if device == "cuda" else torch.float32
+    units = max(elements // 2**15, 1)
+    before, inward = (torch.randn(4, 4, 1, units, columns, device=device).to(narrow) for columns in (4096, 2048))
+    state, speed, written = (torch.randn(4, 4, 1, max(elements // 2**14, 1), 1024, device=device) for _ in range(3))
+    factors = torch.rand(2, 4, 4, device=device).unbind(0)
+    step = Step(state, speed, written, None, factors[0], factors[1], None, -1.0, 1.0)
+    plainly, moved = TORCH["swiglu"], partial(stepped, step)
+    compiled = torch.compile if device == "cuda" else lambda form: form
+    source = torch.randn(elements, device=device)
+    target = torch.empty_like(source)
+    forms = {
+        "swiglu": lambda: mlp_memory.returned(before, inward, None, "swiglu"),
+        "swiglu by torch": lambda: plainly.returned(before, inward),
+        "swiglu compiled": compiled(lambda: plainly.returned(before, inward)),
+        "step": lambda: memory_step.forward(*step),
+        "step by torch": moved,
+        "step compiled": compiled(moved),
+        "copy": lambda: target.copy_(source),
+    }
+    with torch.no_grad():
+        took = dict(zip(forms, timer(list(forms.values())), strict=True))
+    copying = 2 * source.nbytes / took["copy"] / 1e12
+    rates = {
+        "swiglu": (2 * before.nbytes + inward.nbytes) / took["swiglu"] / 1e12,
+        "step": 5 * state.nbytes / took["step"] / 1e12,
+    }
+    said = {"swiglu": "derivative of SwiGLU units", "step": "step of memories' weights"}
+    return [
+        row
+        for name, (eager, fast) in {"swiglu": (3.0, 0.97), "step": (2.5, 1.15)}.items()
+        for row in (
+            at_least(f"{said[name]}, torch / own", took[f"{name} by torch"], "s", took[name], eager),
+            at_least(f"{said[name]}, torch.compile / own", took[f"{name} compiled"], "s", took[name], fast),
+            at_least(f"{said[name]}, bytes a second / a copy's", rates[name], "TB/s", copying, 0.9),
+        )
     ]
 
 
