@@ -135,3 +135,11 @@ def test_bad_arguments_are_named(change: dict[str, Any], words: str) -> None:
     given: dict[str, Any] = {"x_KNM": numbers(1, 3, 4), "y_KNM": numbers(1, 3, 4)}
     with pytest.raises(ValueError, match=words):
         op.symmetric_product(**(given | change))
+
+
+def test_what_a_gpu_has_no_kernel_for_is_named_or_the_references() -> None:
+    on_gpu = op.symmetric_product._backend_fns["cuda"]
+    x = numbers(1, 3, 4)
+    torch.testing.assert_close(on_gpu(x, x), x @ x.mT)
+    with pytest.raises(ValueError, match="no kernel for torch.float32; torch.bfloat16 or torch.float16 would do"):
+        on_gpu(x.float(), x.float())

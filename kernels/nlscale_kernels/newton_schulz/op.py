@@ -9,7 +9,7 @@ from nlscale_kernels.arguments import check
 from nlscale_kernels.newton_schulz import reference
 from nlscale_kernels.newton_schulz.reference import by_gram, direct, multiplications
 
-DTYPES = (torch.bfloat16, torch.float16)  # that the kernel takes; wider ones are multiplied by torch
+DTYPES = (torch.bfloat16, torch.float16)  # that the kernel takes; float64 is the reference's, on a GPU too
 NARROWEST = 256  # rows below which the Gram form's square products do not fill a GPU
 
 
@@ -27,8 +27,13 @@ def _(x_KNM: Tensor, y_KNM: Tensor, add_KNN: Tensor | None = None, alpha: float 
     from nlscale_kernels.newton_schulz import triton
 
     _check(x_KNM, y_KNM, add_KNN)
-    if x_KNM.dtype not in DTYPES:
+    if x_KNM.dtype == torch.float64:
         return reference.symmetric_product(x_KNM, y_KNM, add_KNN, alpha, beta)
+    check(
+        x_KNM.dtype in DTYPES,
+        f"symmetric_product: no kernel for {x_KNM.dtype}; {' or '.join(map(str, DTYPES))} would do, or "
+        "train.kernels=reference",
+    )
     return triton.symmetric_product(x_KNM, y_KNM, add_KNN, alpha, beta)
 
 
