@@ -1,4 +1,4 @@
-"""The ledger of a run's time: hand-made records whose seconds are known, and the records of a run that crashed."""
+"""The ledger of a run's time: hand-made records whose seconds are known."""
 
 from typing import Any
 
