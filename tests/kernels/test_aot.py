@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from nlscale_kernels import aot, launched
 from nlscale_kernels.switch import OPERATORS, kernels
 from nlscale_kernels.triton_build import Launch
@@ -22,8 +23,24 @@ def compiled(target: Path, *arguments: str) -> tuple[subprocess.CompletedProcess
     return done, json.loads(target.read_text()) if target.exists() else []
 
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "machine_code"
+SLACK = {"registers": (1.1, 8), "spills": (1.1, 64), "shared": (1.0, 1024)}  # times, and more
+
+
+def grown(before: dict[str, dict[str, int]], now: dict[str, dict[str, int]]) -> list[str]:
+    """Kernels that are new, gone, or need more than they did."""
+    more = [
+        f"{name}: {what} {now[name][what]}, was {before[name][what]}"
+        for name in before.keys() & now.keys()
+        for what, (times, beside) in SLACK.items()
+        if now[name][what] > times * before[name][what] + beside
+    ]
+    return sorted([*more, *(f"{name}: not in the golden file, or there alone" for name in before.keys() ^ now.keys())])
+
+
 @pytest.mark.parametrize("operator", aot.OPERATORS)
-def test_machine_code_keeps_its_budget(operator: str, tmp_path: Path) -> None:
+def test_machine_code_keeps_its_budget(operator: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """And needs no more than it did; `pytest tests/kernels/test_aot.py --update-golden` after a change that is worth it."""
     done, found = compiled(tmp_path / "found.json", operator)
     assert done.returncode == 0, done.stdout + done.stderr
     launches = import_module(f"nlscale_kernels.{operator}.triton").launches()
@@ -35,6 +52,29 @@ def test_machine_code_keeps_its_budget(operator: str, tmp_path: Path) -> None:
         )
         if each["arch"] == 90 and wide:
             assert each["products"].get("HGMMA"), each
+    now = {
+        f"{each['kernel']} {each['config']} sm_{each['arch']}": {what: each[what] for what in SLACK} for each in found
+    }
+    assert len(now) == len(found)
+    file = GOLDEN / f"{operator}.triton{''.join(triton.__version__.split('.')[:2])}.json"
+    if request.config.getoption("--update-golden"):
+        file.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
+    if file.is_file():  # other versions are held to the budgets alone
+        assert not grown(json.loads(file.read_text()), now)
+    assert list(GOLDEN.glob(f"{operator}.*.json"))
+
+
+def test_a_kernel_that_grows_is_named() -> None:
+    before = {"a": {"registers": 100, "spills": 0, "shared": 4096}, "b": {"registers": 40, "spills": 0, "shared": 0}}
+    assert grown(before, {**before, "a": {"registers": 118, "spills": 64, "shared": 5120}}) == []
+    now = {"a": {"registers": 119, "spills": 65, "shared": 5121}, "c": before["b"]}
+    assert grown(before, now) == [
+        "a: registers 119, was 100",
+        "a: shared 5121, was 4096",
+        "a: spills 65, was 0",
+        "b: not in the golden file, or there alone",
+        "c: not in the golden file, or there alone",
+    ]
 
 
 def test_every_operator_with_a_kernel_is_compiled() -> None:
