@@ -12,7 +12,7 @@ import torch
 
 from nlscale.bench.memory import predicted
 from nlscale.bench.rows import random_rows
-from nlscale.bench.table import Row, gpu_here, show, within, write
+from nlscale.bench.table import Row, gpu_here, show, versions, within, write
 from nlscale.config.errors import UserError, require
 from nlscale.config.read import read
 from nlscale.config.run import Run
@@ -25,6 +25,7 @@ from nlscale.train.peak import peak_bytes, peak_flops
 
 SIZES = ("1.3b", "125m", "350m", "760m")  # those with targets first: time may run out
 VARIANTS = ("plain", "hope-attention", "hope")
+SOFTWARE = ("torch", "megatron-core", "triton")
 TARGETS = {("125m", "plain"): 0.45, ("350m", "plain"): 0.45, ("1.3b", "plain"): 0.55}  # MFU on an H100 or H200
 OVER_PLAIN = {"hope-attention": 1 / 0.98, "hope": 1.5}  # seconds of a step, over the plain one's
 WARM, STEPS = 4, 16  # every residue of levels that move every 1, 4 and 16 steps; 64 and 512 do not move
@@ -130,6 +131,7 @@ def main(target: str | None) -> int:
                 table += rows
                 if target:
                     write(table, target)  # what stands where the time runs out
-    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {datetime.now(UTC):%Y-%m-%d}"
+    software = ", ".join(f"{name} {version}" for name, version in versions().items() if name in SOFTWARE)
+    device = f"{torch.cuda.get_device_name()}, {software}, {datetime.now(UTC):%Y-%m-%d}"
     print("\n".join(readme(found, device)))
     return show(f"{device}, mean of {STEPS} steps", table, target)

@@ -103,6 +103,12 @@ def show(title: str, rows: Sequence[Row], target: str | None) -> int:
     return 0 if all(row.ok for row in rows) else 1
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on."""
+    installed = {each.metadata["Name"]: each.version for each in metadata.distributions()}
+    return {name: installed.get(name, "not installed") for name in PACKAGES}
+
+
 def write(rows: Sequence[Row], target: str) -> None:
     """The rows as JSON, with the machine, the date and the versions of what ran."""
     machine = {
@@ -112,7 +118,5 @@ def write(rows: Sequence[Row], target: str) -> None:
         "gpu": torch.cuda.get_device_name() if gpu_here() else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    installed = {each.metadata["Name"]: each.version for each in metadata.distributions()}
-    versions = {name: installed.get(name, "not installed") for name in PACKAGES}
-    record = {"rows": [asdict(row) for row in rows], "machine": machine, "versions": versions}
+    record = {"rows": [asdict(row) for row in rows], "machine": machine, "versions": versions()}
     Path(target).write_text(json.dumps(record, indent=1) + "\n")

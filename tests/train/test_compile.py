@@ -12,6 +12,7 @@ import torch._inductor.compile_fx
 
 from nlscale.bench import ladder
 from nlscale.bench.ladder import Figures, measured, rows_of
+from nlscale.bench.table import versions
 from nlscale.config.errors import UserError
 from nlscale.config.read import read
 from nlscale.config.run import Run
@@ -140,9 +141,13 @@ def test_the_ladder_goes_on_where_a_size_fails_and_says_so(
         f"1.3b-{variant}, compiled: failed" for variant in ladder.VARIANTS
     ]
     assert "1.3b-plain, compiled: CUDA out of memory" in said
-    day = f"{datetime.now(UTC):%Y-%m-%d}"
-    assert f"| 1.3b-plain | 1,000, 60.0%, 2.0 | not measured | a double, torch {torch.__version__}, {day} |" in said
-    assert f"| 125m-hope | 1,000, 60.0%, 2.0 | 1,000, 60.0%, 2.0 | a double, torch {torch.__version__}, {day} |" in said
+    software = (
+        f"torch {versions()['torch']}, megatron-core {versions()['megatron-core']}, triton {versions()['triton']}"
+    )
+    assert versions()["torch"] == torch.__version__
+    when = f"a double, {software}, {datetime.now(UTC):%Y-%m-%d} |"
+    assert f"| 1.3b-plain | 1,000, 60.0%, 2.0 | not measured | {when}" in said
+    assert f"| 125m-hope | 1,000, 60.0%, 2.0 | 1,000, 60.0%, 2.0 | {when}" in said
 
 
 def test_readme_has_a_row_for_everything_that_the_ladder_measures() -> None:
