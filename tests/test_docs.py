@@ -231,6 +231,7 @@ def test_commands_run(said: str, somewhere: Path, monkeypatch: pytest.MonkeyPatc
     if words[0] == "import":
         words = brought(words[1], words[2:], quick)
     if words[:2] == ["train", IMPORTED]:
+        words += ["train.global_batch=4"]  # not its recipe's 64 rows
         subprocess.run([*PROGRAM, *brought("theirs", [], quick)], check=True, capture_output=True, timeout=250)
     # These pretend a world, or join one, which this process is not to do.
     if words[0] in ("plan", "generate", "eval", "export", "import"):
