@@ -19,7 +19,7 @@ import xxhash
 from tqdm import tqdm
 
 from nlscale.config.errors import UserError, require
-from nlscale.data.card import NAME, SPLITS, Card, load_card, save_card
+from nlscale.data.card import NAME, SPLITS, TOKENISER, Card, load_card, save_card
 from nlscale.data.mds import COLUMN, DIGEST, merge, row_type, writer
 from nlscale.data.sources import Piece, documents, expand, units
 from nlscale.data.tokenise import Tokeniser, make
@@ -93,7 +93,7 @@ def prepare(plan: Preparation) -> Card:
 
 def settle(plan: Preparation, work: Sequence[Sequence[Piece]], staging: Path, files: str) -> Tokeniser:
     """The tokeniser: the one a killed preparation had made, or a new one."""
-    path, note = staging / "tokenizer.json", staging / "tokeniser.txt"
+    path, note = staging / TOKENISER, staging / "tokeniser.txt"
     if path.is_file() and note.is_file() and note.read_text() == f"{plan.tokeniser} {files}":
         made = make(str(path), ())
         return Tokeniser(plan.tokeniser, made.vocabulary, made.document, made.digest, made.tokenizer)

@@ -19,9 +19,8 @@ RECOMPUTE: tuple[Literal["none", "block"], ...] = ("none", "block")
 CONTEXT = (1, 2, 4, 8)
 TIES = 0.02  # steps that differ by less are equal: then the layout that cuts the model less comes first, ...
 EASY = 0.6  # ... then, within this share of the memory, the one with more rows in a product
-LEAST = (
-    6  # bytes a parameter, over all GPUs, below which nothing fits: weights and windows; all else may be on the host
-)
+# bytes a parameter, over all GPUs, below which nothing fits: weights and windows; all else may be on the host
+LEAST = 6
 
 
 @dataclass(frozen=True)

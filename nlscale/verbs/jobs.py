@@ -11,7 +11,7 @@ from nlscale_launch import logs, slurm, status
 from nlscale_launch.script import Request
 from nlscale_launch.submit import Plan, named, plan, spread, submit, test_only
 
-from nlscale.config.errors import UserError, meant, require
+from nlscale.config.errors import UserError, require
 from nlscale.config.read import shipped
 from nlscale.verbs.common import add, add_recipe, existing, resolve
 
@@ -50,11 +50,6 @@ def submit_run(options: argparse.Namespace) -> None:
     for name in ("nodes", "array"):
         given = getattr(options, name)
         require(given > 0 or (name == "array" and given == 0), f"--{name} {given} must be at least 1")
-    known = shipped("cluster")
-    require(
-        options.cluster in known or Path(options.cluster).is_file(),
-        f"--cluster {options.cluster}{meant(options.cluster, known)}: choose from {', '.join(known)}, or a YAML file",
-    )
     require(not options.after or options.after.replace("_", "").isdigit(), f"--after {options.after}: a job's number")
     wanted = planned(options)
     if options.dry_run:
