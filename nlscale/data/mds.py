@@ -11,6 +11,7 @@ from nlscale.runtime.absent import absent
 with absent("transformers", "torchvision"):
     from streaming import MDSWriter, Stream, StreamingDataset  # noqa: F401
     from streaming.base.dataset import _ShardState
+    from streaming.base.shared import prefix  # noqa: F401
 
 LOCAL = _ShardState.LOCAL
 COLUMN = "tokens"

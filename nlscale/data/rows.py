@@ -9,6 +9,7 @@ from nlscale.config.data import Data
 from nlscale.config.errors import UserError, require
 from nlscale.data.card import load_card
 from nlscale.data.mds import COLUMN, LOCAL, Stream, StreamingDataset
+from nlscale.data.shared import one_name
 from nlscale.data.verify import audit, fingerprint_faults
 from nlscale.runtime.alone import alone_on_node
 from nlscale.runtime.world import World
@@ -31,7 +32,7 @@ def open_rows(data: Data, split: str, world: World, rows: int, shuffle: bool, fo
         for source in data.sources
     ]
     replication = world.size // world.replicas
-    with alone_on_node(world.local_rank):  # streaming looks for free names of shared memory, then takes them
+    with alone_on_node(world.local_rank), one_name(world):  # streaming looks for a free name, then takes it
         dataset = Audited(
             data.damaged,
             found,

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from tqdm import tqdm
 
 from nlscale.config.errors import UserError, require
 from nlscale.data.card import NAME, SPLITS, TOKENISER, Card, load_card, save_card
 from nlscale.data.mds import COLUMN, DIGEST, merge, row_type, writer
 from nlscale.data.sources import Piece, documents, expand, units
 from nlscale.data.tokenise import Tokeniser, make
+from nlscale.runtime.progress import progress
 
 TEXTS = 256  # documents tokenised at once
 
@@ -108,7 +108,7 @@ def settle(plan: Preparation, work: Sequence[Sequence[Piece]], staging: Path, fi
 
 def run(work: Sequence[Unit], workers: int) -> list[dict[str, Any]]:
     """Writes all units, several at a time, and gives their notes in order."""
-    bar = tqdm(
+    bar = progress(
         total=sum(piece.size for unit in work for piece in unit.pieces), unit="B", unit_scale=True, desc="prepare"
     )
     notes: dict[int, dict[str, Any]] = {}

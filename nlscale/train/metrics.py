@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
 from nlscale.config.read import plain
 from nlscale.model.count import flops_a_token
 from nlscale.model.hope import Hope
@@ -17,6 +15,7 @@ from nlscale.runtime.folder import Folder, read_lines
 from nlscale.runtime.goodput import Steps, account, lost, of_lines
 from nlscale.runtime.holder import Hold
 from nlscale.runtime.log import Journal, Lines
+from nlscale.runtime.progress import progress
 from nlscale.runtime.watch import sparing_children
 from nlscale.train.alignment import Alignment
 from nlscale.train.peak import peak_bytes
@@ -59,7 +58,7 @@ class Metrics:
         self.forget()  # what a crashed start had computed, and this one computes again
         self.steps = of_lines(read_lines(self.folder.metrics)) if leads else Steps()
         tty = sys.stderr.isatty()
-        self.bar = tqdm(total=run.train.steps, initial=self.state.step, disable=not (leads and tty), unit="step")
+        self.bar = progress(total=run.train.steps, initial=self.state.step, disable=not (leads and tty), unit="step")
         self.plain = leads and not tty
         self.wandb: Any = self._open_wandb() if leads and run.log.wandb != "disabled" else None
         return self

@@ -13,6 +13,7 @@ from nlscale.config.cluster import Cluster
 from nlscale.config.data import Data
 from nlscale.config.parallel import Parallel
 from nlscale.data.loader import Loader
+from nlscale.data.mds import prefix
 from nlscale.data.rows import open_rows
 from nlscale.runtime.alone import acquire, alone_on_node, lock_file
 from nlscale.runtime.world import join
@@ -29,6 +30,19 @@ def opens(data: Data, times: int) -> list[bytes]:
 def test_jobs_that_open_at_once(prepared: str) -> None:
     found = ranks(4, opens, Data(path=prepared, sequence=32), 5)
     assert {row for job in found for row in job} == {found[0][0]}
+
+
+def differ(data: Data) -> bytes:
+    """A rank of a job that finds another name free than its neighbour, as when a third job ends between their looks."""
+    found = prefix._check_and_find
+    prefix._check_and_find = lambda *args: found(*args) + int(os.environ["RANK"])
+    world = join(Parallel(), Cluster(), 0)
+    return next(Loader(data, 4, world)).tobytes()
+
+
+def test_ranks_that_find_different_names_take_the_first_ones(prepared: str) -> None:
+    one, other = ranks(2, differ, Data(path=prepared, sequence=32))
+    assert len(one) == len(other) and one != other  # each its replica's share of the rows
 
 
 def waits(data: Data) -> float:
