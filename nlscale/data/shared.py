@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from nlscale.data.mds import prefix
+from nlscale.runtime.alone import of_first
 from nlscale.runtime.world import World
 
 
@@ -19,16 +17,10 @@ def one_name(world: World) -> Iterator[None]:
     """
     look = prefix._check_and_find_retrying
 
-    def of_first(*args: Any, **options: Any) -> int:
-        """What this rank's node found. A collective over all ranks."""
-        found = torch.tensor([look(*args, **options)], device=world.device)
-        if not dist.is_initialized():
-            return int(found)
-        everyone = found.new_empty(world.size)
-        dist.all_gather_into_tensor(everyone, found)
-        return int(everyone[world.rank - world.local_rank])
+    def found(*args: Any, **options: Any) -> int:
+        return of_first(look(*args, **options), world)
 
-    prefix._check_and_find_retrying = of_first
+    prefix._check_and_find_retrying = found
     try:
         yield
     finally:

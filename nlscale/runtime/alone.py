@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+
+from nlscale.runtime.world import World
 
 
 def lock_file() -> Path:
@@ -46,6 +49,14 @@ def acquire(descriptor: int, seconds: float) -> bool:
         else:
             return True
     return False
+
+
+def of_first(number: int, world: World) -> int:
+    """The number that the first rank of this one's node brought. A collective over all ranks."""
+    mine = torch.tensor([number], device=world.device)
+    everyone = mine.new_empty(world.size)
+    dist.all_gather_into_tensor(everyone, mine)
+    return int(everyone[world.rank - world.local_rank])
 
 
 def together() -> None:
