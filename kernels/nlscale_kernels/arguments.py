@@ -39,6 +39,16 @@ def check_devices(operator: str, device: torch.device, **tensors: Tensor | None)
         )
 
 
+def alike(tensor: Tensor, shape: Sequence[int], like: Tensor) -> bool:
+    """Whether a tensor has this shape, and the dtype and the device of `like`."""
+    return tensor.shape == tuple(shape) and tensor.dtype == like.dtype and tensor.device == like.device
+
+
+def described(tensor: Tensor | None) -> str:
+    """Such as `torch.float32 (2, 3) on cuda:0`."""
+    return "None" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
 def check_alike(operator: str, like: str, tensors: Mapping[str, Tensor | None]) -> None:
     """Raises ValueError where a tensor is not laid out like `like`: its shape, on its device, contiguous."""
     model = tensors[like]

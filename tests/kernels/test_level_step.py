@@ -210,7 +210,10 @@ def test_compiles_whole() -> None:
         ({"master": numbers(0, torch.bfloat16)}, "master is torch.bfloat16"),
         ({"master": numbers(0, elements=2 * ODD)[::2]}, "contiguous"),
         ({"table": torch.zeros(1, 3)}, "9 columns"),
-        ({"blocks": torch.zeros(2, dtype=torch.int32)}, "blocks must be 4 int32"),
+        (
+            {"blocks": torch.zeros(2, dtype=torch.int32)},
+            r"blocks is torch.int32 \(2,\) on cpu; it must be torch.int32 \(4,\) on cpu",
+        ),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], words: str) -> None:

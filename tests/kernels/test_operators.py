@@ -50,3 +50,16 @@ def test_it_is_learnt_through_when_compiled(name: str) -> None:
     assert len(mine) >= 3 and sum(bool(x.any()) for x in mine) >= 3
     for x, y in zip(mine, theirs, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+# Of several tensors; what a way back is given, forward has seen.
+CHECKED = [name for name in sorted(OPERATORS) if name != "mlp_memory.active" and not name.endswith("backward")]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_tensor_on_another_device_is_named(name: str) -> None:
+    """Every tensor in turn, as an operator sees them behind the dispatcher."""
+    given = arguments(name, "cpu", torch.float32)
+    for place in (place for place, each in enumerate(given) if isinstance(each, Tensor)):
+        with pytest.raises(ValueError, match=r": \w+ (is|are) .*on (meta|cpu).* (meta|cpu)"):
+            OPERATORS[name]._init_fn(*given[:place], given[place].to("meta"), *given[place + 1 :])

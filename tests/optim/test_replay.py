@@ -95,6 +95,21 @@ def test_a_run_that_replays_is_resumed_bit_for_bit(prepared: str, tmp_path: Path
     assert facts["replay"]["loader"]["step"] == 30
 
 
+def test_levels_that_do_not_count_them_move_as_if_nothing_were_replayed(prepared: str, tmp_path: Path) -> None:
+    """While the one level that counts replayed rows gathers, all others make the same run, bit for bit."""
+    levels = "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 2, width: 0.25}, "
+    levels += "{name: long, period: 16, width: 0.25, replay: %s}]"
+    rows = [f"data.replay={prepared}", "data.replay_batch=4"]
+    for folder, share, replay in (("with", 1.0, rows), ("without", 0.0, [])):
+        ranks(1, train, small_run(prepared, tmp_path / folder, levels % share, *replay, "train.stop_at=8"))
+    told, plain = (
+        [{key: line[key] for key in line if key.startswith(("train/loss", "optim/"))} for line in lines]
+        for lines in (read_lines(Folder(tmp_path / folder).metrics) for folder in ("with", "without"))
+    )
+    moved = [key for line in told for key in line if key.endswith("update_norm")]
+    assert told == plain and len(told) == 8 and len(moved) == 12
+
+
 ROWS = ["data.replay=rows", "data.replay_batch=4"]
 COUNTED = "levels=[{name: a, replay: 1.0}]"
 REFUSED = {

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import NARROW, check, check_alike, check_dtypes
+from nlscale_kernels.arguments import NARROW, check, check_alike, check_dtypes, described
 from nlscale_kernels.level_step import reference
 from nlscale_kernels.level_step.table import BLOCK, AdamW, Descend, Momenta
 
@@ -25,13 +25,14 @@ def _check(
     check_dtypes(operator, (*NARROW, model.dtype), **tensors)
     check(
         table.ndim == 2 and table.shape[1] == columns and table.dtype == model.dtype and table.device == model.device,
-        f"{operator}: table is {table.dtype} {tuple(table.shape)} on {table.device}; it must have {columns} columns, in "
+        f"{operator}: table is {described(table)}; it must have {columns} columns, in "
         f"{like}'s dtype {model.dtype} on {model.device} (level_step.table makes it)",
     )
     count = -(-model.numel() // BLOCK)
     check(
         blocks is None or (blocks.shape == (count,) and blocks.dtype == torch.int32 and blocks.device == model.device),
-        f"{operator}: blocks must be {count} int32 on {model.device}, one for each {BLOCK} elements",
+        f"{operator}: blocks is {described(blocks)}; it must be torch.int32 {(count,)} on {model.device}, one for each "
+        f"{BLOCK} elements",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import NARROW, check, check_devices, check_dtypes
+from nlscale_kernels.arguments import NARROW, alike, check, check_devices, check_dtypes, described
 from nlscale_kernels.mlp_memory import glue
 from nlscale_kernels.mlp_memory.glue import ACTIVATIONS, TORCH, Glue, Second
 
@@ -110,9 +110,8 @@ def _check_second(before: Tensor, inward: Tensor, d_back: Tensor, kind: str) -> 
 def _check_like(operator: str, like: Tensor, shape: Sequence[int], **tensors: Tensor) -> None:
     for each, tensor in tensors.items():
         check(
-            tensor.shape == shape and tensor.dtype == like.dtype and tensor.device == like.device,
-            f"{operator}: {each} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; it must be {like.dtype} "
-            f"{tuple(shape)} on {like.device}",
+            alike(tensor, shape, like),
+            f"{operator}: {each} is {described(tensor)}; it must be {like.dtype} {tuple(shape)} on {like.device}",
         )
 
 

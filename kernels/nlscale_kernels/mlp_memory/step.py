@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nlscale_kernels import in_turn
-from nlscale_kernels.arguments import NARROW, check, check_dtypes
+from nlscale_kernels.arguments import NARROW, alike, check, check_dtypes, described
 
 
 class Step(NamedTuple):
@@ -197,9 +197,9 @@ def _check(step: Step) -> None:
     for name in Moved._fields:
         tensor, wanted = getattr(step, name), shape[:2] if name in ("keep", "carry", "left") else shape
         check(
-            tensor is None or (tensor.shape == wanted and tensor.dtype == step.written.dtype),
-            f"memory_step: {name} is {tensor is not None and (tensor.dtype, tuple(tensor.shape))}; it must be "
-            f"{step.written.dtype} {tuple(wanted)}",
+            tensor is None or alike(tensor, wanted, step.written),
+            f"memory_step: {name} is {described(tensor)}; it must be {step.written.dtype} {tuple(wanted)} on "
+            f"{step.written.device}",
         )
     momentum = step.speed is not None
     check((step.carry is not None) == momentum, "memory_step: speed and carry go together")

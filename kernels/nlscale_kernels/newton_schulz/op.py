@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import check
+from nlscale_kernels.arguments import alike, check, described
 from nlscale_kernels.newton_schulz import reference
 from nlscale_kernels.newton_schulz.reference import by_gram, direct, multiplications
 
@@ -40,15 +40,11 @@ def _(x_KNM: Tensor, y_KNM: Tensor, add_KNN: Tensor | None = None, alpha: float 
 def _check(x_KNM: Tensor, y_KNM: Tensor, add_KNN: Tensor | None) -> None:
     name = "symmetric_product"
     check(x_KNM.ndim == 3, f"{name}: x has shape {tuple(x_KNM.shape)}; it takes K matrices (K, N, M), [None] would do")
-    check(
-        y_KNM.shape == x_KNM.shape and y_KNM.dtype == x_KNM.dtype and y_KNM.device == x_KNM.device,
-        f"{name}: y is {y_KNM.dtype} {tuple(y_KNM.shape)} on {y_KNM.device}; it must be like x, {x_KNM.dtype} "
-        f"{tuple(x_KNM.shape)} on {x_KNM.device}",
-    )
+    check(alike(y_KNM, x_KNM.shape, x_KNM), f"{name}: y is {described(y_KNM)}; it must be like x, {described(x_KNM)}")
     square = (*x_KNM.shape[:2], x_KNM.shape[1])
     check(
-        add_KNN is None or (add_KNN.shape == square and add_KNN.dtype == x_KNM.dtype and add_KNN.is_contiguous()),
-        f"{name}: add must be contiguous, {x_KNM.dtype} {square}",
+        add_KNN is None or (alike(add_KNN, square, x_KNM) and add_KNN.is_contiguous()),
+        f"{name}: add is {described(add_KNN)}; it must be contiguous, {x_KNM.dtype} {square} on {x_KNM.device}",
     )
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import check
+from nlscale_kernels.arguments import alike, check, described
 
 WIDEST = 64  # head width and units: both matrices and what a chunk adds to them must fit in a processor's registers
 ROOM = (9, 10)  # compute capabilities (major) whose registers and shared memory hold it
@@ -70,17 +70,16 @@ def check_given(given: Given) -> None:
         tensor = getattr(given, name)
         fits_in = (tensor is None) == (shape is None)
         if tensor is not None and shape is not None:
-            fits_in = tensor.shape == shape and tensor.dtype == given.q.dtype and tensor.device == given.q.device
+            fits_in = alike(tensor, shape, given.q)
         check(
             fits_in,
-            f"resident: {name} is {None if tensor is None else (tensor.dtype, tuple(tensor.shape))}; it must be "
-            f"{None if shape is None else (given.q.dtype, shape)}, on {given.q.device}",
+            f"resident: {name} is {described(tensor)}; it must be "
+            f"{None if shape is None else f'{given.q.dtype} {shape} on {given.q.device}'}",
         )
     check(
         given.fresh is None
         or (given.fresh.shape == (B, T) and given.fresh.dtype == torch.bool and given.fresh.device == given.q.device),
-        f"resident: fresh is {given.fresh is not None and (given.fresh.dtype, tuple(given.fresh.shape))}; it must be "
-        f"{(torch.bool, (B, T))}, on {given.q.device}",
+        f"resident: fresh is {described(given.fresh)}; it must be {torch.bool} {(B, T)} on {given.q.device}",
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nlscale_kernels import in_turn
-from nlscale_kernels.arguments import NARROW, check, check_dtypes
+from nlscale_kernels.arguments import NARROW, check, check_dtypes, described
 from nlscale_kernels.span import between
 
 WIDEST = 128  # tokens of a chunk and width of keys that the kernels have tiles for
@@ -142,8 +142,7 @@ def _check(given: Given) -> None:
         tensor = getattr(given, name)
         check(
             tensor is None or (tensor.shape == shape and tensor.device == k.device),
-            f"reach: {name} must be {tuple(shape)} on {k.device}, "
-            f"and is {tensor is not None and (tuple(tensor.shape), str(tensor.device))}",
+            f"reach: {name} is {described(tensor)}; it must be {tuple(shape)} on {k.device}",
         )
     check_dtypes("reach", (torch.float64,) if k.dtype == torch.float64 else (torch.float32,), **scalars)
     check_dtypes("reach", (torch.int32, torch.int64), document=given.document)
