@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 VECTORS, GATES = ("key", "value", "query"), ("rate", "keep")  # memories of self-modifying Titans that make these
 MEMORIES = (*VECTORS, *GATES, "main")
+KINDS = {  # settings of a mixer's section that make its memories others
+    "written": ("rule",),
+    "titans": ("activation",),
+    "self_modifying": ("activation", "erase", "per_layer", "unit_values"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +117,15 @@ class SelfModifying:
     def vectors(self) -> tuple[str, ...]:
         """The memories that make vectors of tokens."""
         return VECTORS if self.query else VECTORS[:2]
+
+
+def network_of(model: "Model") -> dict[str, object]:
+    """Settings that a network's tensors do not tell, and that decide what it computes with them."""
+    found = {f"model.{name}": getattr(model, name) for name in ("mixer", "heads", "activation", "variant")}
+    section = model.mixer.partition("_")[0] if model.mixer.startswith("titans") else model.mixer
+    return found | {
+        f"model.{section}.{name}": getattr(getattr(model, section), name) for name in KINDS.get(section, ())
+    }
 
 
 def chunks_of(model: "Model") -> dict[str, int]:

@@ -1,12 +1,13 @@
 """A checked checkpoint, applied to a run's state: levels and data may have changed, if the run asks for it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from nlscale.config.errors import UserError
+from nlscale.config.mixers import network_of
 from nlscale.runtime.folder import STATE
 from nlscale.runtime.log import Journal
 from nlscale.train.continual import Change, anchor_new, begin_new, carried, compare, dropped, newly_kept, of_tasks
@@ -25,6 +26,7 @@ def apply(state: TrainState, path: Path, journal: Journal, rows: bool = True) ->
     Raises UserError for a checkpoint of another model or dataset, unless the run asks for the change.
     """
     facts = json.loads((path / STATE).read_text())
+    check_network(network_of(state.run.model), facts.get("network", {}), path)
     now = state.identity()
     parts = parts_of(now, facts["identity"], state.run.levels)
     facts["identity"] = divided(facts["identity"], now, parts)
@@ -58,6 +60,18 @@ def apply(state: TrainState, path: Path, journal: Journal, rows: bool = True) ->
     if moved_on or kept:
         what = "the data changes" if moved_on else "a task ends"
         journal.say(f"{what} at step {state.step}; kept of the task before: {', '.join(kept) or 'nothing'}")
+
+
+def check_network(now: Mapping[str, Any], then: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError where a checkpoint's tensors, shaped like this run's, are of a network that computes otherwise.
+
+    A setting that a checkpoint says nothing of is not compared.
+    """
+    others = {key: then[key] for key in now if then.get(key, now[key]) != now[key]}
+    if others:
+        was = ", ".join(f"{key}={value}" for key, value in others.items())
+        here = ", ".join(f"{key}={now[key]}" for key in others)
+        raise UserError(f"{path} holds another network: {was}, here {here}; {was} would work, or another run.name")
 
 
 def report(change: Change, facts: dict[str, Any], journal: Journal) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nlscale.config.mixers import network_of
 from nlscale.config.run import Run
 from nlscale.data.card import Card
 from nlscale.data.loader import Loader
@@ -96,6 +97,7 @@ class TrainState:
                 "replicas": self.world.replicas,
             },
             "identity": self.identity(),
+            "network": network_of(self.run.model),
             "data": self.fingerprints,
             "datasets": self.datasets(),
             "wandb_id": self.wandb_id,
@@ -137,6 +139,7 @@ def beginning(run: Run, cards: Sequence[Card]) -> dict[str, Any]:
         "windows": {"tokens": [], "open": {}},
         "tasks": {},
         "layout": {"tensor": 1, "pipeline": 1, "context": 1, "replicas": 1},
+        "network": network_of(run.model),
         "data": [card.fingerprint for card in cards],
         "datasets": datasets(run, cards),
         "wandb_id": "",

@@ -217,6 +217,7 @@ def test_what_a_killed_removal_left_is_no_obstacle(prepared: str, tmp_path: Path
     [
         ("model.hidden=96", "holds another model"),
         ("model.layers=4", "holds another model"),
+        ("model.variant=sequential", "holds another network: model.variant=independent, here model.variant=sequential"),
         (
             "levels=[{name: fast, period: 1, width: 0.5}, {name: slow, period: 2, width: 0.25}, "
             "{name: long, period: 8, width: 0.25}]",
