@@ -108,8 +108,13 @@ class FeedForward(MegatronModule):
         update, _ = self.down(self.weigh(self.activation(hidden)))
         return x_TBD + update
 
-    def adaptive(self, x_TBD: Tensor, copies: Mapping[str, Mapping[str, Fast]]) -> tuple[Tensor, dict[str, Trace]]:
-        """The same with what levels have learned inside the rows (level -> part -> change), and what they saw."""
+    def adaptive(
+        self, x_TBD: Tensor, copies: Mapping[str, Mapping[str, Fast]], heard_BT: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Trace]]:
+        """The same with what levels have learned inside the rows (level -> part -> change), and what they saw.
+
+        `heard`: the tokens for which they have, None: all.
+        """
         normed = self.norm(x_TBD)
         fused, _ = self.up(normed)
         counts, names = list(self.units.values()), list(self.units)
@@ -119,14 +124,16 @@ class FeedForward(MegatronModule):
         copied = to_tensor_ranks(normed)
         for name, parts in copies.items():
             for part in self.inward if name in self.units else ():
-                added = parts[part].inward(copied.transpose(0, 1))
+                added = parts[part].inward(copied.transpose(0, 1), heard_BT)
                 whole = pieces[part, name] + (added.transpose(0, 1) if isinstance(added, Tensor) else added)
                 pieces[part, name] = whole
         hidden = self.weigh(self.activation(torch.cat(list(pieces.values()), -1)))
         update, _ = self.down(hidden)
         active = dict(zip(names, hidden.split(counts, -1), strict=True))
         learned = [
-            parts["down"].outward(active[name].transpose(0, 1)) for name, parts in copies.items() if name in active
+            parts["down"].outward(active[name].transpose(0, 1), heard_BT)
+            for name, parts in copies.items()
+            if name in active
         ]
         said = [each for each in learned if isinstance(each, Tensor)]
         if said:
@@ -191,12 +198,14 @@ class Sequential(MegatronModule):
         """Names of the parts that read the input."""
         return next(iter(self.chain.values())).inward  # type: ignore[return-value]
 
-    def adaptive(self, x_TBD: Tensor, copies: Mapping[str, Mapping[str, Fast]]) -> tuple[Tensor, dict[str, Trace]]:
+    def adaptive(
+        self, x_TBD: Tensor, copies: Mapping[str, Mapping[str, Fast]], heard_BT: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Trace]]:
         """The same with what levels have learned inside the rows, and what they saw."""
         traces: dict[str, Trace] = {}
         for name, level in self.chain.items():
             own = {name: copies[name]} if name in copies else {}
-            x_TBD, seen = level.adaptive(x_TBD, own)  # type: ignore[operator]
+            x_TBD, seen = level.adaptive(x_TBD, own, heard_BT)  # type: ignore[operator]
             traces |= seen
         return x_TBD, traces
 

@@ -6,7 +6,10 @@ A level's feed-forward slice has weights W_in (U, D) for each inward part and W_
     W_down -= rate sum_s a_s d_s^T       a: hidden units, d: gradient at the block's output
 
 kept as matrices (`Whole`) or as the pairs themselves (`Factors`; V22), which are smaller while little is written. Both are
-values: `written` gives the next one. B rows (1 where all rows share), T tokens of a chunk, D width, U units of this rank.
+values: `written` gives the next one. A document hears nothing of what one before it in the row taught: where another began,
+what was learned counts no longer (`alive`), and goes with the next write.
+
+B rows (1 where all rows share), T tokens of a chunk, D width, U units of this rank.
 """
 
 from dataclasses import dataclass, field, replace
@@ -28,24 +31,52 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Which tokens of a chunk, and of rows that have copies of their own, belong together."""
+
+    heard_BT: Tensor  # their document began before the chunk: they hear what was learned of it
+    last_BT: Tensor  # they are of the document that is under way when the chunk ends
+    same_B: Tensor  # no document began in the chunk
+
+    def both(self, alive_B: Tensor | None) -> Tensor:
+        """Rows that were alive, None: all, and whose document goes on."""
+        return self.same_B if alive_B is None else alive_B & self.same_B
+
+
+def documents(starts_BT: Tensor) -> Documents:
+    """Of a chunk, true at a document's first token."""
+    begun_BT = starts_BT.cumsum(1, dtype=torch.int32)
+    return Documents(begun_BT == 0, begun_BT == begun_BT[:, -1:], begun_BT[:, -1] == 0)
+
+
+@dataclass(frozen=True)
 class Whole:
     """The change as a matrix (B, U, D); None: nothing was written."""
 
     change: Tensor | None = None
+    alive_B: Tensor | None = None  # rows whose document has gone on since the last write; None: all
 
-    def inward(self, x_BTD: Tensor) -> Tensor | float:
-        """What it adds to W x (B, T, U)."""
-        return 0.0 if self.change is None else x_BTD @ self.change.mT
+    def inward(self, x_BTD: Tensor, heard_BT: Tensor | None = None) -> Tensor | float:
+        """What it adds to W x (B, T, U); `heard`: for which tokens."""
+        return 0.0 if self.change is None else of_those(x_BTD, heard_BT, self.alive_B) @ self.change.mT
 
-    def outward(self, a_BTU: Tensor) -> Tensor | float:
+    def outward(self, a_BTU: Tensor, heard_BT: Tensor | None = None) -> Tensor | float:
         """What it adds to W^T a (B, T, D)."""
-        return 0.0 if self.change is None else a_BTU @ self.change
+        return 0.0 if self.change is None else of_those(a_BTU, heard_BT, self.alive_B) @ self.change
+
+    def after(self, documents: Documents) -> "Whole":
+        """What is left of it where a document goes on."""
+        return replace(self, alive_B=documents.both(self.alive_B))
 
     def written(self, gathered: "list[Pair] | Tensor", rate: Tensor) -> "Whole":
         """After a step of `rate` (B,) against a gradient."""
         gradient = gathered if isinstance(gathered, Tensor) else product(gathered)
         move = -rate.view(-1, 1, 1) * gradient
-        return Whole(move if self.change is None else self.change + move)
+        if self.change is None:
+            return Whole(move)
+        if self.alive_B is None:
+            return Whole(self.change + move)
+        return Whole(torch.addcmul(move, self.change, self.alive_B.view(-1, 1, 1).to(move.dtype)))
 
 
 @dataclass(frozen=True)
@@ -53,25 +84,66 @@ class Factors:
     """The change as pairs, the rates in the left ones."""
 
     pairs: tuple[Pair, ...] = field(default_factory=tuple)
+    alive_B: Tensor | None = None  # as Whole's
 
-    def inward(self, x_BTD: Tensor) -> Tensor | float:
-        """What it adds to W x (B, T, U)."""
+    def inward(self, x_BTD: Tensor, heard_BT: Tensor | None = None) -> Tensor | float:
+        """What it adds to W x (B, T, U); `heard`: for which tokens."""
+        x_BTD = of_those(x_BTD, heard_BT, self.alive_B) if self.pairs else x_BTD
         return sum(((x_BTD @ pair.right.mT) @ pair.left for pair in self.pairs), 0.0)
 
-    def outward(self, a_BTU: Tensor) -> Tensor | float:
+    def outward(self, a_BTU: Tensor, heard_BT: Tensor | None = None) -> Tensor | float:
         """What it adds to W^T a (B, T, D)."""
+        a_BTU = of_those(a_BTU, heard_BT, self.alive_B) if self.pairs else a_BTU
         return sum(((a_BTU @ pair.left.mT) @ pair.right for pair in self.pairs), 0.0)
+
+    def after(self, documents: Documents) -> "Factors":
+        """What is left of it where a document goes on."""
+        return replace(self, alive_B=documents.both(self.alive_B))
 
     def written(self, gathered: "list[Pair] | Tensor", rate: Tensor) -> "Factors":
         """After a step of `rate` (B,) against a gradient."""
         assert not isinstance(gathered, Tensor)
         joined = Pair(torch.cat([p.left for p in gathered], 1), torch.cat([p.right for p in gathered], 1))
-        return Factors((*self.pairs, replace(joined, left=-rate.view(-1, 1, 1) * joined.left)))
+        alive = self.alive_B
+        kept = self.pairs if alive is None else [replace(p, left=p.left * alive.view(-1, 1, 1)) for p in self.pairs]
+        return Factors((*kept, replace(joined, left=-rate.view(-1, 1, 1) * joined.left)))
 
 
 Fast = Whole | Factors
 
 
+def of_those(part_BTF: Tensor, heard_BT: Tensor | None, alive_B: Tensor | None) -> Tensor:
+    """Zero but for the tokens that hear what was learned."""
+    if heard_BT is None:
+        return part_BTF
+    return part_BTF * (heard_BT if alive_B is None else heard_BT & alive_B[:, None]).unsqueeze(-1)
+
+
 def product(pairs: list[Pair]) -> Tensor:
     """The sum of products (B, U, D)."""
     return sum((pair.left.mT @ pair.right for pair in pairs[1:]), pairs[0].left.mT @ pairs[0].right)
+
+
+@dataclass
+class Window:
+    """What a level has gathered since it last moved: gradients by block and part, and the targets they came from."""
+
+    pairs: dict[tuple[int, str], list[Pair]] = field(default_factory=dict)
+    targets: Tensor | float = 0.0  # (B,)
+    under_way: list[Tensor] = field(default_factory=list)  # by chunk, (B, T): tokens of the document that goes on
+
+    def go_on(self, documents: Documents) -> None:
+        """Takes a chunk in: what was gathered of documents that ended in it counts no longer."""
+        self.targets = self.targets * documents.same_B
+        self.under_way = [*(each & documents.same_B[:, None] for each in self.under_way), documents.last_BT]
+
+    @property
+    def gathered(self) -> dict[tuple[int, str], list[Pair]]:
+        """Of the documents that go on."""
+        if not self.under_way:
+            return self.pairs
+        masks = [each.unsqueeze(-1) for each in self.under_way]
+        return {
+            key: [replace(pair, left=pair.left * mask) for pair, mask in zip(pairs, masks, strict=True)]
+            for key, pairs in self.pairs.items()
+        }

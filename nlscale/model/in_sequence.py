@@ -2,7 +2,8 @@
 
 The first layers pass a whole row at once. The last ones, and the head, go through it chunk by chunk: a chunk is predicted
 with what the row's own copies of the levels have learned so far, then its loss moves the copies that are due. The reported
-loss is that of each chunk before it was learned from. Attention and memories of the mixers go on from chunk to chunk.
+loss is that of each chunk before it was learned from. Attention and memories of the mixers go on from chunk to chunk. Where
+documents are apart each begins with the weights that rows begin with (but for one memory of all rows, Mode S).
 
 The gradient that a level learns from is that of the chunk's loss at the level's own place, back through everything after it,
 with what earlier chunks left taken as given. It never leaves the last pipeline stage. Context-parallel ranks, which share
@@ -10,7 +11,7 @@ the tokens of rows before, have whole rows here, each its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,7 +29,7 @@ from nlscale.model.attention import by_math
 from nlscale.model.collectives import column, cross_entropy, from_tensor_ranks, row, to_tensor_ranks
 from nlscale.model.continuum import Trace
 from nlscale.model.exchange import Exchange
-from nlscale.model.fast import Factors, Fast, Pair, Whole, product
+from nlscale.model.fast import Documents, Factors, Fast, Pair, Whole, Window, documents, product
 from nlscale.model.hope import Block, Hope, Stage
 from nlscale.model.layers import Down
 from nlscale.model.loss import IGNORE
@@ -37,14 +38,6 @@ from nlscale.model.scene import Scene
 
 Copies = list[dict[str, dict[str, Fast]]]  # adaptive block -> level -> part of the feed-forward -> what it learned
 Sum = Callable[[Tensor], Tensor]
-
-
-@dataclass
-class Window:
-    """What a level has gathered since it last moved: gradients by block and part, and the targets they came from."""
-
-    pairs: dict[tuple[int, str], list[Pair]] = field(default_factory=dict)
-    targets: Tensor | float = 0.0  # (B,)
 
 
 @dataclass(frozen=True)
@@ -68,11 +61,11 @@ class ReadingBlock(Block):
     """A block whose levels have copies that a row has changed."""
 
     def forward(  # type: ignore[override]
-        self, x_TBD: Tensor, scene: Scene, before: Any, copy: dict[str, dict[str, Fast]]
+        self, x_TBD: Tensor, scene: Scene, before: Any, copy: dict[str, dict[str, Fast]], heard_BT: Tensor | None
     ) -> tuple[Tensor, Any, dict[str, Trace]]:
         """(T, B, D) -> (T, B, D), what the mixer hands on, and what each level saw."""
         x_TBD, left = self.mix(x_TBD, scene, before)
-        x_TBD, traces = self.continuum.adaptive(x_TBD, copy)
+        x_TBD, traces = self.continuum.adaptive(x_TBD, copy, heard_BT)
         return x_TBD, left, traces
 
 
@@ -183,29 +176,57 @@ class HopeInSequence(Hope):
         windows = {level.name: Window() for level in self.rhythm.levels}
         for begin in range(0, x_TBD.shape[0], chunk):
             end = begin + chunk
-            place = self.scene(starts_BT[:, :end], begin, hand_on=True)
-            x, traces, states = self.pass_on(x_TBD[begin:end], place, states, copies)
+            place, own = self.scene(starts_BT[:, :end], begin, hand_on=True), self.documents(starts_BT[:, begin:end])
+            x, traces, states = self.pass_on(
+                x_TBD[begin:end], place, states, copies, None if own is None else own.heard_BT
+            )
             loss = self.head(x, targets_BT[:, begin:end])
-            goes_on = hand_on or end < x_TBD.shape[0]
-            if goes_on:
-                self.gather(loss, traces, (targets_BT[:, begin:end] != IGNORE).sum(1), windows)
+            if hand_on or end < x_TBD.shape[0]:
+                copies = self.learned(loss, traces, targets_BT[:, begin:end], own, windows, copies, end)
             losses.append(loss)
-            for level in self.rhythm.due(end) if goes_on else ():
-                copies = self.move(level, copies, windows[level.name])
-                windows[level.name] = Window()
         return torch.stack(losses).sum(), RowState(self.mixer, states, copies)
 
+    def documents(self, starts_BT: Tensor) -> Documents | None:
+        """Those of a chunk; None where rows are one document each, or share what they learn."""
+        return documents(starts_BT) if self.apart and not self.inner.shared else None
+
     def pass_on(
-        self, x_TBD: Tensor, place: Any, states: list[Any], copies: Copies
+        self, x_TBD: Tensor, place: Any, states: list[Any], copies: Copies, heard_BT: Tensor | None
     ) -> tuple[Tensor, list[dict[str, Trace]], list[Any]]:
-        """A chunk through the adaptive blocks."""
+        """A chunk, or a part of one, through the adaptive blocks; `heard`: the tokens that hear the copies, None: all."""
         traces: list[dict[str, Trace]] = []
         left: list[Any] = []
         for block, state, copy in zip(self.blocks[self.first :], states, copies, strict=True):
-            x_TBD, after, trace = block(x_TBD, place, state, copy)
+            x_TBD, after, trace = block(x_TBD, place, state, copy, heard_BT)
             traces.append(trace)
             left.append(after)
         return x_TBD, traces, left
+
+    def learned(
+        self,
+        loss: Tensor,
+        traces: Sequence[dict[str, Trace]],
+        targets_BT: Tensor,
+        own: Documents | None,
+        windows: dict[str, Window],
+        copies: Copies,
+        end: int,
+    ) -> Copies:
+        """The copies after a chunk, which ends after `end` tokens of the row: levels that are due have moved theirs."""
+        counted_BT = targets_BT != IGNORE
+        if own is not None:
+            counted_BT = counted_BT & own.last_BT
+            copies = [
+                {level: {part: fast.after(own) for part, fast in parts.items()} for level, parts in copy.items()}
+                for copy in copies
+            ]
+            for window in windows.values():
+                window.go_on(own)
+        self.gather(loss, traces, counted_BT.sum(1), windows)
+        for level in self.rhythm.due(end):
+            copies = self.move(level, copies, windows[level.name])
+            windows[level.name] = Window()
+        return copies
 
     def gather(
         self, loss: Tensor, traces: Sequence[dict[str, Trace]], targets_B: Tensor, windows: dict[str, Window]
@@ -228,7 +249,7 @@ class HopeInSequence(Hope):
 
     def move(self, level: Level, copies: Copies, window: Window) -> Copies:
         """One step of SGD of a level's copies on the mean gradient of its window, clipped a sequence."""
-        gathered: dict[tuple[int, str], Any] = dict(window.pairs)
+        gathered: dict[tuple[int, str], Any] = dict(window.gathered)
         targets = torch.as_tensor(window.targets, dtype=torch.float32)
         if self.inner.shared:
             targets = self.rhythm.over_data(targets.sum(0, keepdim=True))

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nlscale.model.fast import Documents, Window
 from nlscale.model.hope import Hope
-from nlscale.model.in_sequence import HopeInSequence, Window
-from nlscale.model.loss import IGNORE
+from nlscale.model.in_sequence import HopeInSequence
 
 
 class Reader:
@@ -91,8 +91,9 @@ class LearningReader(Reader):
                 self.learn(tokens_BT[:, first - past], first)
             last = min(count, (first // size + 1) * size)
             here = slice(first - past, last - past)
-            place = model.scene(self.starts[:, :last], first, hand_on=True)
-            x, _, self.upper = model.pass_on(x_TBD[here], place, self.upper, self.copies)
+            place, own = model.scene(self.starts[:, :last], first, hand_on=True), self.documents(last)
+            heard_BT = None if own is None else own.heard_BT[:, first - last :]
+            x, _, self.upper = model.pass_on(x_TBD[here], place, self.upper, self.copies, heard_BT)
             self.chunk.append((tokens_BT[:, here], x_TBD[here]))
             said.append(x)
             first = last
@@ -108,13 +109,18 @@ class LearningReader(Reader):
         )
         targets = torch.cat([tokens[:, 1:], after_B[:, None]], 1)
         with torch.enable_grad():
-            place = model.scene(self.starts[:, :end], begin, hand_on=True)
-            x, traces, _ = model.pass_on(given, place, self.at_begin, self.copies)
-            model.gather(model.head(x, targets), traces, (targets != IGNORE).sum(1), self.windows)
-        for level in model.rhythm.due(end):
-            self.copies = model.move(level, self.copies, self.windows[level.name])
-            self.windows[level.name] = Window()
+            place, own = model.scene(self.starts[:, :end], begin, hand_on=True), self.documents(end)
+            x, traces, _ = model.pass_on(
+                given, place, self.at_begin, self.copies, None if own is None else own.heard_BT
+            )
+            loss = model.head(x, targets)
+            self.copies = model.learned(loss, traces, targets, own, self.windows, self.copies, end)
         self.at_begin, self.chunk = self.upper, []
+
+    def documents(self, last: int) -> Documents | None:
+        """Those of the chunk under way, of which tokens up to `last` are read."""
+        size = self.model.rhythm.chunk
+        return self.model.documents(self.starts[:, (last - 1) // size * size : last])
 
 
 def reader(model: Hope, rows: int = 1) -> Reader:

@@ -70,6 +70,11 @@ def by_hand(
     periods = {level.name: (level.period, level.inner) for level in run.levels if level.unit == "token"}
     block = len(model.blocks) - 1
     for t in range(tokens.shape[1]):
+        if starts[0, t]:  # a document begins with what rows begin with
+            weights, windows = (
+                {name: p.detach().clone() for name, p in model.named_parameters()},
+                {"quick": [], "calm": []},
+            )
         if targets[0, t] >= 0:
             own = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
             loss = functional_call(
@@ -82,6 +87,8 @@ def by_hand(
                 windows[level].append([slopes[names[p]][rows] for p, rows in slices(model, block)[level]])
         for level, (period, factor) in periods.items():
             if (t + 1) % period == 0 and t + 1 < tokens.shape[1]:
+                if not windows[level]:
+                    continue
                 mean = [sum(parts) / len(windows[level]) for parts in zip(*windows[level], strict=True)]
                 norm = torch.stack([part.square().sum() for part in mean]).sum().sqrt()
                 step = inner.lr * factor * min(1.0, inner.clip / (float(norm) + 1e-6))
@@ -194,8 +201,37 @@ def sgd_on_rows(run: Run) -> list[float]:
 
 
 def test_i12_handed_on_from_row_to_row_it_is_sgd() -> None:
-    run = tiny("levels=[{name: quick, period: 16, unit: token}]", *BASE, "model.inner.clip=0", "model.inner.form=whole")
+    """Over a corpus that is one document."""
+    said = ["model.inner.clip=0", "model.inner.form=whole", "model.attention=causal"]
+    run = tiny("levels=[{name: quick, period: 16, unit: token}]", *BASE, *said)
     assert max(ranks(1, sgd_on_rows, run)[0]) < 1e-12
+
+
+def heard(run: Run) -> tuple[Tensor, Tensor]:
+    """How much states of the tokens of a document, and of the one after it, differ where its third token does."""
+    model, (tokens, targets, starts) = model_of(run), batch(run)
+    starts = torch.zeros_like(starts)
+    starts[:, [0, 9]] = True
+    found: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, given: found.append(given[0].detach()))
+    with torch.no_grad():
+        for other in (tokens, torch.cat([tokens[:, :2], 1 + tokens[:, 2:3] % 120, tokens[:, 3:]], 1)):
+            model(other, targets, starts)
+    half = len(found) // 2
+    apart = torch.cat(found[:half]) - torch.cat(found[half:])
+    return apart[3:9].abs().max(), apart[9:].abs().max()
+
+
+@pytest.mark.parametrize("form", ["whole", "factors"])
+@pytest.mark.parametrize("variant", ["independent", "sequential"])
+def test_a_document_hears_nothing_of_what_the_one_before_it_taught(variant: str, form: str) -> None:
+    """Levels move after 4 and 8 tokens, the second document begins with the tenth: inside a chunk, and a window."""
+    said = [TWO, *BASE, f"model.variant={variant}", f"model.inner.form={form}"]
+    own, next_one = ranks(1, heard, tiny(*said))[0]
+    assert own > 1e-3 and next_one == 0
+    undivided = ranks(1, heard, tiny(*said, "model.attention=causal"))[0]
+    shared = ranks(1, heard, tiny(*said, "model.inner.shared=true"))[0] if form == "whole" else undivided
+    assert undivided[1] > 1e-3 and shared[1] > 1e-3
 
 
 def meta(run: Run, step: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
