@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from nlscale.config.errors import CODES, FINISHED, code_of
 from nlscale.verbs import abroad, datasets, jobs, planning, reading, saved, training
+from nlscale.verbs.common import writable
 from nlscale.verbs.parser import Parser
 
 INTERRUPTED, UNHEARD = 130, 141  # as the shell has it of what ends by SIGINT and SIGPIPE
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown or (overrides and not hasattr(options, "recipe")):
             options.parser.unknown((unknown or overrides)[0])
         options.overrides = overrides
+        writable(getattr(options, "json", None))
         return int(options.verb(options) or FINISHED)
     except tuple(CODES) as error:
         print(f"nlscale: {error}", file=sys.stderr)

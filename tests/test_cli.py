@@ -95,6 +95,19 @@ WORDS = {
         ["check", "7b-hope", "use.model=7bb", "--gpus", "8"],
         "use.model=7bb (did you mean '7b'?)",
     ),
+    "a section": (["check", "demo", "model=350m"], "model=350m: model is a section; use.model=350m names a file of it"),
+    "a file's number": (["check", "demo", "use.model=1"], "use.model=1: the name of a file is a word"),
+    "a layout's number": (["check", "demo", "use.layout=64"], "use.layout=64: the name of a file is a word"),
+    "no file at all": (["check", "demo", "use=demo"], "use=demo: use.SECTION=NAME names the file of a section"),
+    "an open bracket": (["check", "demo", "optim.lr={"], "optim.lr={: while parsing a flow node"),
+    "an open list": (["check", "demo", "levels=[{name: a"], "levels=[{name: a: while parsing a flow mapping"),
+    "no ranks": (["train", "demo", "--nproc", "0"], "--nproc 0 must be at least 1"),
+    "fewer than no ranks": (["train", "demo", "--nproc", "-2"], "--nproc -2 must be at least 1"),
+    "fewer than no workers": (
+        ["data", "prepare", "stdlib", "--out", "x", "--workers", "-1"],
+        "--workers -1 must not be",
+    ),
+    "no place for a bench": (["bench", "step", "--json", "/nowhere/x.json"], "--json /nowhere/x.json: No such file"),
     "a cluster": (["submit", "demo", "--nodes", "1", "--cluster", "h100-ifa"], "h100-ifa (did you mean 'h100-efa'?)"),
 }
 

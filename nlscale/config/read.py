@@ -33,8 +33,8 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
     """
     try:
         raw = load(find(recipe))
-        said = OmegaConf.from_dotlist([override.removeprefix("--") for override in map(assigned, overrides)])
-        use = {**raw.pop("use", {}), **said.pop("use", {})}
+        said = given(overrides)
+        use = named(raw.pop("use", {})) | named(said.pop("use", {}))
         mixer = OmegaConf.select(OmegaConf.merge(raw, said), "model.mixer", default="attention")
         layout = laid_out(use.pop("layout", None), use.get("model", ""), mixer)
         parts = [*(section_file(section, name) for section, name in use.items()), raw, layout, said]
@@ -74,10 +74,29 @@ def check_secrets(config: str) -> None:
         )
 
 
-def assigned(override: str) -> str:
-    """`override` itself if it has the form key=value."""
-    require("=" in override, f"override '{override}' must have the form section.key=value")
-    return override
+def given(overrides: Sequence[str]) -> DictConfig:
+    """Overrides as sections; raises UserError for one that is none."""
+    found = []
+    for override in overrides:
+        key, equals, value = override.removeprefix("--").partition("=")
+        require(bool(equals), f"override '{override}' must have the form section.key=value")
+        require(
+            key not in SECTIONS or key == "levels",
+            f"{override}: {key} is a section; use.{key}={value} names a file of it, {key}.KEY=... sets one of its values",
+        )
+        try:
+            found.append(OmegaConf.from_dotlist([f"{key}={value}"]))
+        except YAMLError as error:
+            raise UserError(f"{override}: {' '.join(str(error).split())}") from None
+    return OmegaConf.merge({}, *found)  # type: ignore[return-value]
+
+
+def named(use: Any) -> dict[str, str]:
+    """Section -> the name of its file; raises UserError for what names none."""
+    require(isinstance(use, DictConfig | dict), f"use={use}: use.SECTION=NAME names the file of a section")
+    for section, name in use.items():
+        require(name is None or isinstance(name, str), f"use.{section}={name}: the name of a file is a word")
+    return dict(use)
 
 
 def find(recipe: str) -> Path:
@@ -130,8 +149,7 @@ def laid_out(layout: str | None, model: str, mixer: str) -> DictConfig:
 
 def tables_for(recipe: str, overrides: Sequence[str]) -> tuple[str | None, list[str]]:
     """The table of layouts that a recipe uses, and the shipped ones that have a row for its model."""
-    said = OmegaConf.from_dotlist([override.removeprefix("--") for override in overrides])
-    merged = OmegaConf.merge(load(find(recipe)), said)
+    merged = OmegaConf.merge(load(find(recipe)), given(overrides))
     used = OmegaConf.select(merged, "use.layout", default=None)
     return used, tables_with(OmegaConf.select(merged, "use.model", default=""))
 

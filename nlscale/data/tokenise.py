@@ -75,6 +75,7 @@ def kept(folder: Path, name: str, digest: str) -> Tokeniser:
     another than its name and digest say.
     """
     path = folder / TOKENISER
+    require(name == "bytes" or path.is_file(), f"{folder} holds no {TOKENISER}; a run that goes on saves its own again")
     made = make(name if name == "bytes" else str(path), ())
     require(made.digest == digest, f"{path} is not the tokeniser that {folder} was made with")
     return made

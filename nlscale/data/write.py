@@ -68,6 +68,7 @@ def prepare(plan: Preparation) -> Card:
     """Makes the dataset that `plan` describes and gives its card; raises UserError and leaves nothing half-written."""
     out, staging = Path(plan.out), Path(plan.out.rstrip("/") + ".partial")
     require(0 <= plan.held_out < 1, f"held-out share {plan.held_out} must lie in [0, 1)")
+    require(plan.workers >= 0, f"--workers {plan.workers} must not be negative; 0: one a core")
     require(plan.sequence >= 2, f"--sequence {plan.sequence} must be at least 2")
     files = expand(plan.sources)
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]

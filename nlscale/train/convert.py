@@ -25,6 +25,11 @@ def to_file(path: Path, target: Path, weights: bool = False) -> int:
     `weights`: the weights alone (float32), by their own names; such a file cannot become a checkpoint again. Raises
     UserError for a damaged checkpoint.
     """
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.touch()
+    except OSError as error:
+        raise UserError(f"--out {target}: {error.strerror}") from None
     faults = verify(path)
     require(not faults, f"{path} is damaged: {'; '.join(faults[:3])}")
     tensors = {
@@ -36,7 +41,6 @@ def to_file(path: Path, target: Path, weights: bool = False) -> int:
     facts = {name: (path / name).read_text() for name in TEXTS if (path / name).is_file()}
     if weights:
         tensors, facts = {name.removeprefix(WEIGHTS): each for name, each in tensors.items()}, {"format": "pt"}
-    partial = target.with_name(target.name + ".partial")
     save_file(tensors, partial, metadata=facts)
     partial.rename(target)
     return sum(each.nbytes for each in tensors.values())

@@ -43,10 +43,12 @@ def digest(path: Path) -> dict[str, Any]:
 def verify(path: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     """What is wrong with this rank's share of a checkpoint's files, a line each."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        told = json.loads((path / MANIFEST).read_text())
+        files, step = told["files"], told["step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST}: {error}"]
-    faults = []
+    another = path.name.startswith("step-") and int(path.name.removeprefix("step-")) != step
+    faults = [f"{MANIFEST}: it is of step {step}"] if another else []
     for name, expected in sorted(files.items())[rank::ranks]:
         if Path(name).name != name or not (path / name).is_file():
             faults.append(f"{name}: missing")

@@ -147,7 +147,7 @@ class Metrics:
         if self.lines:
             self.lines.write(line)
         if self.wandb:
-            self.told(lambda: self.wandb.log(line))
+            self.told(lambda: self.wandb.log(line, step=line["step"]))  # an attempt goes on where the one before was
 
     def told(self, action: Callable[[], Any]) -> None:
         """Does something with wandb; whatever fails there ends its part in this run, and nothing else."""

@@ -27,7 +27,7 @@ from nlscale.plan.holding import carried
 from nlscale.plan.report import figures, several, text
 from nlscale.plan.search import LEAST, accepted
 from nlscale.runtime.quiet import quiet
-from nlscale.verbs.common import add, add_recipe, foreseen, writable
+from nlscale.verbs.common import add, add_recipe, foreseen
 
 GIB, MIB = 2**30, 2**20
 CHOICES = 5  # layouts that a plan shows
@@ -57,7 +57,6 @@ def check(options: argparse.Namespace) -> int:
     require(options.gpus is None or options.gpus >= 1, f"--gpus {options.gpus} must be at least 1")
     world = options.gpus or run.parallel.ranks
     count = replicas_on(run, world, named, options)
-    writable(options.json)
     wrong = list(problems(run, world, on))
     if options.json:
         layout = {**vars(run.parallel), "replicas": count, "ranks": world, "gpu": named}
@@ -233,7 +232,6 @@ def plan(options: argparse.Namespace) -> int:
     require(options.gpus >= 1, f"--gpus {options.gpus} must be at least 1")
     on = device(options.gpu or run.cluster.gpu or "h100")
     replicas_on(run, options.gpus, on.name, options)
-    writable(options.json)
     quiet()
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # of pretended groups that have no backend
     importlib.import_module("nlscale.runtime.world")  # first: megatron-core compiles nothing while it is imported there

@@ -14,7 +14,7 @@ from nlscale_launch.local import start
 
 from nlscale.config.errors import CODES, FINISHED, ORDERLY, UserError, code_of, require
 from nlscale.runtime.quiet import quiet
-from nlscale.verbs.common import add, existing, fewer_gpus, writable
+from nlscale.verbs.common import add, existing, fewer_gpus
 
 
 def verbs(parent: Any) -> None:
@@ -59,7 +59,6 @@ def generate(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     """`nlscale eval`."""
     folder = existing(options.recipe)
-    writable(options.json)
     quiet()
     room = importlib.import_module("nlscale.hub.evaluate")
     source = importlib.import_module("nlscale.hub.opened").source(folder, options.step, options.overrides)

@@ -4,14 +4,16 @@ import argparse
 import importlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nlscale.config.errors import require
+from nlscale.config.errors import UserError, require
 from nlscale.config.run import replicas
 from nlscale.runtime.folder import STATE, Folder
 from nlscale.runtime.quiet import quiet
-from nlscale.verbs.common import add, existing, foreseen, resolve, writable
+from nlscale.verbs.common import add, existing, foreseen, resolve
 
 MACHINE = ("step", "data", "kernels", "checkpoint", "memory", "ladder")
 LEARNING = ("hops", "beyond", "states", "forgetting", "classes", "transfer")
@@ -56,20 +58,39 @@ def draw(options: argparse.Namespace) -> None:
     if options.levels:
         require(len(options.runs) == 1, "plot --levels draws one recipe")
         run, _ = foreseen(options.runs[0], [])
-        print(importlib.import_module("nlscale.train.picture").picture(run, Path(options.out or "levels.png")))
+        target = Path(options.out or "levels.png")
+        with drawn(target):
+            print(importlib.import_module("nlscale.train.picture").picture(run, target))
         return
     folders = [existing(run) for run in options.runs]
     target = Path(options.out) if options.out else folders[0].plot
-    print(importlib.import_module("nlscale.train.plot").plot(folders, target))
+    with drawn(target):
+        print(importlib.import_module("nlscale.train.plot").plot(folders, target))
+
+
+@contextmanager
+def drawn(target: Path) -> Iterator[None]:
+    """Draws to a file; raises UserError where it is no PNG, or cannot be written."""
+    require(target.suffix == ".png", f"--out {target} must end in .png; an .svg is written beside it")
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {target}: {error.strerror}") from None
 
 
 def list_checkpoints(options: argparse.Namespace) -> None:
     """`nlscale checkpoint list`."""
-    folder, found = existing(options.run), []
-    writable(options.json)
+    folder, found, learners = existing(options.run), list[dict[str, Any]](), dict[str, Any]()
+    if not folder.steps():
+        print(f"{folder.path} has no checkpoint yet")
     for step in reversed(folder.steps()):  # the newest last
         path = folder.checkpoint(step)
-        facts = json.loads((path / STATE).read_text())
+        try:
+            facts = json.loads((path / STATE).read_text())
+        except (OSError, ValueError) as error:
+            print(f"step {step:8d}  damaged: {STATE}: {error}; `nlscale checkpoint verify {options.run}` says all")
+            continue
+        learners = facts.get("learners", {})  # of the newest one, said last
         size = sum(file.stat().st_size for file in path.iterdir())
         opened = [name for name, steps in facts["windows"]["open"].items() if steps]
         found.append({"step": step, "tokens": facts["tokens"], "bytes": size, "open_windows": opened})
@@ -77,7 +98,6 @@ def list_checkpoints(options: argparse.Namespace) -> None:
             f"step {step:8d}  {facts['tokens']:>14,} tokens  {size / 2**20:10.1f} MiB  "
             f"open windows: {', '.join(opened) or 'none'}"
         )
-    learners = facts.get("learners", {}) if folder.steps() else {}  # of the newest one, said last
     if options.json:
         Path(options.json).write_text(json.dumps({"checkpoints": found, "learners": learners}, indent=1) + "\n")
     for name, each in sorted(learners.items(), key=lambda item: (item[1]["unit"] == "step", pace(item[1]["period"]))):

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from nlscale_launch.local import start
 from nlscale_launch.policy import attempts_of, verdict
 
-from nlscale.config.errors import CODES, FINISHED, SAVED_ON_SIGNAL, code_of
+from nlscale.config.errors import CODES, FINISHED, SAVED_ON_SIGNAL, code_of, require
 from nlscale.config.run import Run, replicas
 from nlscale.runtime.folder import Folder, read_lines
 from nlscale.runtime.log import Journal
@@ -37,6 +37,7 @@ def train(options: argparse.Namespace) -> int:
     if (given := rank_given(options)) is not None:
         with Watch() as watch:
             leave(lambda: as_rank(options, given, watch))
+    require(options.nproc is None or options.nproc >= 1, f"--nproc {options.nproc} must be at least 1")
     run = resolve(options.recipe, options.overrides)
     folder = Folder(Path(run.folder))
     count = options.nproc or run.cluster.nproc or run.parallel.ranks

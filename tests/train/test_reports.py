@@ -1,11 +1,15 @@
 """Records on disks that fill, wandb that cannot be reached, secrets that stay where they are."""
 
+import json
 import os
+import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from wandb.proto import wandb_internal_pb2
 
 from nlscale.config.errors import UserError
 from nlscale.config.run import Run
@@ -14,6 +18,7 @@ from nlscale.runtime.log import Journal, Lines
 from nlscale.testing import ranks
 from nlscale.train import loop, metrics
 from tests.corpus import small_run
+from tests.records import losses
 
 SMALL = ["model.layers=1", "train.steps=10", "checkpoint.interval=5"]
 
@@ -124,7 +129,8 @@ class Heard:
     def __init__(self) -> None:
         self.id, self.lines = "heard", list[dict[str, Any]]()
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: dict[str, Any], step: int) -> None:
+        assert step == line["step"]
         self.lines.append(dict(line))
 
     def finish(self, exit_code: int) -> None:
@@ -149,6 +155,34 @@ def test_wandb_hears_every_line_of_metrics_the_goodput_of_saves_among_them(prepa
     goodput = [line for line in lines if "goodput/share" in line]
     assert len(goodput) == 2 and all(line["goodput/productive_seconds"] > 0 for line in goodput)
     assert {"goodput/recomputed_seconds", "goodput/restart_seconds"} <= goodput[-1].keys()
+
+
+def history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, values) of every record of history in a file of wandb's, a log of LevelDB's form."""
+    content, place, record = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if 2**15 - place % 2**15 < 7:  # no header is cut by a block's end
+            place += 2**15 - place % 2**15
+            continue
+        _, size, kind = struct.unpack("<IHB", content[place : place + 7])
+        record, place = record + content[place + 7 : place + 7 + size], place + 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            said, record = wandb_internal_pb2.Record.FromString(record), b""
+            if said.WhichOneof("record_type") == "history":
+                values = {item.key or "/".join(item.nested_key): item.value_json for item in said.history.item}
+                yield said.history.step.num, {key: json.loads(value) for key, value in values.items()}
+
+
+def test_attempts_of_a_run_are_one_curve_to_wandb(prepared: str, tmp_path: Path) -> None:
+    """Under one id, each step once and under its own number; a save's goodput is of its step."""
+    for stop in (3, 10):
+        run = small_run(prepared, tmp_path / "run", *SMALL, "log.wandb=offline", f"train.stop_at={stop}")
+        ranks(1, loop.train, run)
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    told = [record for file in files for record in history(file)]
+    assert len(files) == 2 and len({file.name for file in files}) == 1
+    assert [step for step, _ in told] == [line["step"] for _, line in told] == list(range(1, 11))
+    assert [line["train/loss"] for _, line in told] == losses(run)
 
 
 @pytest.mark.parametrize("name", ["NLSCALE_SECRET", "AWS_SECRET_ACCESS_KEY", "${oc.env:A}", "wandb_api_key"])
