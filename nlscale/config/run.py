@@ -1,10 +1,11 @@
 """A run as one frozen value, and the arithmetic that its sections must satisfy together."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from nlscale.config.cluster import Cluster
 from nlscale.config.data import Data
 from nlscale.config.errors import divisors, nearest, require
+from nlscale.config.inner import Inner
 from nlscale.config.levels import Level, Levels, parameter_names, token_levels
 from nlscale.config.mixers import check_chunks, chunk_of
 from nlscale.config.model import Model
@@ -47,7 +48,7 @@ class Run:
             require(
                 units % tensor == 0,
                 f"level {name} has {units} feed-forward units, which parallel.tensor={tensor} does not divide; "
-                f"choose model.hidden so that every level's share is a multiple of {tensor}",
+                f"model.hidden={fitting(self.levels, model.feed_forward, tensor)} would work",
             )
         self.check_inner()
         self.check_reset()
@@ -77,10 +78,11 @@ class Run:
         """What levels that move inside a row ask of everything else."""
         levels, model, parallel = token_levels(self.levels), self.model, self.parallel
         if not levels:
-            for name in ("shared", "layers"):
+            for name, usual in asdict(Inner()).items():
                 said = getattr(model.inner, name)
                 require(
-                    not said, f"model.inner.{name}={said} needs a level with unit: token, such as use.levels=inside"
+                    said == usual,
+                    f"model.inner.{name}={said} needs a level with unit: token, such as use.levels=inside",
                 )
             return
         chunk, slow = levels[0].period, levels[-1].period
@@ -277,3 +279,10 @@ def replicas(run: Run, world: int) -> int:
         f"{nearest(train.global_batch, count * train.micro_batch * run.parallel.pipeline)} would work",
     )
     return count
+
+
+def fitting(levels: list[Level], hidden: int, tensor: int) -> int:
+    """The next number of feed-forward units of which every level's share can be split over `tensor` ranks."""
+    each = [level.width / tensor for level in levels]
+    found = range(hidden, hidden * tensor + 1)  # the last of which does, as shares of `hidden` are whole numbers
+    return next(units for units in found if all(abs(part * units - round(part * units)) < 1e-6 for part in each))

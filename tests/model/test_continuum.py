@@ -160,9 +160,9 @@ def joined() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_row_31_a_new_level_that_says_nothing_changes_no_bit() -> None:
-    """Of a float32; in float64 BLAS may add up longer sums in another order."""
-    without, new, moved = (loss.float() for loss in ranks(1, joined)[0])
-    assert torch.equal(without, new) and not torch.equal(without, moved)
+    """But for the last one of float64: BLAS may add up longer sums in another order."""
+    without, new, moved = ranks(1, joined)[0]
+    assert abs(new - without) <= 1e-15 * without and abs(moved - without) > 1e-6 * without
 
 
 def one_level_parts() -> tuple[list[str], dict[str, int], int, float]:

@@ -462,9 +462,9 @@ def hasty(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def test_the_inner_rate_rises_from_a_tenth_while_a_run_is_young() -> None:
-    inner = tiny("model.inner.warmup=0.1").model.inner
+    inner = tiny(TWO, "model.inner.warmup=0.1").model.inner
     assert [inner.pace(step, 100) for step in (1, 5, 10, 100)] == pytest.approx([0.19, 0.55, 1.0, 1.0])
-    assert tiny("model.inner.warmup=0").model.inner.pace(1, 100) == 1.0
+    assert tiny(TWO, "model.inner.warmup=0").model.inner.pace(1, 100) == 1.0
     half, slow = ranks(1, hasty, tiny(TWO, *BASE))[0]
     assert torch.equal(half, slow)
 

@@ -168,7 +168,7 @@ REFUSED = {
     "model.mixer=titans model.titans.chunk=32": "model.titans.chunk=32 does not divide the 16 tokens",
     "model.mixer=delta model.linear.chunk=16 parallel.context=2": "the 8 tokens of a row on each of parallel.context=2",
     "model.mixer=self_modifying model.self_modifying.chunk=4 model.self_modifying.maker_chunk=6": "4, 8, 16 would work",
-    "model.mixer=self_modifying parallel.tensor=8": "model.heads=4 cannot be split over",
+    "model.mixer=self_modifying parallel.tensor=8": "=8; parallel.tensor in [1, 2, 4] or model.heads=8 would",
     "parallel.context=4": "model.kv_heads=2 cannot be split over parallel.tensor x parallel.context=4",
     "parallel.context=3": "model.heads=4 cannot be split",
     "model.loops=2 parallel.pipeline=2": "model.loops=2 passes the same blocks again",

@@ -59,7 +59,11 @@ LEFT += [
     (mixer, "context4") for mixer in ("written", "titans", "titans_mag", "titans_mal", "attention-window", "linear")
 ]
 LEFT += [(mixer, "tensor-sequence-context") for mixer in ("attention", "delta")]
-LEFT = [case for case in LEFT if case not in (("self_modifying", "pipeline"), ("titans_mac", "pipeline"))]
+LEFT = [
+    case
+    for case in LEFT
+    if case not in [(m, "pipeline") for m in ("self_modifying", "titans_mac", "titans_mal", "delta")]
+]
 
 
 @pytest.fixture(scope="module")
