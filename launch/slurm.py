@@ -236,6 +236,8 @@ def partitions() -> dict[str, int]:
 
 def first(said: str) -> str:
     """What Slurm complains of, in a line."""
+    if "Could not establish a configuration source" in said:
+        return "Slurm's programs are here, and no configuration of a cluster; SLURM_CONF would name its file"
     lines = [line.partition("error: ")[2] or line for line in said.strip().splitlines()]
     return "; ".join(dict.fromkeys(lines)) or "no reason given"
 

@@ -10,7 +10,7 @@ import pytest
 from nlscale_launch.attempt import Submission, cause, free_port
 from nlscale_launch.policy import BAD_NODE, LOST, Attempt, attempts_of, left_out, verdict
 from nlscale_launch.preflight import Judge, faults, hand_in, judged, node_facts
-from nlscale_launch.slurm import job
+from nlscale_launch.slurm import first, job
 
 VERSIONS = {"python": "3.11.7", "torch": "2.11"}
 
@@ -273,3 +273,13 @@ def test_squeues_json_of_old_and_new_versions() -> None:
     assert job(waiting).number == "12_[3-9]"
     alone = {"job_id": 7, "array_job_id": {"set": True, "infinite": False, "number": 0}, "job_state": "COMPLETED"}
     assert job(alone).number == "7" and not job(alone).active
+
+
+def test_slurms_programs_without_a_cluster_are_one_short_sentence() -> None:
+    """As squeue 22.05 says it where no file and no server tells of a controller."""
+    said = "squeue: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+    said += "squeue: error: fetch_config: DNS SRV lookup failed\nsqueue: fatal: Could not establish a configuration source\n"
+    assert first(said) == "Slurm's programs are here, and no configuration of a cluster; SLURM_CONF would name its file"
+    assert first("sbatch: error: Batch job submission failed: Invalid account") == (
+        "Batch job submission failed: Invalid account"
+    )

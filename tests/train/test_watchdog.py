@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from nlscale.config.run import Run
-from nlscale.runtime.folder import Folder, read_lines
+from nlscale.runtime.folder import Folder
 from nlscale.testing import ranks
 from nlscale.train import loop
 from tests.corpus import small_run
-from tests.records import events
+from tests.records import events, hashes, losses, shards
 
 
 def disturbed(run: Run, at: int, what: str) -> None:
@@ -56,11 +56,8 @@ def test_a_stopped_rank_ends_the_job_and_is_named(prepared: str, tmp_path: Path)
     assert hung["cause"] in said
     ranks(2, loop.train, run)
     ranks(2, loop.train, whole)
-    lines = [
-        [line["train/loss"] for line in read_lines(Folder(Path(each.folder)).metrics) if "train/loss" in line]
-        for each in (run, whole)
-    ]
-    assert lines[0] == lines[1] and len(lines[0]) == 8
+    assert (losses(run), hashes(run)) == (losses(whole), hashes(whole)) and len(losses(run)) == 8
+    assert shards(run, 8) == shards(whole, 8)
 
 
 def test_where_every_rank_waits_none_is_blamed(prepared: str, tmp_path: Path) -> None:
