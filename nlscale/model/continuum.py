@@ -41,6 +41,9 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
 }
 
 
+Heard = Mapping[str, Tensor] | None
+
+
 @dataclass(frozen=True)
 class Trace:
     """What a level saw in a chunk; its gradient is that at `hidden` x `normed`, and `active` x that at `update`."""
@@ -109,11 +112,11 @@ class FeedForward(MegatronModule):
         return x_TBD + update
 
     def adaptive(
-        self, x_TBD: Tensor, copies: Mapping[str, Mapping[str, Fast]], heard_BT: Tensor | None = None
+        self, x_TBD: Tensor, copies: Mapping[str, Mapping[str, Fast]], heard: Heard = None
     ) -> tuple[Tensor, dict[str, Trace]]:
         """The same with what levels have learned inside the rows (level -> part -> change), and what they saw.
 
-        `heard`: the tokens for which they have, None: all.
+        `heard`: by level, the tokens that hear it (B, T, 1); None: all.
         """
         normed = self.norm(x_TBD)
         fused, _ = self.up(normed)
@@ -123,15 +126,16 @@ class FeedForward(MegatronModule):
         )
         copied = to_tensor_ranks(normed)
         for name, parts in copies.items():
+            mine = copied.transpose(0, 1) if heard is None else copied.transpose(0, 1) * heard[name]
             for part in self.inward if name in self.units else ():
-                added = parts[part].inward(copied.transpose(0, 1), heard_BT)
+                added = parts[part].inward(mine)
                 whole = pieces[part, name] + (added.transpose(0, 1) if isinstance(added, Tensor) else added)
                 pieces[part, name] = whole
         hidden = self.weigh(self.activation(torch.cat(list(pieces.values()), -1)))
         update, _ = self.down(hidden)
         active = dict(zip(names, hidden.split(counts, -1), strict=True))
         learned = [
-            parts["down"].outward(active[name].transpose(0, 1), heard_BT)
+            parts["down"].outward(active[name].transpose(0, 1) * (1 if heard is None else heard[name]))
             for name, parts in copies.items()
             if name in active
         ]
@@ -199,13 +203,13 @@ class Sequential(MegatronModule):
         return next(iter(self.chain.values())).inward  # type: ignore[return-value]
 
     def adaptive(
-        self, x_TBD: Tensor, copies: Mapping[str, Mapping[str, Fast]], heard_BT: Tensor | None = None
+        self, x_TBD: Tensor, copies: Mapping[str, Mapping[str, Fast]], heard: Heard = None
     ) -> tuple[Tensor, dict[str, Trace]]:
         """The same with what levels have learned inside the rows, and what they saw."""
         traces: dict[str, Trace] = {}
         for name, level in self.chain.items():
             own = {name: copies[name]} if name in copies else {}
-            x_TBD, seen = level.adaptive(x_TBD, own, heard_BT)  # type: ignore[operator]
+            x_TBD, seen = level.adaptive(x_TBD, own, heard)  # type: ignore[operator]
             traces |= seen
         return x_TBD, traces
 

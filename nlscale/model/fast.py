@@ -7,7 +7,7 @@ A level's feed-forward slice has weights W_in (U, D) for each inward part and W_
 
 kept as matrices (`Whole`) or as the pairs themselves (`Factors`; V22), which are smaller while little is written. Both are
 values: `written` gives the next one. A document hears nothing of what one before it in the row taught: where another began,
-what was learned counts no longer (`alive`), and goes with the next write.
+what was learned is not heard any more (`Window.heard`), and goes with the next write.
 
 B rows (1 where all rows share), T tokens of a chunk, D width, U units of this rank.
 """
@@ -38,10 +38,6 @@ class Documents:
     last_BT: Tensor  # they are of the document that is under way when the chunk ends
     same_B: Tensor  # no document began in the chunk
 
-    def both(self, alive_B: Tensor | None) -> Tensor:
-        """Rows that were alive, None: all, and whose document goes on."""
-        return self.same_B if alive_B is None else alive_B & self.same_B
-
 
 def documents(starts_BT: Tensor) -> Documents:
     """Of a chunk, true at a document's first token."""
@@ -54,29 +50,24 @@ class Whole:
     """The change as a matrix (B, U, D); None: nothing was written."""
 
     change: Tensor | None = None
-    alive_B: Tensor | None = None  # rows whose document has gone on since the last write; None: all
 
-    def inward(self, x_BTD: Tensor, heard_BT: Tensor | None = None) -> Tensor | float:
-        """What it adds to W x (B, T, U); `heard`: for which tokens."""
-        return 0.0 if self.change is None else of_those(x_BTD, heard_BT, self.alive_B) @ self.change.mT
+    def inward(self, x_BTD: Tensor) -> Tensor | float:
+        """What it adds to W x (B, T, U)."""
+        return 0.0 if self.change is None else x_BTD @ self.change.mT
 
-    def outward(self, a_BTU: Tensor, heard_BT: Tensor | None = None) -> Tensor | float:
+    def outward(self, a_BTU: Tensor) -> Tensor | float:
         """What it adds to W^T a (B, T, D)."""
-        return 0.0 if self.change is None else of_those(a_BTU, heard_BT, self.alive_B) @ self.change
+        return 0.0 if self.change is None else a_BTU @ self.change
 
-    def after(self, documents: Documents) -> "Whole":
-        """What is left of it where a document goes on."""
-        return replace(self, alive_B=documents.both(self.alive_B))
-
-    def written(self, gathered: "list[Pair] | Tensor", rate: Tensor) -> "Whole":
-        """After a step of `rate` (B,) against a gradient."""
+    def written(self, gathered: "list[Pair] | Tensor", rate: Tensor, alive_B: Tensor | None) -> "Whole":
+        """After a step of `rate` (B,) against a gradient; `alive`: rows that keep what they had, None: all."""
         gradient = gathered if isinstance(gathered, Tensor) else product(gathered)
         move = -rate.view(-1, 1, 1) * gradient
         if self.change is None:
             return Whole(move)
-        if self.alive_B is None:
+        if alive_B is None:
             return Whole(self.change + move)
-        return Whole(torch.addcmul(move, self.change, self.alive_B.view(-1, 1, 1).to(move.dtype)))
+        return Whole(torch.addcmul(move, self.change, alive_B.view(-1, 1, 1).to(move.dtype)))
 
 
 @dataclass(frozen=True)
@@ -84,39 +75,25 @@ class Factors:
     """The change as pairs, the rates in the left ones."""
 
     pairs: tuple[Pair, ...] = field(default_factory=tuple)
-    alive_B: Tensor | None = None  # as Whole's
 
-    def inward(self, x_BTD: Tensor, heard_BT: Tensor | None = None) -> Tensor | float:
-        """What it adds to W x (B, T, U); `heard`: for which tokens."""
-        x_BTD = of_those(x_BTD, heard_BT, self.alive_B) if self.pairs else x_BTD
+    def inward(self, x_BTD: Tensor) -> Tensor | float:
+        """What it adds to W x (B, T, U)."""
         return sum(((x_BTD @ pair.right.mT) @ pair.left for pair in self.pairs), 0.0)
 
-    def outward(self, a_BTU: Tensor, heard_BT: Tensor | None = None) -> Tensor | float:
+    def outward(self, a_BTU: Tensor) -> Tensor | float:
         """What it adds to W^T a (B, T, D)."""
-        a_BTU = of_those(a_BTU, heard_BT, self.alive_B) if self.pairs else a_BTU
         return sum(((a_BTU @ pair.left.mT) @ pair.right for pair in self.pairs), 0.0)
 
-    def after(self, documents: Documents) -> "Factors":
-        """What is left of it where a document goes on."""
-        return replace(self, alive_B=documents.both(self.alive_B))
-
-    def written(self, gathered: "list[Pair] | Tensor", rate: Tensor) -> "Factors":
-        """After a step of `rate` (B,) against a gradient."""
+    def written(self, gathered: "list[Pair] | Tensor", rate: Tensor, alive_B: Tensor | None) -> "Factors":
+        """After a step of `rate` (B,) against a gradient; `alive`: rows that keep what they had, None: all."""
         assert not isinstance(gathered, Tensor)
         joined = Pair(torch.cat([p.left for p in gathered], 1), torch.cat([p.right for p in gathered], 1))
-        alive = self.alive_B
-        kept = self.pairs if alive is None else [replace(p, left=p.left * alive.view(-1, 1, 1)) for p in self.pairs]
+        keep = None if alive_B is None else alive_B.view(-1, 1, 1)
+        kept = self.pairs if keep is None else [replace(pair, left=pair.left * keep) for pair in self.pairs]
         return Factors((*kept, replace(joined, left=-rate.view(-1, 1, 1) * joined.left)))
 
 
 Fast = Whole | Factors
-
-
-def of_those(part_BTF: Tensor, heard_BT: Tensor | None, alive_B: Tensor | None) -> Tensor:
-    """Zero but for the tokens that hear what was learned."""
-    if heard_BT is None:
-        return part_BTF
-    return part_BTF * (heard_BT if alive_B is None else heard_BT & alive_B[:, None]).unsqueeze(-1)
 
 
 def product(pairs: list[Pair]) -> Tensor:
@@ -131,9 +108,15 @@ class Window:
     pairs: dict[tuple[int, str], list[Pair]] = field(default_factory=dict)
     targets: Tensor | float = 0.0  # (B,)
     under_way: list[Tensor] = field(default_factory=list)  # by chunk, (B, T): tokens of the document that goes on
+    alive_B: Tensor | None = None  # rows whose document has gone on since the move; None: all
+
+    def heard(self, tokens_BT: Tensor) -> Tensor:
+        """Of tokens whose document began before their chunk, those that hear what the level has learned (B, T, 1)."""
+        return (tokens_BT if self.alive_B is None else tokens_BT & self.alive_B[:, None]).unsqueeze(-1)
 
     def go_on(self, documents: Documents) -> None:
-        """Takes a chunk in: what was gathered of documents that ended in it counts no longer."""
+        """Takes a chunk in: what was gathered and learned of documents that ended in it counts no longer."""
+        self.alive_B = documents.same_B if self.alive_B is None else self.alive_B & documents.same_B
         self.targets = self.targets * documents.same_B
         self.under_way = [*(each & documents.same_B[:, None] for each in self.under_way), documents.last_BT]
 

@@ -27,7 +27,7 @@ from nlscale.config.levels import Level, due
 from nlscale.config.model import Model
 from nlscale.model.attention import by_math
 from nlscale.model.collectives import column, cross_entropy, from_tensor_ranks, row, to_tensor_ranks
-from nlscale.model.continuum import Trace
+from nlscale.model.continuum import Heard, Trace
 from nlscale.model.exchange import Exchange
 from nlscale.model.fast import Documents, Factors, Fast, Pair, Whole, Window, documents, product
 from nlscale.model.hope import Block, Hope, Stage
@@ -61,11 +61,11 @@ class ReadingBlock(Block):
     """A block whose levels have copies that a row has changed."""
 
     def forward(  # type: ignore[override]
-        self, x_TBD: Tensor, scene: Scene, before: Any, copy: dict[str, dict[str, Fast]], heard_BT: Tensor | None
+        self, x_TBD: Tensor, scene: Scene, before: Any, copy: dict[str, dict[str, Fast]], heard: Heard
     ) -> tuple[Tensor, Any, dict[str, Trace]]:
         """(T, B, D) -> (T, B, D), what the mixer hands on, and what each level saw."""
         x_TBD, left = self.mix(x_TBD, scene, before)
-        x_TBD, traces = self.continuum.adaptive(x_TBD, copy, heard_BT)
+        x_TBD, traces = self.continuum.adaptive(x_TBD, copy, heard)
         return x_TBD, left, traces
 
 
@@ -177,9 +177,7 @@ class HopeInSequence(Hope):
         for begin in range(0, x_TBD.shape[0], chunk):
             end = begin + chunk
             place, own = self.scene(starts_BT[:, :end], begin, hand_on=True), self.documents(starts_BT[:, begin:end])
-            x, traces, states = self.pass_on(
-                x_TBD[begin:end], place, states, copies, None if own is None else own.heard_BT
-            )
+            x, traces, states = self.pass_on(x_TBD[begin:end], place, states, copies, heard(own, windows))
             loss = self.head(x, targets_BT[:, begin:end])
             if hand_on or end < x_TBD.shape[0]:
                 copies = self.learned(loss, traces, targets_BT[:, begin:end], own, windows, copies, end)
@@ -191,13 +189,13 @@ class HopeInSequence(Hope):
         return documents(starts_BT) if self.apart and not self.inner.shared else None
 
     def pass_on(
-        self, x_TBD: Tensor, place: Any, states: list[Any], copies: Copies, heard_BT: Tensor | None
+        self, x_TBD: Tensor, place: Any, states: list[Any], copies: Copies, heard: Heard
     ) -> tuple[Tensor, list[dict[str, Trace]], list[Any]]:
-        """A chunk, or a part of one, through the adaptive blocks; `heard`: the tokens that hear the copies, None: all."""
+        """A chunk, or a part of one, through the adaptive blocks; `heard`: by level, the tokens that hear it."""
         traces: list[dict[str, Trace]] = []
         left: list[Any] = []
         for block, state, copy in zip(self.blocks[self.first :], states, copies, strict=True):
-            x_TBD, after, trace = block(x_TBD, place, state, copy, heard_BT)
+            x_TBD, after, trace = block(x_TBD, place, state, copy, heard)
             traces.append(trace)
             left.append(after)
         return x_TBD, traces, left
@@ -216,10 +214,6 @@ class HopeInSequence(Hope):
         counted_BT = targets_BT != IGNORE
         if own is not None:
             counted_BT = counted_BT & own.last_BT
-            copies = [
-                {level: {part: fast.after(own) for part, fast in parts.items()} for level, parts in copy.items()}
-                for copy in copies
-            ]
             for window in windows.values():
                 window.go_on(own)
         self.gather(loss, traces, counted_BT.sum(1), windows)
@@ -263,9 +257,19 @@ class HopeInSequence(Hope):
             rate = to_tensor_ranks(rate * (self.inner.clip / (norm + 1e-6)).clamp(max=1.0))
         return [
             copy
-            | {level.name: {part: fast.written(gathered[j, part], rate) for part, fast in copy[level.name].items()}}
+            | {
+                level.name: {
+                    part: fast.written(gathered[j, part], rate, window.alive_B)
+                    for part, fast in copy[level.name].items()
+                }
+            }
             for j, copy in enumerate(copies)
         ]
+
+
+def heard(own: Documents | None, windows: Mapping[str, Window]) -> Heard:
+    """By level, the tokens of a chunk that hear what it has learned; None: all."""
+    return None if own is None else {name: window.heard(own.heard_BT) for name, window in windows.items()}
 
 
 def differentiable(module: nn.Module) -> None:

@@ -10,6 +10,7 @@ B rows, T tokens of a part, D width, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from nlscale.model.fast import Documents, Window
 from nlscale.model.hope import Hope
-from nlscale.model.in_sequence import HopeInSequence
+from nlscale.model.in_sequence import HopeInSequence, heard
 
 
 class Reader:
@@ -92,8 +93,8 @@ class LearningReader(Reader):
             last = min(count, (first // size + 1) * size)
             here = slice(first - past, last - past)
             place, own = model.scene(self.starts[:, :last], first, hand_on=True), self.documents(last)
-            heard_BT = None if own is None else own.heard_BT[:, first - last :]
-            x, _, self.upper = model.pass_on(x_TBD[here], place, self.upper, self.copies, heard_BT)
+            said_to = heard(own and replace(own, heard_BT=own.heard_BT[:, first - last :]), self.windows)
+            x, _, self.upper = model.pass_on(x_TBD[here], place, self.upper, self.copies, said_to)
             self.chunk.append((tokens_BT[:, here], x_TBD[here]))
             said.append(x)
             first = last
@@ -110,9 +111,7 @@ class LearningReader(Reader):
         targets = torch.cat([tokens[:, 1:], after_B[:, None]], 1)
         with torch.enable_grad():
             place, own = model.scene(self.starts[:, :end], begin, hand_on=True), self.documents(end)
-            x, traces, _ = model.pass_on(
-                given, place, self.at_begin, self.copies, None if own is None else own.heard_BT
-            )
+            x, traces, _ = model.pass_on(given, place, self.at_begin, self.copies, heard(own, self.windows))
             loss = model.head(x, targets)
             self.copies = model.learned(loss, traces, targets, own, self.windows, self.copies, end)
         self.at_begin, self.chunk = self.upper, []

@@ -48,7 +48,7 @@ def verify(path: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST}: {error}"]
     another = path.name.startswith("step-") and int(path.name.removeprefix("step-")) != step
-    faults = [f"{MANIFEST}: it is of step {step}"] if another else []
+    faults = [f"{MANIFEST}: it is of step {step}"] if another and rank == 0 else []
     for name, expected in sorted(files.items())[rank::ranks]:
         if Path(name).name != name or not (path / name).is_file():
             faults.append(f"{name}: missing")

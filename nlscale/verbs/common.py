@@ -73,7 +73,10 @@ def fewer_gpus(count: int, doing: str) -> None:
 def writable(target: str | None) -> None:
     """Raises UserError where a file cannot be written, before anything takes time."""
     if target:
+        there = Path(target).exists()
         try:
             Path(target).open("a").close()
+            if not there:
+                Path(target).unlink()
         except OSError as error:
             raise UserError(f"--json {target}: {error.strerror}") from None
