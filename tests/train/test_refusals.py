@@ -61,3 +61,8 @@ def test_a_run_without_a_checkpoint_says_so(prepared: str, tmp_path: Path, capsy
     Folder(tmp_path).config.write_text(dump(small_run(prepared, tmp_path)))
     assert main(["checkpoint", "list", str(tmp_path)]) == 0
     assert "has no checkpoint yet" in capsys.readouterr().out
+
+
+def test_a_table_that_was_only_tried_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path / "gone"), "--json", str(tmp_path / "table.json")]) == 78
+    assert "no run" in capsys.readouterr().err and not list(tmp_path.iterdir())
