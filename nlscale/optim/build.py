@@ -1,8 +1,8 @@
 """The optimizer of a run: windows, shards, and the clock that says who moves.
 
 A step: every shard's policy ends the step; then the groups that are due close their windows, all ranks agree on norms
-and tokens in one reduction, every due group moves or, where a gradient is not finite, none of its ranks does; what moved
-travels behind the next forward pass.
+and tokens in one reduction, every due group moves or, where a gradient is not finite or no target was added, none of its
+ranks does; what moved travels behind the next forward pass.
 """
 
 import importlib
@@ -124,7 +124,9 @@ class Optimizer:
         self.windows.restart(group.name for group, gone in zip(waiting, spoilt, strict=False) if gone)
 
     def agree(self, moving: Sequence[Group], squares: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
-        """Norm of each window's mean, and 1 / tokens: one reduction over all ranks and one read by the host."""
+        """Norm of each window's mean, infinite where no target was added to it, and 1 / tokens: one reduction over all
+        ranks and one read by the host.
+        """
         world, indices = self.world, [self.windows.groups.index(group.name) for group in moving]
         sums = torch.stack([squares.get(group.name, self.nothing()) for group in moving])
         tokens = self.windows.tokens[indices].double()
@@ -133,8 +135,12 @@ class Optimizer:
         facts = torch.cat([sums, tokens])
         dist.all_reduce(facts)
         listed = facts.tolist()
-        means = {g.name: 1 / max(1.0, count) for g, count in zip(moving, listed[len(moving) :], strict=True)}
-        norms = {g.name: total**0.5 * means[g.name] for g, total in zip(moving, listed, strict=False)}
+        counts = {group.name: count for group, count in zip(moving, listed[len(moving) :], strict=True)}
+        means = {name: 1 / max(1.0, count) for name, count in counts.items()}
+        norms = {
+            g.name: total**0.5 * means[g.name] if counts[g.name] else float("inf")
+            for g, total in zip(moving, listed, strict=False)
+        }
         return norms, means
 
     def clip(self, norm: float, norms: dict[str, float]) -> float:

@@ -15,9 +15,11 @@ from nlscale.runtime.leaf import Leaf
 
 @dataclass(frozen=True)
 class Moved:
-    """What a level's move did. A window with a gradient that is not finite is dropped on all ranks alike."""
+    """What a level's move did. A window with a gradient that is not finite, or without any target, is dropped on all ranks
+    alike.
+    """
 
-    grad_norm: float  # of the window's mean, before clipping
+    grad_norm: float  # of the window's mean, before clipping; infinite or NaN where it was dropped
     skipped: bool
     update_square: Tensor  # float64: squared norm of this rank's part of the weight change
 

@@ -1,5 +1,6 @@
 """A run, from its recipe or from where its folder left off, to its last step."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ from nlscale.train.stragglers import Stragglers
 from nlscale.train.trace import Tracer
 
 LAST = 120.0  # seconds that a run which ends early waits for the save under way
-SKIPS = 10  # steps in a row with gradients that are not finite, until the run is given up
+SKIPS = 10  # steps in a row with losses or gradients that are not finite, until the run is given up
 
 
 def train(run: Run, watch: Watch | None = None) -> None:
@@ -157,7 +158,7 @@ def going_on(
             if report.tokens:
                 stragglers.heard(state.step, report.own)
                 skips = alarmed(report, skips, state.step, journal)
-            if report.tokens and spikes.heard(report.loss):
+            if math.isfinite(report.loss) and spikes.heard(report.loss):
                 metrics.rolled_back()
                 continue
             compared(state, model.leaves, journal, checkpoints.due(state))
@@ -231,18 +232,12 @@ def hung(state: TrainState, folder: Folder, cause: str, hosts: Sequence[str]) ->
 
 
 def alarmed(report: Report, skips: int, step: int, journal: Journal) -> int:
-    """Steps in a row in which something was not finite, this one included.
-
-    Raises StoppedOnPurpose after SKIPS of them, and at once where no loss of a step is finite: nothing of it is saved.
-    """
-    if not abs(report.loss) < float("inf"):
-        journal.event("loss is not finite", step, micro_batches=report.refused)
-        raise StoppedOnPurpose(f"no loss is finite at step {step}; the last checkpoint stands")
+    """Steps in a row in which something was not finite, this one included; raises StoppedOnPurpose after SKIPS of them."""
     if not report.skipped and not report.refused:
         return 0
     journal.event("skip", step, levels=report.skipped, micro_batches=report.refused)
     if skips + 1 == SKIPS:
-        raise StoppedOnPurpose(f"gradients were not finite in {SKIPS} steps in a row, up to step {step}")
+        raise StoppedOnPurpose(f"losses or gradients were not finite in {SKIPS} steps in a row, up to step {step}")
     return skips + 1
 
 

@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, a progress bar or plain lines, wandb. Only rank 0 writes."""
 
+import math
 import os
 import sys
 import time
@@ -69,7 +70,7 @@ class Metrics:
             self.told(lambda: self.wandb.finish(exit_code=0 if error is None else 1))
 
     def record(self, report: Report) -> dict[str, Any]:
-        """Writes one step's line and gives it; of a step whose rows are all void there is no loss."""
+        """Writes one step's line and gives it; where all rows are void, or no loss is finite, it has no loss."""
         state, run = self.state, self.state.run
         if not report.tokens:
             void: dict[str, Any] = {"step": state.step, "tokens": state.tokens, "data/token_hash": 0, "data/void": 1}
@@ -80,7 +81,7 @@ class Metrics:
         line: dict[str, Any] = {
             "step": state.step,
             "tokens": state.tokens,
-            "train/loss": report.loss,
+            **({"train/loss": report.loss} if math.isfinite(report.loss) else {}),
             "optim/grad_norm": sum(norm**2 for norm in report.grad_norm.values()) ** 0.5,
             "optim/lr": rate(run.optim, state.step, run.train.steps),
             "comm/bytes": 0,
@@ -175,13 +176,14 @@ class Metrics:
 
     def show(self, line: dict[str, Any]) -> None:
         """The bar, or a line where there is no terminal."""
-        self.bar.set_description_str(f"loss {line['train/loss']:.3f}", refresh=False)
+        loss = line.get("train/loss", math.nan)
+        self.bar.set_description_str(f"loss {loss:.3f}", refresh=False)
         self.bar.update()
         run, step = self.state.run, line["step"]
         if self.plain and (step % run.log.interval == 0 or step in (1, run.train.steps)):
             moved = [name for name in self.levels if line[f"optim/level/{name}/fired"]]
             self.journal.say(
-                f"step {step:6d}/{run.train.steps}  loss {line['train/loss']:.4f}  "
+                f"step {step:6d}/{run.train.steps}  loss {loss:.4f}  "
                 f"{line['throughput/tokens_per_second']:,.0f} tokens/s  mfu {line['throughput/mfu']:.1%}  "
                 f"moved {' '.join(moved)}"
             )

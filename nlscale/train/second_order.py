@@ -54,23 +54,26 @@ class SecondOrder:
         return dict(zip(start, gradients, strict=True))
 
     def objective(self, fast: Level, weights: Weights, window: Sequence[Sequence[MicroBatch]], step: int) -> Tensor:
-        """J: a scalar that can be differentiated through every fast step."""
+        """J: a scalar that can be differentiated through every fast step. Micro-batches whose loss is not finite count for
+        nothing, as in the steps that were taken.
+        """
         optim, losses, tokens, first = self.run.optim, [], 0.0, step - len(window)
         for begin in range(0, len(window), fast.period):
-            batches = [batch for each in window[begin : begin + fast.period] for batch in each]
-            loss, count = self.loss(weights, batches), sum(float((batch[1] >= 0).sum()) for batch in batches)
+            loss, count = self.loss(weights, [batch for each in window[begin : begin + fast.period] for batch in each])
             losses.append(loss)
             tokens += count
+            if not count:
+                continue
             rate = level_rate(optim, fast, first + begin + fast.period, self.optimizer.steps)
-            slopes = torch.autograd.grad(loss / max(1.0, count), list(weights.values()), create_graph=True)
+            slopes = torch.autograd.grad(loss / count, list(weights.values()), create_graph=True)
             weights = {
                 name: weight * (1 - rate * level_decay(optim, fast) * decays(name)) - rate * slope
                 for (name, weight), slope in zip(weights.items(), slopes, strict=True)
             }
         return torch.stack(losses).sum() / max(1.0, tokens)
 
-    def loss(self, weights: Weights, batches: Sequence[MicroBatch]) -> Tensor:
-        """Summed loss of the network with these weights in place of the level's."""
+    def loss(self, weights: Weights, batches: Sequence[MicroBatch]) -> tuple[Tensor, float]:
+        """Summed loss of the network with these weights in place of the level's, and its targets."""
         given = {name: parameter.detach() for parameter, name in self.names.items()}
         stored: dict[nn.Parameter, list[tuple[int, Tensor]]] = {}
         for name, weight in weights.items():
@@ -79,7 +82,10 @@ class SecondOrder:
         for parameter, parts in stored.items():  # a chain's stored parameter holds leaves of one level, row after row
             rows = torch.cat([weight for _, weight in sorted(parts, key=lambda part: part[0])])
             given[self.names[parameter]] = rows.to(parameter.dtype)
-        return torch.stack([functional_call(self.network, given, batch) for batch in batches]).sum()
+        scored = [(functional_call(self.network, given, batch), float((batch[1] >= 0).sum())) for batch in batches]
+        nothing = torch.stack([0 * weight.sum() for weight in weights.values()]).sum()
+        finite = [(loss, count) for loss, count in scored if bool(loss.isfinite())]
+        return torch.stack([nothing, *(loss for loss, _ in finite)]).sum(), sum(count for _, count in finite)
 
     def slow_copies(self, level: Level) -> list[tuple[Leaf, Tensor]]:
         """The slow copy of each leaf of a level."""

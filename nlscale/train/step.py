@@ -24,7 +24,7 @@ PART = 2**32  # of a hash: its sums over millions of ranks stay exact in float64
 class Report:
     """What one step did, equal on all ranks but for `own`."""
 
-    loss: float  # mean over all targets of the step
+    loss: float  # mean over all targets of the step whose micro-batch's loss was finite; NaN where none was
     tokens: int
     token_hash: int
     stop: bool  # a rank was asked to stop
@@ -35,7 +35,7 @@ class Report:
     update_norm: dict[str, float] = field(default_factory=dict)
     refused: int = 0  # micro-batches whose loss was not finite: they added nothing to any window
     replay_loss: float | None = None  # mean over the replayed targets
-    skipped: tuple[str, ...] = ()  # levels that were due, but whose gradients were not finite
+    skipped: tuple[str, ...] = ()  # levels that were due, but whose window was not finite or held no target
     parts: dict[str, float] = field(default_factory=dict)  # seconds of this rank, by what they went into
     groups: tuple[str, ...] = ()  # that were due: levels, or their phases
 

@@ -1,5 +1,6 @@
 """The nested variant's second order: the gradient through unrolled fast steps, against finite differences."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,33 @@ def test_the_gradient_goes_through_the_fast_steps(level: str) -> None:
     ((gradient, difference, without),) = ranks(1, slopes, level)
     assert gradient == pytest.approx(difference, rel=1e-5)
     assert abs(without - difference) > 1e-3 * abs(difference)  # it matters that they were taken
+
+
+def with_bad_rows(bad: Mapping[int, int]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of a window in whose steps the first `bad` micro-batches have no finite loss, and without those batches."""
+    run = tiny(*SECOND, *STEEP)
+    world, model, optimizer = built(run, torch.float64)
+    second, poison = SecondOrder(run, model, optimizer), 127
+    window = [list(usual(run, step, world)) for step in (1, 2, 3, 4)]
+    for batches in window:
+        for tokens, targets, _ in batches:
+            targets[tokens == poison] = -1
+            tokens[tokens == poison] = 5
+    rest = [batches[bad.get(i, 0) :] for i, batches in enumerate(window)]
+    without = second.gradient(run.levels[0], rest, 4)
+    for i, count in bad.items():
+        for tokens, _, _ in window[i][:count]:
+            tokens[0, 3] = poison
+    next(leaf for leaf in model.leaves if leaf.name == "embed.weight").value[poison] = torch.inf
+    return second.gradient(run.levels[0], window, 4), without
+
+
+@pytest.mark.parametrize("bad", [{1: 1, 2: 4}, {0: 4, 3: 4}, dict.fromkeys(range(4), 4)])
+def test_losses_that_are_not_finite_count_for_nothing(bad: dict[int, int]) -> None:
+    ((found, expected),) = ranks(1, with_bad_rows, bad)
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-12, atol=0)
+        assert bool(gradient.norm() > 0) == (sum(bad.values()) < 16)
 
 
 def boundary() -> list[tuple[Tensor, Tensor, Tensor]]:
