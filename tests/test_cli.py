@@ -60,6 +60,22 @@ MISTAKES = {
 }
 
 
+LEVELS = {
+    "{name: fast}, {name: slow, perid: 4}": "Did you mean: 'period'? (at levels.slow.perid)",
+    "{name: fast, period: often}": "Value 'often' of type 'str' could not be converted to Integer (at levels.fast.period)",
+    "{nmae: fast}": "Did you mean: 'name'? (at levels.0.nmae)",
+    "{name: fast, unit: tokens}": "expected one of ['step', 'token'] (at levels.fast.unit)",
+    "3": "int is not a subclass of Level. value: 3 (at levels[0])",
+}
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_a_mistake_in_a_level_names_the_level(levels: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "demo", f"levels=[{levels}]"]) == 78
+    said = capsys.readouterr().err
+    assert LEVELS[levels] in said and len(said.splitlines()) == 1, said
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line_and_78_in_two_seconds(mistake: str, prepared: str) -> None:
     extra, words = MISTAKES[mistake]

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nlscale.config.errors import UserError, finite, meant, require
+from nlscale.config.levels import Level
 from nlscale.config.model import Model
 from nlscale.config.run import Run
 
@@ -31,6 +32,7 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
     after the recipe. `overrides` are `section.key=value`, with or without leading dashes; `use.model=350m` changes a
     section's file. Raises UserError.
     """
+    parts: list[DictConfig] = []
     try:
         raw = load(find(recipe))
         said = given(overrides)
@@ -43,7 +45,7 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
         run = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         list_wanted = error.full_key == "levels" and "ListConfig" in str(error)
-        raise UserError(LEVELS_WHOLE if list_wanted else explain(error)) from None
+        raise UserError(LEVELS_WHOLE if list_wanted else of_level(parts) or explain(error)) from None
     except TypeError as error:  # OmegaConf's word for a mapping in the place of a list
         raise UserError(LEVELS_WHOLE if isinstance(said.get("levels"), DictConfig) else str(error)) from None
     assert isinstance(run, Run)
@@ -178,6 +180,18 @@ def load(path: Path) -> DictConfig:
 def explain(error: OmegaConfBaseException) -> str:
     """One line of a config error: the key and what was wrong with it."""
     return str(error).split("\n")[0] + (f" (at {error.full_key})" if error.full_key else "")
+
+
+def of_level(parts: Sequence[DictConfig]) -> str:
+    """One line of what is wrong with the first level that cannot be one; nothing where all can."""
+    lists = [OmegaConf.to_container(part).get("levels") for part in parts]  # type: ignore[union-attr, call-overload]
+    said = next((each for each in reversed(lists) if each is not None), None)
+    for place, level in enumerate(said if isinstance(said, list) else ()):
+        try:
+            OmegaConf.merge(OmegaConf.structured(Level), level if isinstance(level, dict) else {})
+        except OmegaConfBaseException as error:
+            return f"{str(error).splitlines()[0]} (at levels.{level.get('name', place)}.{error.full_key})"
+    return ""
 
 
 def dump(run: Run) -> str:

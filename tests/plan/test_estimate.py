@@ -124,9 +124,10 @@ def test_checkpoints_that_stay_are_counted() -> None:
 
 
 def test_checkpoints_that_do_not_fit_the_disk_are_refused_and_fewer_that_do_are_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    said = ["350m-hope-attention", "--gpus", "1", "use.layout=null", "cluster.lead=100000", "run.folder=/nowhere/run"]
+    said = ["350m-hope-attention", "--gpus", "1", "use.layout=null", "cluster.lead=100000"]
+    said.append(f"run.folder={tmp_path}/nowhere/run")
     size, free = checkpoint_bytes(read(said[0], said[3:]), 1), [0.0]
     monkeypatch.setattr("nlscale.verbs.planning.shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
 
@@ -137,13 +138,29 @@ def test_checkpoints_that_do_not_fit_the_disk_are_refused_and_fewer_that_do_are_
     assert told(6.01)[0] == 0
     code, words = told(3.5)
     assert code == 78 and f"! 6 checkpoints of {size / 2**30:.1f} GiB" in words
-    assert f"do not fit the {free[0] / 2**30:.1f} GiB that are free in /; checkpoint.keep=2 would fit" in words
+    assert f"do not fit the {free[0] / 2**30:.1f} GiB that are free in {tmp_path}; checkpoint.keep=2 would fit" in words
     assert told(3.5, "checkpoint.keep=2")[0] == 0 and told(3.5, "checkpoint.keep=3")[0] == 78
     code, words = told(5.99, "checkpoint.keep_every=2000")
     assert code == 78 and "checkpoint.keep=4 checkpoint.keep_every=0 would fit" in words
     assert told(5.99, "checkpoint.keep=4", "checkpoint.keep_every=0")[0] == 0
     code, words = told(1.5)
     assert code == 78 and "run.folder must lie on a larger disk" in words
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+
+    def told(folder: str) -> tuple[int, str]:
+        return main(["check", "demo", f"run.folder={tmp_path}/{folder}"]), " ".join(capsys.readouterr().out.split())
+
+    assert told("new/run")[0] == 0
+    code, words = told("file/run")
+    assert code == 78 and f"/file/run cannot be made: {tmp_path}/file is no folder; run.folder=DIR" in words
+    monkeypatch.setattr("nlscale.verbs.planning.os.access", lambda *_: False)
+    code, words = told("new/run")
+    assert code == 78 and f"/new/run cannot be made: {tmp_path} lets nobody here write; run.folder=DIR" in words
 
 
 def test_everything_is_kept_on_the_host_where_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
