@@ -150,7 +150,7 @@ def problems(run: Run, world: int, on: Device | None) -> Iterator[str]:
     place = next(path for path in (Path(run.folder).absolute(), *Path(run.folder).absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         why = "lets nobody here write" if place.is_dir() else "is no folder"
-        yield f"run.folder={run.folder} cannot be made: {place} {why}; run.folder=DIR in a folder that can be written would work"
+        yield f"run.folder={run.folder} cannot be made: {place} {why}; run.folder=DIR where that can be would work"
     free = shutil.disk_usage(place).free
     there = sum(path.stat().st_size for path in Path(run.folder).glob("checkpoints/step-*/*") if path.is_file())
     if kept * size > free + there:
