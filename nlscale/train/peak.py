@@ -1,5 +1,6 @@
 """Peaks: the FLOP/s that model FLOPs utilisation is measured against, and the most memory that a rank has held."""
 
+import math
 import resource
 import time
 
@@ -12,8 +13,8 @@ from nlscale.config.devices import DEVICES
 def peak_flops(given: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
     """(FLOP/s of all ranks together, where the figure is from). A collective.
 
-    A given figure counts for each rank; else the GPU's vendor figure; on a CPU, the speed of a matrix product measured on
-    all ranks at once.
+    A given figure counts for each rank; else the GPU's vendor figure; on a CPU, the speed of the fastest of some
+    matrix products, on all ranks at once.
     """
     if given is not None:
         return given * dist.get_world_size(), "log.peak_flops"
@@ -25,21 +26,25 @@ def peak_flops(given: float | None, dtype: torch.dtype, device: torch.device) ->
                 return each * dist.get_world_size(), f"vendor figure of {word.upper()}"
     speed = torch.tensor(measured(dtype, device), dtype=torch.float64, device=device)
     dist.all_reduce(speed)
-    return float(speed), "a matrix product measured at start"
+    return float(speed), "matrix products measured at start"
 
 
 def measured(dtype: torch.dtype, device: torch.device, size: int = 1024, seconds: float = 0.4) -> float:
-    """FLOP/s of size x size x size products on this rank, while all ranks of the machine do the same."""
-    a, done = torch.randn(size, size, dtype=dtype, device=device), 0
+    """FLOP/s of the fastest size x size x size product on this rank, while all ranks of the machine do the same.
+
+    The fastest, as what else the machine does slows others.
+    """
+    a, fastest = torch.randn(size, size, dtype=dtype, device=device), math.inf
     a @ a
     dist.barrier()
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    now = began = time.perf_counter()
+    while now - began < seconds:
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize()
-        done += 1
-    return 2 * size**3 * done / (time.perf_counter() - began)
+        before, now = now, time.perf_counter()
+        fastest = min(fastest, now - before)
+    return 2 * size**3 / fastest
 
 
 def peak_bytes() -> int:
