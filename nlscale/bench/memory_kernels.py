@@ -137,7 +137,7 @@ def mlp_memories(chunk: int, width: int, device: str, timer: Timer, fastest: flo
         own, plainly, fast = timer([lambda: write(net, gathered), eager, compiled])
     leaves = [x.requires_grad_() for x in (*net, key, target, weight)]
     own_both, plainly_both = timer([both(gathered), both(plain.gathered)])
-    name, rate = f"writes of {chunk} tokens, SwiGLU memory {width} x {width}", 4 * chunk * 9 * width**2 / own
+    name, rate = f"writes of {chunk} tokens, SwiGLU memory {width} x {width}", multiplications(4, chunk, width) / own
     said = f"{name}, share of a product's rate", rate / 1e12, "T/s", fastest / 1e12
     return [
         at_least(f"{name}, torch / own", plainly, "s", own, 1.8 if chunk <= 1024 else 1.4),
@@ -145,6 +145,13 @@ def mlp_memories(chunk: int, width: int, device: str, timer: Timer, fastest: flo
         at_least(f"{name}, with backward, torch / own", plainly_both, "s", own_both, 1.0),
         at_least(*said, LARGE[chunk]) if chunk in LARGE else beside(*said),
     ]
+
+
+def multiplications(heads: int, chunk: int, width: int) -> int:
+    """Of what a chunk writes into SwiGLU memories: keys to gates and units and the way back, 2 K^2 a token each; units to
+    errors, back, and what is written there, K^2 each.
+    """
+    return heads * chunk * 7 * width**2
 
 
 def between_products(elements: int, device: str, timer: Timer) -> list[Row]:
@@ -175,7 +182,10 @@ def between_products(elements: int, device: str, timer: Timer) -> list[Row]:
     copying = 2 * source.nbytes / took["copy"] / 1e12
     rates = {
         "swiglu": (2 * before.nbytes + inward.nbytes) / took["swiglu"] / 1e12,
-        "step": 5 * state.nbytes / took["step"] / 1e12,
+        "step": 7
+        * state.nbytes
+        / took["step"]
+        / 1e12,  # the norm of what is added is known after two of three are read
     }
     said = {"swiglu": "derivative of SwiGLU units", "step": "step of memories' weights"}
     return [

@@ -195,6 +195,11 @@ class Run:
             "train.liger has no second derivatives, which levels with unit: token and optim.second_order ask for; "
             "train.liger=[] would work",
         )
+        require(
+            self.model.linear.kernels == "own" or self.train.kernels == "fused",
+            f"model.linear.kernels={self.model.linear.kernels} with train.kernels=reference would run other kernels still; "
+            "model.linear.kernels=own would work",
+        )
         plain = optim.name == "sgd" and optim.matrix.momentum == 0 and optim.clip == 0
         require(
             not optim.second_order or (nested and plain),

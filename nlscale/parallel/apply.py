@@ -56,6 +56,12 @@ class Parallelized:
                 chunk.pace = factor
 
 
+def multiply(dtype: torch.dtype, device: torch.device) -> None:
+    """Beside weights in half precision a GPU's products of float32, which memories are, take TF32 operands."""
+    if dtype == torch.bfloat16 and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
 def stages(run: Run, pipeline_rank: int) -> list[Stage]:
     """What a pipeline rank holds: chunk v of rank p is stage v * pipeline + p."""
     count, virtual = run.parallel.stages, run.parallel.virtual_pipeline
@@ -84,6 +90,7 @@ def parallelize(run: Run, world: World, dtype: torch.dtype | None = None) -> Par
     """Builds, initialises and schedules the model. `dtype` overrides the precision's (float64 references)."""
     check_liger(run.train.liger)
     dtype = dtype or PRECISIONS[run.train.precision]
+    multiply(dtype, world.device)
     config = transformer_config(run.model, run.parallel, dtype, world.device)
     units = Levels(levels=run.levels).units(run.model.feed_forward)
     exchange = Exchange(world.context, world.context_rank)

@@ -14,6 +14,7 @@ from torch import Tensor
 from nlscale.config.errors import UserError
 from nlscale.config.mixers import Linear
 from nlscale.config.model import Model
+from nlscale.config.read import read
 from nlscale.model.linear import memory_of
 
 B, H, T, K, V = 2, 3, 12, 4, 5
@@ -92,6 +93,16 @@ def test_its_rule_is_ours(rule: str, state: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("rule", fla.VALUES)
+def test_a_state_of_which_nothing_is_kept_has_an_end(rule: str) -> None:
+    """Where a token keeps e^-200 of it, e / a would be infinite in float32."""
+    given, initial = Tokens(*(x.float() for x in tokens()[:5]), None), numbers(H, V, K).float()
+    given.log_keep[:, :, [3, 7, 8]] = torch.tensor([-60.0, -200.0, -120.0])
+    theirs, mine = fla.by_fla(rule, given, 4, initial, kernel=published), linear_memory(rule, given, 4, initial)
+    for a, b in zip(theirs, mine, strict=True):
+        assert float((a - b).norm() / b.norm()) <= LEARNT
+
+
+@pytest.mark.parametrize("rule", fla.VALUES)
 def test_i14_its_kernels_are_ours(rule: str, kernel: Callable[..., Any]) -> None:
     """Outputs, the state handed on, and every gradient; the row does not end with a chunk of its (64 tokens)."""
     key, value = 16, 24
@@ -118,6 +129,18 @@ def test_documents_are_ours() -> None:
 
 
 def test_what_it_cannot_do_is_named() -> None:
+    for triton, refuses_it in (
+        ("3.3.1", False),
+        ("3.4.0", True),
+        ("3.6.0", True),
+        ("3.7.0+git1", True),
+        ("3.7.1", False),
+    ):
+        assert bool(fla.refused(triton, (9, 0))) == refuses_it and not fla.refused(triton, (10, 0))
+    with pytest.raises(
+        UserError, match="model.linear.kernels=fla with train.kernels=reference would run other kernels"
+    ):
+        read("demo-delta", ["model.linear.kernels=fla", "train.kernels=reference"])
     with pytest.raises(ValueError, match="fla has no rule linear; it has delta, dgd"):
         fla.by_fla("linear", tokens(), 4, numbers(H, V, K))
     with pytest.raises(UserError, match="needs model.mixer=delta, not linear"):

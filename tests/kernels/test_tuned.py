@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from nlscale_kernels import tune, tuned
+from nlscale_kernels.mlp_memory.reference import Net, gathered
 from nlscale_kernels.newton_schulz import reference, triton
 from nlscale_kernels.self_modifying import triton as solve_kernels
 from nlscale_kernels.self_modifying import triton_backward as walk_kernels
 from nlscale_kernels.triton_build import Config
 from nlscale_kernels.tuned import entries, file_of, nearest
+from torch.utils.flop_counter import FlopCounterMode
 from triton import OutOfResources
 
 from nlscale.bench import kernels as bench
@@ -116,6 +118,15 @@ def test_the_bench_runs_its_contestants() -> None:
     wanted = {float(row.target.strip(">=x ")) for row in rows if row.target != "-"}
     told = {float(each) for line in lines for each in re.findall(r"\d+(?:\.\d+)?", line[2])}
     assert told - wanted == {0.95, 0.91, 1.4, 1.1, 0.45, 0.58} and wanted <= told  # of fla and of larger sizes
+
+
+def test_multiplications_of_a_write_are_counted() -> None:
+    """SwiGLU memories of 4 heads, as the bench has them."""
+    net = Net(torch.randn(4, 1, 1, 16, 8), torch.randn(4, 1, 1, 8, 8))
+    key, target, weight = torch.randn(4, 1, 32, 8), torch.randn(4, 1, 1, 32, 8), torch.randn(4, 1, 32)
+    with FlopCounterMode(display=False) as counter:
+        gathered(net, key, target, key, [weight], "swiglu")
+    assert counter.get_total_flops() == 2 * memory_kernels.multiplications(4, 32, 8)
 
 
 def test_the_bench_gives_flash_linear_attention_what_it_takes() -> None:

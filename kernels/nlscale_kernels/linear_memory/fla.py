@@ -4,6 +4,7 @@ Its rule is S <- a S (I - b k k^T) + b v k^T with tokens before heads and states
 Names, shapes and the scale are those of fla-core 0.6.0.
 """
 
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -15,11 +16,21 @@ from nlscale_kernels.linear_memory.memory import Tokens, linear_memory
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 VALUES = {"delta": 1.0, "dgd": 0.5}  # rules that are its own: how much of a value, at 1 / value times the rate
+LEAST = (
+    -60.0
+)  # log of the share of a state that is kept: below it nothing is left of the state, and e / a would have no end
 
 
 def available() -> bool:
     """Whether fla-core is installed."""
     return find_spec("fla") is not None
+
+
+def refused(triton: str, capability: tuple[int, int]) -> str:
+    """Why its backward pass would refuse a GPU by this version of Triton; empty where it would not."""
+    version = tuple(int(part) for part in re.findall(r"\d+", triton)[:3])
+    wrong = capability[0] == 9 and (3, 4) <= version < (3, 7, 1)
+    return f"fla-core has no gradients on Hopper GPUs by Triton 3.4 to 3.7.0, here {triton}" if wrong else ""
 
 
 def kernel_of() -> Kernel:
@@ -48,13 +59,14 @@ def by_fla(
     if tokens.starts is not None:
         return linear_memory(rule, tokens, chunk, initial_HVK, state_BHVK)
     state = initial_HVK.expand(tokens.k.shape[0], *initial_HVK.shape) if state_BHVK is None else state_BHVK
-    keep, share = tokens.log_keep.exp(), VALUES[rule]
+    log_keep, share = tokens.log_keep.clamp(min=LEAST), VALUES[rule]
+    keep = log_keep.exp()
     beta, v = tokens.rate / (share * keep), (share * keep).unsqueeze(-1) * tokens.v
     narrow = torch.bfloat16 if tokens.k.is_cuda else tokens.k.dtype
     given: dict[str, Any] = {
         name: x.transpose(1, 2).to(narrow).contiguous() for name, x in (("q", tokens.q), ("k", tokens.k), ("v", v))
     }
-    given |= {name: x.transpose(1, 2).contiguous() for name, x in (("g", tokens.log_keep), ("beta", beta))}
+    given |= {name: x.transpose(1, 2).contiguous() for name, x in (("g", log_keep), ("beta", beta))}
     start = state.mT.contiguous()
     o, last = (kernel or kernel_of())(**given, scale=1.0, initial_state=start, output_final_state=True)
     return o.transpose(1, 2).to(tokens.v.dtype), last.mT
