@@ -113,6 +113,13 @@ def filled(given: Sequence[Any], with_: Sequence[Tensor]) -> list[Any]:
     return [next(left) if isinstance(x, Tensor) else x for x in given]
 
 
+def widened(given: Sequence[Any]) -> list[Any]:
+    """The arguments on the CPU, in float64 but for what stays in half precision beside float32."""
+    narrow = next(x.dtype for x in given if isinstance(x, Tensor))
+    moved = [x.cpu() if isinstance(x, Tensor) else x for x in given]
+    return [x.double() if isinstance(x, Tensor) and x.dtype == narrow else x for x in moved]
+
+
 def done(name: str, given: Sequence[Any], those: Sequence[Tensor]) -> list[Tensor]:
     """What an operator gives, then all its tensors as it left them; `those` are not written to."""
     mine = [x.clone() for x in those]

@@ -24,6 +24,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nlscale_kernels.turned import turned_sums
+
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a block may use
 PRODUCTS = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}  # instructions of tensor cores
 COLUMNS = 512  # of tensor memory on sm_100: a kernel that asks for more compiles to a stub
@@ -126,6 +128,7 @@ def build(operator: str, launch: Any, config: Any, arch: int) -> Built:
     registers, spills, counts = read(kernel)
     shared, products = kernel.metadata.shared, {name: counts[name] for name in PRODUCTS[arch] if name in counts}
     columns = getattr(kernel.metadata, "tmem_size", 0) or 0
+    turned = turned_sums(kernel.asm["ttgir"])
     faults = [
         fault
         for fault, holds in (
@@ -134,6 +137,7 @@ def build(operator: str, launch: Any, config: Any, arch: int) -> Built:
             (f"{shared} bytes of shared memory, at most {SHARED[arch]}", shared <= SHARED[arch]),
             (f"{columns} columns of tensor memory, at most {COLUMNS}", columns <= COLUMNS),
             ("no tensor-core instruction", bool(products) or not launch.product),
+            (f"products of transposed sums: {', '.join(turned)} (turned.py)", not turned or launch.turned),
             (
                 "no loads and stores of 16 bytes",
                 bool(counts.get("LDG.128") and counts.get("STG.128")) or not launch.stream,

@@ -1,17 +1,40 @@
 """What operators say of arguments that they cannot take."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)  # the kernels'; float64 is the references', on a GPU too
+PROGRAMS = 65535  # on the second and third axes of a grid
+Kernel = Callable[..., Any]
 
 
 def check(condition: bool, message: str) -> None:
     """Raises ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def on_its_gpu(kernel: Kernel) -> Kernel:
+    """A kernel that runs on the GPU of its first tensor, whichever is current."""
+
+    @wraps(kernel)
+    def run(*given: Any, **named: Any) -> Any:
+        with torch.cuda.device_of(next(each for each in given if isinstance(each, Tensor))):
+            return kernel(*given, **named)
+
+    return run
+
+
+def check_programs(operator: str, what: str, count: int) -> None:
+    """Raises ValueError where a kernel would have more programs on an axis of its grid than a GPU takes."""
+    check(
+        count <= PROGRAMS,
+        f"{operator}: {what} are {count}, and a GPU takes {PROGRAMS} a call; fewer at a time would do",
+    )
 
 
 def check_divides(chunk: int, tokens: int, of: str = "") -> None:

@@ -43,6 +43,7 @@ class Launch:
     stream: bool = False  # loads and stores of 16 bytes must
     registers: int = 255  # at most
     spills: int = 0  # bytes, at most
+    turned: bool = False  # products may take transposed sums (turned.py)
 
 
 @triton.jit

@@ -8,10 +8,11 @@ from nlscale_kernels.switch import OPERATORS
 from nlscale_kernels.tuned import device_facts
 from torch import Tensor
 
-from tests.operators import LEARNING, arguments, done, learnt, tensors
+from tests.operators import LEARNING, arguments, done, learnt, tensors, widened
 
 pytestmark = pytest.mark.gpu
 NARROW = {"newton_schulz.symmetric_product": torch.bfloat16}  # its kernel takes no wider ones
+RELATIVE = 1e-2
 
 
 def given_for(name: str) -> tuple:
@@ -37,6 +38,18 @@ def captured(call: Callable[[], list[Tensor]]) -> list[Tensor]:
     graph.replay()
     torch.cuda.synchronize()
     return found
+
+
+@pytest.mark.parametrize("form", [done, learnt], ids=["forward", "back"])
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_it_is_its_reference_in_float64(name: str, form: Callable[..., list[Tensor]]) -> None:
+    """By relative norms: float32 is multiplied as tf32."""
+    if form is learnt and name not in LEARNING:
+        pytest.skip("no way back of its own")
+    given = given_for(name)
+    wide = widened(given)
+    for x, y in zip(form(name, given, tensors(given)), form(name, wide, tensors(wide)), strict=True):
+        assert float((x.cpu().double() - y.double()).norm()) <= RELATIVE * float(y.double().norm())
 
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))

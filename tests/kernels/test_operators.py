@@ -5,7 +5,7 @@ import torch
 from nlscale_kernels.switch import OPERATORS
 from torch import Tensor
 
-from tests.operators import LEARNING, arguments, done, filled, learnt, tensors
+from tests.operators import LEARNING, TOLD, arguments, done, filled, learnt, tensors, widened
 
 DOUBLE = torch.float64
 
@@ -63,3 +63,44 @@ def test_a_tensor_on_another_device_is_named(name: str) -> None:
     for place in (place for place, each in enumerate(given) if isinstance(each, Tensor)):
         with pytest.raises(ValueError, match=r": \w+ (is|are) .*on (meta|cpu).* (meta|cpu)"):
             OPERATORS[name]._init_fn(*given[:place], given[place].to("meta"), *given[place + 1 :])
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_its_form_for_gpus_is_its_reference_in_float64(name: str) -> None:
+    """Interpreted: all that it gives, and all that it leaves of what it was given."""
+    narrow = torch.float16 if name.startswith("newton") else torch.float32
+    given = arguments(name, "cpu", narrow)
+    wide = widened(given)
+    mine = filled(given, [x.clone() for x in tensors(given)])
+    said = OPERATORS[name]._backend_fns["cuda"](*mine)
+    found = [*([said] if isinstance(said, Tensor) else (said or ())[: TOLD.get(name)]), *tensors(mine)]
+    for x, y in zip(found, done(name, wide, tensors(wide)), strict=True):
+        least = 3e-7 if x.dtype == torch.float32 else 4e-3  # the interpreter cuts half precision off
+        assert float((x.double() - y.double()).norm()) <= least * float(y.double().norm())
+
+
+class Entered(Exception):
+    """The GPU of a tensor was asked for."""
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_it_runs_on_the_gpu_of_its_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is the current one: the first thing that its form for GPUs does is to go there."""
+    given = filled(arguments(name, "cpu", DOUBLE), tensors(arguments(name, "cpu", DOUBLE)))
+
+    def entered(tensor: Tensor) -> None:
+        raise Entered(tensor.data_ptr())
+
+    monkeypatch.setattr(torch.cuda, "device_of", entered)
+    with pytest.raises(Entered) as seen:
+        OPERATORS[name]._backend_fns["cuda"](*given)
+    assert seen.value.args == (next(x for x in given if isinstance(x, Tensor)).data_ptr(),)
+
+
+@pytest.mark.parametrize("name", ["linear_memory.forward", "newton_schulz.symmetric_product", "self_modifying.reach"])
+def test_more_programs_than_a_gpu_takes_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nlscale_kernels.arguments.PROGRAMS", 1)
+    narrow = torch.bfloat16 if name.startswith("newton") else torch.float32
+    given = arguments(name, "cpu", narrow)
+    with pytest.raises(ValueError, match="and a GPU takes 1 a call; fewer at a time would do"):
+        OPERATORS[name]._backend_fns["cuda"](*filled(given, tensors(given)))

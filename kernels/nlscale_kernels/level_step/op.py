@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import NARROW, check, check_alike, check_dtypes, described
+from nlscale_kernels.arguments import NARROW, check, check_alike, check_dtypes, described, on_its_gpu
 from nlscale_kernels.level_step import reference
 from nlscale_kernels.level_step.table import BLOCK, AdamW, Descend, Momenta
 
@@ -130,9 +130,9 @@ def _told(master: Tensor, *rest: Any, **named: Any) -> Tensor:
     return master.new_empty(-(-master.numel() // BLOCK))
 
 
-adamw.register_kernel("cuda")(_on_gpu("adamw", _check_adamw))
-momenta.register_kernel("cuda")(_on_gpu("momenta", _check_momenta))
-descend.register_kernel("cuda")(_on_gpu("descend", _check_descend))
+adamw.register_kernel("cuda")(on_its_gpu(_on_gpu("adamw", _check_adamw)))
+momenta.register_kernel("cuda")(on_its_gpu(_on_gpu("momenta", _check_momenta)))
+descend.register_kernel("cuda")(on_its_gpu(_on_gpu("descend", _check_descend)))
 adamw.register_fake(_told)
 descend.register_fake(_told)
 momenta.register_fake(lambda *given, **named: None)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nlscale_kernels import in_turn
-from nlscale_kernels.arguments import NARROW, check, check_dtypes
+from nlscale_kernels.arguments import NARROW, check, check_dtypes, check_programs, on_its_gpu
 from nlscale_kernels.linear_memory import reference
 from nlscale_kernels.linear_memory.reference import Given, Scalars
 
@@ -60,6 +60,7 @@ def _forward_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     if given.k.dtype not in NARROW:
         return reference.matrix_memory(given)
     _check_sizes(given)
+    check_programs("matrix_memory", "rows x heads", given.k.shape[0] * given.k.shape[1])
     return triton.matrix_memory(given)
 
 
@@ -73,8 +74,8 @@ def _backward_on_gpu(*arguments: Any) -> tuple[Tensor, ...]:
     return triton_backward.gradients(given, d_o, d_last)
 
 
-forward.register_kernel("cuda")(_forward_on_gpu)
-backward.register_kernel("cuda")(_backward_on_gpu)
+forward.register_kernel("cuda")(on_its_gpu(_forward_on_gpu))
+backward.register_kernel("cuda")(on_its_gpu(_backward_on_gpu))
 
 
 def _check(given: Given) -> None:

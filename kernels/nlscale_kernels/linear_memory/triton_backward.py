@@ -64,8 +64,8 @@ def listen_kernel(
     through = share(total, total, tokens, inside, document, row, 0)
     scores = through * dot(query, tl.trans(key), tl.zeros((C, C), tl.float32), "tf32", UPCAST)
     of = tl.load(d_o + spot, mask=mask, other=0.0)
-    u = dot(tl.trans(scores.to(narrow)), of, tl.zeros((C, V), tl.float32), "tf32", UPCAST)
-    tl.store(d_writes + spot, u.to(narrow), mask=mask)
+    turned_u = dot(tl.trans(of), scores.to(narrow), tl.zeros((V, C), tl.float32), "tf32", UPCAST)
+    tl.store(d_writes + spot, tl.trans(turned_u).to(narrow), mask=mask)
 
 
 @triton.jit
@@ -207,10 +207,10 @@ def read_kernel(
     turned *= products
     d_total = (tl.sum(turned, 1) - tl.sum(turned, 0)) * LN2
     tl.store(d_scalars + 4 * plane + at, d_total, mask=inside)
+    turned_told = dot(tl.trans(query), of_products, tl.zeros((K, C), tl.float32), "tf32", UPCAST)
+    tl.store(d_key + where, after[:, None] * arrived + tl.trans(turned_told), mask=key_mask)
     told = dot(of_products, key, reads[:, None] * asked, "tf32", UPCAST)
     tl.store(d_q + where, told.to(narrow), mask=key_mask)
-    told = dot(tl.trans(of_products), query, after[:, None] * arrived, "tf32", UPCAST)
-    tl.store(d_key + where, told, mask=key_mask)
 
 
 @triton.jit
@@ -289,7 +289,7 @@ def spread_kernel(
         d_total = tl.load(d_scalars + 4 * plane + at, mask=inside, other=0.0) - tl.sum(turned, 0) * LN2
         tl.store(d_scalars + 4 * plane + at, d_total, mask=inside)
         d_matrix *= erase[:, None]
-    of_products = d_matrix.to(narrow)
+    of_products = (d_matrix + tl.trans(d_matrix)).to(narrow)  # a key is on both sides of the products
     for first in range(0, key_width, V):
         keys = first + tl.arange(0, V)
         mask = inside[:, None] & (keys[None, :] < key_width)
@@ -300,7 +300,6 @@ def spread_kernel(
         if SOLVES:
             key = tl.load(k + spot, mask=mask, other=0.0)
             told = dot(of_products, key, told, "tf32", UPCAST)
-            told = dot(tl.trans(of_products), key, told, "tf32", UPCAST)
         tl.store(d_k + spot, told.to(narrow), mask=mask)
 
 
@@ -358,7 +357,7 @@ def launches() -> list[Launch]:
         given = (narrow, narrow, wide, wide, *[narrow] * 2, wide, *[narrow] * 2, wide, *shapes)
         found.append(Launch(f"carry {name}", carry_kernel, given, tiles, CARRY, product=True))
         given = (narrow, narrow, wide, wide, torch.int32, *[narrow] * 6, wide, narrow, wide, wide, *shapes)
-        found.append(Launch(f"read {name}", read_kernel, given, tiles, READ, product=True, spills=1024))
+        found.append(Launch(f"read {name}", read_kernel, given, tiles, READ, product=True, spills=2048))
         given = (narrow, narrow, wide, torch.int32, *[narrow] * 4, wide, narrow, narrow, wide, *shapes)
         constants = {key: value for key, value in tiles.items() if key != "K"} | {"SOLVES": True}
         found.append(Launch(f"spread {name}", spread_kernel, given, constants, SPREAD, product=True, spills=64))

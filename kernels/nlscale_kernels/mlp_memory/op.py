@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import NARROW, alike, check, check_devices, check_dtypes, described
+from nlscale_kernels.arguments import NARROW, alike, check, check_devices, check_dtypes, described, on_its_gpu
 from nlscale_kernels.mlp_memory import glue
 from nlscale_kernels.mlp_memory.glue import ACTIVATIONS, TORCH, Glue, Second
 
@@ -152,7 +152,7 @@ def _on_gpu(operator: Any, name: str, plain: Callable[..., Any], fits: Callable[
         fits(*given)
         return getattr(triton, name)(*given)
 
-    operator.register_kernel("cuda")(run)
+    operator.register_kernel("cuda")(on_its_gpu(run))
 
 
 _on_gpu(active, "active", _active, lambda before, kind: _check_kind(kind, before))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nlscale_kernels import in_turn
-from nlscale_kernels.arguments import NARROW, alike, check, check_dtypes, described
+from nlscale_kernels.arguments import NARROW, alike, check, check_dtypes, described, on_its_gpu
 
 
 class Step(NamedTuple):
@@ -174,8 +174,8 @@ def _backward_on_gpu(*given: Any) -> tuple[Tensor, ...]:
     return tuple(x.clone() for x in gradients(step, d_after, d_then))
 
 
-forward.register_kernel("cuda")(_forward_on_gpu)
-backward.register_kernel("cuda")(_backward_on_gpu)
+forward.register_kernel("cuda")(on_its_gpu(_forward_on_gpu))
+backward.register_kernel("cuda")(on_its_gpu(_backward_on_gpu))
 
 
 @forward.register_fake

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlscale_kernels.arguments import alike, check, described
+from nlscale_kernels.arguments import alike, check, check_programs, described, on_its_gpu
 from nlscale_kernels.newton_schulz import reference
 from nlscale_kernels.newton_schulz.reference import by_gram, direct, multiplications
 
@@ -23,6 +23,7 @@ def symmetric_product(
 
 
 @symmetric_product.register_kernel("cuda")
+@on_its_gpu
 def _(x_KNM: Tensor, y_KNM: Tensor, add_KNN: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     from nlscale_kernels.newton_schulz import triton
 
@@ -34,6 +35,7 @@ def _(x_KNM: Tensor, y_KNM: Tensor, add_KNN: Tensor | None = None, alpha: float 
         f"symmetric_product: no kernel for {x_KNM.dtype}; {' or '.join(map(str, DTYPES))} would do, or "
         "train.kernels=reference",
     )
+    check_programs("symmetric_product", "matrices", len(x_KNM))
     return triton.symmetric_product(x_KNM, y_KNM, add_KNN, alpha, beta)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nlscale_kernels import in_turn
-from nlscale_kernels.arguments import NARROW, check, check_dtypes, described
+from nlscale_kernels.arguments import NARROW, check, check_dtypes, check_programs, described, on_its_gpu
 from nlscale_kernels.span import between
 
 WIDEST = 128  # tokens of a chunk and width of keys that the kernels have tiles for
@@ -107,6 +107,7 @@ def _forward_on_gpu(*arguments: Any) -> Tensor:
             size <= WIDEST,
             f"reach: no kernel for a {what} of {size}, above {WIDEST}; {other} would do, or train.kernels=reference",
         )
+    check_programs("reach", "rows x heads", given.k.shape[0] * given.k.shape[1])
     return triton.reach(given)
 
 
@@ -118,8 +119,8 @@ def _backward_on_gpu(*arguments: Any) -> Gradients:
     return (triton.gradients if given.k.dtype in NARROW else gradients)(given, said, d_reach)
 
 
-reach.register_kernel("cuda")(_forward_on_gpu)
-backward.register_kernel("cuda")(_backward_on_gpu)
+reach.register_kernel("cuda")(on_its_gpu(_forward_on_gpu))
+backward.register_kernel("cuda")(on_its_gpu(_backward_on_gpu))
 
 
 @reach.register_fake

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nlscale_kernels import in_turn
+from nlscale_kernels.arguments import on_its_gpu
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import walk as by_chunks
 from nlscale_kernels.self_modifying.given import (
@@ -116,7 +117,8 @@ def backward(
 
     tokens, weights = (q, k, v, rate, reach, write, hold, turn, factors, fresh), (up, down, up_speed, down_speed)
     given = Given._make((*tokens, *weights, first_up, first_down, chunk, clip))
-    return triton_backward.gradients(given, kept, of)
+    with torch.cuda.device_of(q):
+        return triton_backward.gradients(given, kept, of)
 
 
 def gradients(given: Given, of: Sequence[Tensor]) -> list[Tensor]:
@@ -139,7 +141,7 @@ def _forward_on_gpu(*arguments: Any) -> Walked:
     return triton_backward.walked(given)
 
 
-resident.register_kernel("cuda")(_forward_on_gpu)
+resident.register_kernel("cuda")(on_its_gpu(_forward_on_gpu))
 
 
 @resident.register_fake

@@ -70,7 +70,8 @@ def gradients_kernel(
         key = tl.load(k + spot, mask=mask, other=0.0)
         told = left[:, None] * tl.load(y + spot, mask=mask, other=0.0).to(tl.float32)
         told = dot(of_products, key, told, "tf32", UPCAST)
-        told = dot(tl.trans(of_products), key, told, "tf32", UPCAST)
+        turned_told = dot(tl.trans(key), of_products, tl.zeros((V, C), tl.float32), "tf32", UPCAST)
+        told += tl.trans(turned_told)
         tl.store(d_k + spot, told.to(narrow), mask=mask)
 
 

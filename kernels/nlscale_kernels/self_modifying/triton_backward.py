@@ -6,6 +6,7 @@ in a chunk its tokens are gone over twice: those whose anchor is the state befor
 is the initial state (way 1).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -553,6 +554,7 @@ def gradients(given: Given, kept: Tensor, of: list[Tensor], config: Config | Non
 def launches() -> list[Launch]:
     """What is compiled ahead of time: heads of 64, 8 chunks of 64 tokens; with momentum and a limit, and with neither."""
     some, none, found, count = torch.float32, None, [], 8
+    budgeted = partial(Launch, product=True, spills=4096, turned=True)
     sizes = (16, 64 * count, 64, count, 64, 64, 1.0)
     for name, momentum, fresh in (
         ("one document", some, none),
@@ -563,9 +565,8 @@ def launches() -> list[Launch]:
         tokens = (*[some] * 6, momentum, some, some, fresh)
         kept = (some, some, momentum, momentum, some)
         given = (*tokens, some, some, momentum, momentum, some, some, some, *kept, *sizes)
-        found.append(Launch(f"walk {name}", walk_kernel, given, constants, FORWARD, product=True, spills=4096))
+        found.append(budgeted(f"walk {name}", walk_kernel, given, constants, FORWARD))
         gradients = (*[some] * 6, momentum, *[some] * 4, momentum, momentum, some, some)
         given = (*tokens, some, some, *kept, some, *gradients, *sizes)
-        name = f"walk gradients {name}"
-        found.append(Launch(name, gradients_kernel, given, constants, BACKWARD, product=True, spills=4096))
+        found.append(budgeted(f"walk gradients {name}", gradients_kernel, given, constants, BACKWARD))
     return found
