@@ -197,6 +197,7 @@ def tables(elements: int, side: int, device: str, timer: Timer) -> Iterator[list
 def main(target: str | None) -> int:
     """Prints the table; 0 if every target is kept."""
     if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # of all contestants, as in runs of bfloat16
         title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, median of {ROUNDS}, cache flushed between"
         found: list[Row] = []
         for rows in tables(2**28, 4096, "cuda", on_gpu):
