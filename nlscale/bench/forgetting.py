@@ -245,10 +245,8 @@ def reset_rows(found: Sequence[Reset], single: Sequence[Sequence[Course]]) -> li
     `single`: by rate, the single level's courses, a seed each. The reset is held to leave more of A than the best rate by
     two standard errors of the difference.
     """
-    name, each = (
-        f"two levels, nested, at the reset after {BACK} steps of B",
-        ", ".join(f"{one.share:.3f}" for one in found),
-    )
+    name = f"two levels, nested, at the reset after {BACK} steps of B"
+    each = ", ".join(f"{one.share:.3f}" for one in found)
     share, after = mean(one.share for one in found), [one.after for one in found]
     control = min(([c.at(one.second) for c, one in zip(row, found, strict=True)] for row in single), key=mean)
     more, error = apart(after, control)

@@ -180,12 +180,10 @@ def between_products(elements: int, device: str, timer: Timer) -> list[Row]:
     with torch.no_grad():
         took = dict(zip(forms, timer(list(forms.values())), strict=True))
     copying = 2 * source.nbytes / took["copy"] / 1e12
+    passes = 7  # over memory as large as a state: the norm of what is added is known when two of three have been read
     rates = {
         "swiglu": (2 * before.nbytes + inward.nbytes) / took["swiglu"] / 1e12,
-        "step": 7
-        * state.nbytes
-        / took["step"]
-        / 1e12,  # the norm of what is added is known after two of three are read
+        "step": passes * state.nbytes / took["step"] / 1e12,
     }
     said = {"swiglu": "derivative of SwiGLU units", "step": "step of memories' weights"}
     return [

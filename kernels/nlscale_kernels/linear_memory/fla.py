@@ -16,9 +16,7 @@ from nlscale_kernels.linear_memory.memory import Tokens, linear_memory
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 VALUES = {"delta": 1.0, "dgd": 0.5}  # rules that are its own: how much of a value, at 1 / value times the rate
-LEAST = (
-    -60.0
-)  # log of the share of a state that is kept: below it nothing is left of the state, and e / a would have no end
+LEAST = -60.0  # log of the share of a state that is kept: below it nothing of the state is left, and e / a has no end
 
 
 def available() -> bool:
