@@ -47,9 +47,9 @@ def start(
 ) -> int:
     """Runs `function(rank)` on `count` forked ranks and gives the first non-zero exit code, else 0.
 
-    What a rank prints goes to `logs/rank-00000.log`; with `speak`, rank 0 keeps this terminal. SIGTERM, SIGINT and
-    SIGUSR2 are passed on. When one rank fails, the others get GRACE seconds, then SIGKILL. They meet at MASTER_PORT, a
-    free port where neither `environment` nor this process names one, so that several runs fit on a machine.
+    What a rank prints goes to `logs/rank-00000.log`; with `speak`, rank 0 keeps this terminal. SIGTERM, SIGINT,
+    SIGUSR2 and SIGHUP are passed on. When one rank fails, the others get GRACE seconds, then SIGKILL. They meet at
+    MASTER_PORT, a free port where neither `environment` nor this process names one: several runs fit on a machine.
     """
     port = os.environ.get("MASTER_PORT") or str(free_port())
     environment = {"MASTER_PORT": port, **environment}
@@ -67,12 +67,18 @@ def start(
     return watch(children, time.monotonic() + timeout if timeout else None, logs)
 
 
+def heeded() -> tuple[signal.Signals, ...]:
+    """Signals that ask for an end: a terminal that hangs up, too, unless this process was told not to mind (nohup)."""
+    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    return asked if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*asked, signal.SIGHUP)
+
+
 def child(
     rank: int, count: int, function: Callable[[int], int | None], environment: Mapping[str, str], log: str | None
 ) -> int:
     """Life of one forked rank; gives its exit code."""
     atexit._clear()  # the parent's endings are not ours; what this rank registers (shared memory) is run below
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for number in heeded():
         signal.signal(number, signal.SIG_DFL)
     if log is not None:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -101,8 +107,7 @@ def watch(children: dict[int, int], deadline: float | None, logs: str | None) ->
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-    before = {number: signal.signal(number, forward) for number in caught}
+    before = {number: signal.signal(number, forward) for number in heeded()}
     failed, codes = 0, dict[int, int]()
     try:
         while children:

@@ -20,15 +20,13 @@ class Follower:
     read: dict[Path, int] = field(default_factory=dict)
 
     def sources(self) -> list[tuple[str, Path]]:
-        """Labels and files: the job's output, then ranks."""
+        """Labels and files: the job's output, then ranks of the newest attempt that has any: a start may be refused."""
         attempts = [path for path in self.folder.attempts() if self.attempt in (None, int(path.name))]
         outputs = sorted((self.folder.path / "slurm").glob("*.out"), key=lambda path: path.stat().st_mtime)
         found = [(f"job {path.stem}", path) for path in outputs[-1:]]
-        if attempts:
-            which = "rank-*.log" if self.ranks == "all" else f"rank-{int(self.ranks):05d}.log"
-            for path in sorted(attempts[-1].glob(which)):
-                found.append((f"{attempts[-1].name}/rank {int(path.stem.removeprefix('rank-'))}", path))
-        return found
+        which = "rank-*.log" if self.ranks == "all" else f"rank-{int(self.ranks):05d}.log"
+        heard = next((paths for each in reversed(attempts) if (paths := sorted(each.glob(which)))), [])
+        return found + [(f"{path.parent.name}/rank {int(path.stem.removeprefix('rank-'))}", path) for path in heard]
 
     def new(self) -> Iterator[str]:
         """Whole lines that have not been given yet."""

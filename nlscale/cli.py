@@ -1,10 +1,11 @@
 """nlscale: the program. A user's mistake is one line on stderr and exit code 78."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
-from nlscale.config.errors import CODES, FINISHED, code_of
+from nlscale.config.errors import CODES, FINISHED, code_of, require
 from nlscale.verbs import abroad, datasets, jobs, planning, reading, saved, training
 from nlscale.verbs.common import writable
 from nlscale.verbs.parser import Parser
@@ -15,6 +16,8 @@ INTERRUPTED, UNHEARD = 130, 141  # as the shell has it of what ends by SIGINT an
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; gives the exit code."""
     try:
+        for word in sys.argv[1:] if arguments is None else arguments:
+            require(not re.search("[\ud800-\udfff]", word), f"{ascii(word)} is no UTF-8")
         options, overrides = build_parser().parse_known_args(arguments)
         unknown = [word for word in overrides if "=" not in word]
         if unknown or (overrides and not hasattr(options, "recipe")):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from nlscale_launch.local import start
 
 from nlscale.cli import main
+from nlscale.config.read import read
 from nlscale.runtime.world import join, leave
 from tests.tiny import tiny
 
@@ -117,6 +118,16 @@ WORDS = {
     "no file at all": (["check", "demo", "use=demo"], "use=demo: use.SECTION=NAME names the file of a section"),
     "an open bracket": (["check", "demo", "optim.lr={"], "optim.lr={: while parsing a flow node"),
     "an open list": (["check", "demo", "levels=[{name: a"], "levels=[{name: a: while parsing a flow mapping"),
+    "too many ranks": (
+        ["train", "demo", "--nproc", "100000", "train.global_batch=400000"],
+        "100000 ranks would start on this machine's",
+    ),
+    "no UTF-8": (["check", "demo", "run.name=\udcff"], "'run.name=\\udcff' is no UTF-8"),
+    "no source": (["data", "prepare", "", "--out", "x"], "a source is a path, a folder, a glob or the word stdlib"),
+    "no network's layers": (
+        ["check", "demo", "model.layers=1000000000"],
+        "model.layers=1000000000 must be at most 1024",
+    ),
     "no ranks": (["train", "demo", "--nproc", "0"], "--nproc 0 must be at least 1"),
     "fewer than no ranks": (["train", "demo", "--nproc", "-2"], "--nproc -2 must be at least 1"),
     "fewer than no workers": (
@@ -147,6 +158,19 @@ def test_check_says_what_it_would_do_without_torch(prepared: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "tensor 2 x pipeline 1 x 1 replica = 2 ranks" in result.stdout
+
+
+@pytest.mark.parametrize("section", ["levels", "model", "cluster", "layout"])
+def test_a_file_that_is_not_named_is_none(section: str) -> None:
+    for said in ("", "null"):
+        assert read("demo", [f"use.{section}={said}"]).run.name == "demo"
+
+
+@pytest.mark.parametrize("name", ["off", "on", "007", "1e5", "a.b-c_d", "null"])
+def test_a_name_is_what_was_said(name: str) -> None:
+    """Though YAML has other words for some."""
+    run = read("demo", [f"run.name={name}", f"data.path={name}"])
+    assert (run.run.name, run.data.path) == (name, name)
 
 
 @pytest.mark.parametrize("content", [None, "", "- a list\n", "model: [unclosed\n", "\xff"])

@@ -9,6 +9,8 @@ from nlscale.config.mixers import Linear, SelfModifying, Titans, Written
 from nlscale.config.rope import RopeScaling
 from nlscale.config.shapes import MIXERS
 
+DEEPEST = 1024  # layers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -53,6 +55,7 @@ class Model:
         require(self.mixer in MIXERS, f"model.mixer={self.mixer} is no mixer; choose one of {', '.join(MIXERS)}")
         counts = ("layers", "width", "heads", "loops", "window", "kv_heads", "hidden", "vocabulary", "base_width")
         positive("model", **{name: getattr(self, name) for name in (*counts, "rope_base", "norm_eps", "init_std")})
+        require(self.layers <= DEEPEST, f"model.layers={self.layers} must be at most {DEEPEST}")
         require(
             self.width % (2 * self.heads) == 0,
             f"model.width={self.width} must be a multiple of 2 x model.heads={2 * self.heads} (rotary halves of a head); "

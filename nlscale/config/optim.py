@@ -88,5 +88,6 @@ class Optim:
         require(self.eps > 0, f"optim.eps={self.eps} must be above 0")
         for name in ("weight_decay", "clip", "kappa", "offload"):
             require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must not be negative")
+        require(self.kappa <= 2, f"optim.kappa={self.kappa} must be at most 2: a level's rate is lr x period ** kappa")
         require(self.bucket >= 1, f"optim.bucket={self.bucket} must be at least 1")
         require(self.node is None or self.node >= 1, f"optim.node={self.node} must be at least 1")

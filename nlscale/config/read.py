@@ -21,6 +21,7 @@ from nlscale.config.run import Run
 CONFIGS = Path(nlscale_configs.__file__).parent
 SECRET = re.compile(r"key|token|secret|pass|credential|auth|\$", re.IGNORECASE)  # in a name, or a name made elsewhere
 LEVELS_WHOLE = "levels is a list: give it whole, levels=[{...}, {...}], or by use.levels"
+NAMES, PLAIN = ("run.name", "run.folder", "data.path"), re.compile(r"[\w.+-]+")
 SECTIONS = tuple(field.name for field in fields(Run))
 
 
@@ -38,8 +39,9 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> Run:
         said = given(overrides)
         use = named(raw.pop("use", {})) | named(said.pop("use", {}))
         mixer = OmegaConf.select(OmegaConf.merge(raw, said), "model.mixer", default="attention")
-        layout = laid_out(use.pop("layout", None), use.get("model", ""), mixer)
-        parts = [*(section_file(section, name) for section, name in use.items()), raw, layout, said]
+        layout = laid_out(use.pop("layout", None), use.get("model") or "", mixer)
+        files = [section_file(section, name) for section, name in use.items() if name is not None]
+        parts = [*files, raw, layout, said]
         config = OmegaConf.merge(schema(), {"model": follows(OmegaConf.merge(*parts))}, *parts)
         check_secrets(OmegaConf.to_yaml(config))
         run = OmegaConf.to_object(config)
@@ -87,7 +89,8 @@ def given(overrides: Sequence[str]) -> DictConfig:
             f"{override}: {key} is a section; use.{key}={value} names a file of it, {key}.KEY=... sets one of its values",
         )
         try:
-            found.append(OmegaConf.from_dotlist([f"{key}={value}"]))
+            plain = key in NAMES and PLAIN.fullmatch(value)  # in YAML off, 1e5 and 007 are no words
+            found.append(OmegaConf.from_dotlist([f"{key}='{value}'" if plain else f"{key}={value}"]))
         except YAMLError as error:
             raise UserError(f"{override}: {' '.join(str(error).split())}") from None
     return OmegaConf.merge({}, *found)  # type: ignore[return-value]

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from nlscale.config.errors import positive, require
 
+SEEDS = 2**32  # what all generators of the libraries take
 LIGER = ("norm", "rotary", "swiglu", "loss")
 
 
@@ -37,6 +38,7 @@ class Train:
     def __post_init__(self) -> None:
         counts = ("steps", "global_batch", "micro_batch", "stop_at")
         positive("train", **{name: getattr(self, name) for name in counts})
+        require(self.seed < SEEDS, f"train.seed={self.seed} must be below {SEEDS}")
         for name in ("evaluate_interval", "evaluate_rows", "spike", "compare", "seed"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
         require(

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import zstandard
 
@@ -38,6 +38,7 @@ def expand(sources: Sequence[str]) -> list[Path]:
     """Files named by paths, folders, globs or the word stdlib, sorted; raises UserError for one that names nothing."""
     found: set[Path] = set()
     for source in sources:
+        require(bool(source), "a source is a path, a folder, a glob or the word stdlib, not empty")
         if source == STDLIB and not Path(source).exists():
             root = Path(sysconfig.get_paths()["stdlib"])
             files = [p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts)]
@@ -108,12 +109,49 @@ def read_documents(piece: Piece, field: str) -> Iterator[str]:
                 yield parsed(line, place, field)
 
 
+class Frames(io.RawIOBase):
+    """What a .zst file holds in all its frames; raises EOFError where it ends inside one."""
+
+    def __init__(self, path: str) -> None:
+        self.file, self.rest, self.made, self.given = open(path, "rb"), b"", memoryview(b""), 0
+        self.frame: Any = None  # one that has begun and not ended
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Decompressed bytes so far."""
+        return self.given
+
+    def close(self) -> None:
+        """And the file."""
+        self.file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        """The next bytes; 0 at the end of the last frame."""
+        while not self.made:
+            packed = self.rest or self.file.read(io.DEFAULT_BUFFER_SIZE * 8)
+            if not packed:
+                if self.frame is not None:
+                    raise EOFError("the file ends inside a compressed frame")
+                return 0
+            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+            self.made, self.rest = memoryview(self.frame.decompress(packed)), b""
+            if self.frame.eof:
+                self.rest, self.frame = self.frame.unused_data, None
+        count = min(len(buffer), len(self.made))
+        buffer[:count], self.made, self.given = self.made[:count], self.made[count:], self.given + count
+        return count
+
+
 def opened(path: str) -> IO[bytes]:
     """The file's bytes, decompressed by its suffix."""
     if path.lower().endswith(".gz"):
         return io.BufferedReader(gzip.open(path))  # type: ignore[arg-type]
     if path.lower().endswith(".zst"):
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(open(path, "rb")))  # type: ignore[arg-type]
+        return io.BufferedReader(Frames(path))
     return open(path, "rb")
 
 

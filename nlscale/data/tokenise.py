@@ -12,6 +12,7 @@ from nlscale.data.card import TOKENISER, load_card
 
 DOCUMENT = "<|doc|>"
 STARTS = (DOCUMENT, "<|endoftext|>", "<|begin_of_text|>", "<s>", "</s>")  # what a given tokeniser may call it
+LARGEST = 2**20  # tokens of a vocabulary that is trained
 SAMPLE = 2**23  # characters that a tokeniser is trained on
 
 
@@ -56,6 +57,7 @@ def make(name: str, sample: Iterable[str]) -> Tokeniser:
         require(
             size.isdigit() and int(size) > 257, f"tokeniser '{name}': bpe:N needs N above 257, for example bpe:32768"
         )
+        require(int(size) <= LARGEST, f"tokeniser '{name}': bpe:N takes N of at most {LARGEST:,}")
         return wrapped(name, train(sample, int(size)))
     require(Path(name).is_file(), f"tokeniser '{name}' is neither bytes, nor bpe:N, nor a file")
     try:

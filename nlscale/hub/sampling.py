@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nlscale.config.errors import require
+from nlscale.config.train import SEEDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Sampling:
     def __post_init__(self) -> None:
         require(0 <= self.temperature < float("inf"), f"--temperature {self.temperature} must not be negative")
         require(self.top_k >= 0, f"--top-k {self.top_k} must not be negative; 0 leaves all tokens in")
+        require(0 <= self.seed < SEEDS, f"--seed {self.seed} must not be negative, and below {SEEDS}")
         require(0 < self.top_p <= 1, f"--top-p {self.top_p} must lie above 0 and not above 1")
 
     def likely(self, logits_BV: Tensor) -> Tensor:

@@ -6,18 +6,20 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 
-CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 
 
 class Watch:
-    """A context in which TERM, INT and USR2 set `asked` instead of ending the process."""
+    """A context in which TERM, INT, USR2 and HUP set `asked` instead of ending the process; HUP not where nohup said so."""
 
     def __init__(self) -> None:
         self.asked: str | None = None
         self._before: dict = {}
 
     def __enter__(self) -> "Watch":
-        self._before = {number: signal.signal(number, self._note) for number in CAUGHT}
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        caught = (number for number in CAUGHT if not (number == signal.SIGHUP and ignored))
+        self._before = {number: signal.signal(number, self._note) for number in caught}
         with sparing_children():
             resource_tracker.ensure_running()  # of the rows' shared memory
         return self

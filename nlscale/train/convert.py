@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +26,7 @@ def to_file(path: Path, target: Path, weights: bool = False) -> int:
     `weights`: the weights alone (float32), by their own names; such a file cannot become a checkpoint again. Raises
     UserError for a damaged checkpoint.
     """
+    require(not target.is_dir(), f"--out {target} is a folder; a file in it would do")
     partial = target.with_name(target.name + ".partial")
     try:
         partial.touch()
@@ -57,11 +59,22 @@ def to_checkpoint(source: Path, folder: Folder) -> int:
     require(
         STATE in facts and CONFIG in facts, f"{source} holds no whole checkpoint: weights alone cannot be gone on with"
     )
-    return put(tensors, {name: facts[name] for name in TEXTS if name in facts}, folder)
+    config = OmegaConf.create(facts[CONFIG])
+    if any(each.is_file() for each in folder.path.rglob("*")):
+        same = (
+            folder.config.is_file() and OmegaConf.select(OmegaConf.load(folder.config), "run.name") == config.run.name
+        )
+        require(
+            same, f"--out {folder.path} holds other files than those of run {config.run.name}; a new folder would do"
+        )
+    config.run.folder = str(folder.path)
+    texts = {name: facts[name] for name in TEXTS if name in facts}
+    return put(tensors, texts, folder, OmegaConf.to_yaml(config))
 
 
-def put(tensors: Mapping[str, Tensor], texts: Mapping[str, str], folder: Folder) -> int:
-    """Commits a checkpoint of whole tensors to the run in `folder`; gives its step. `texts`: its other files by their names.
+def put(tensors: Mapping[str, Tensor], texts: Mapping[str, str], folder: Folder, config: str | None = None) -> int:
+    """Commits a checkpoint of whole tensors to the run in `folder`; gives its step. `texts`: its other files by their names;
+    `config`: the run's, where it has none; None: the checkpoint's.
 
     Raises UserError where there is one.
     """
@@ -76,7 +89,7 @@ def put(tensors: Mapping[str, Tensor], texts: Mapping[str, str], folder: Folder)
     write_durably(partial / MANIFEST, json.dumps({"step": step, "files": files}, indent=1))
     commit(partial, final)
     if not folder.config.exists():
-        write_durably(folder.config, texts[CONFIG])
+        write_durably(folder.config, config or texts[CONFIG])
     return step
 
 

@@ -166,14 +166,8 @@ def going_on(
             saving_first = report.stop and state.step < last  # the save that a signal asks for does not wait
             if not saving_first and evaluate():
                 watchdog.note(f"the held-out loss of step {state.step}")
-            if checkpoints.due(state) or report.stop or state.step == last:
-                saved = checkpoints.save(state, wait=report.stop or state.step == last)
+            if save_where_due(state, checkpoints, report, last):
                 watchdog.note(f"the save of step {state.step}")
-                if not saved and report.stop and state.step < last:
-                    raise RuntimeError(
-                        f"the save that a signal asked for at step {state.step} failed; the one before stands"
-                    )
-                require(saved or state.step != last, "the last save failed; mend that and go on")
                 metrics.ledger()
                 if not report.stop:
                     curve.renew(state.step)
@@ -182,6 +176,30 @@ def going_on(
                 journal.event("stop", state.step, signal=watch.asked)
                 raise SavedOnSignal(f"saved at step {state.step} on a signal; the same command goes on")
     journal.event("end", state.step)
+
+
+def save_where_due(state: TrainState, checkpoints: Checkpoints, report: Report, last: int) -> bool:
+    """Saves at the interval, at the `last` step and for a signal; whether this was one of them. A collective.
+
+    A step without a finite loss is never saved, as its weights may be what is wrong: where it is the last, or a signal's,
+    it raises StoppedOnPurpose or SavedOnSignal, and the last checkpoint stands.
+    """
+    step, ends = state.step, state.step == last
+    if report.tokens and not math.isfinite(report.loss):
+        if ends:
+            raise StoppedOnPurpose(f"no loss is finite at step {step}, the last; the last checkpoint stands")
+        if report.stop:
+            raise SavedOnSignal(
+                f"stopped on a signal at step {step}, which has no finite loss; the last checkpoint stands"
+            )
+        return False
+    if not (checkpoints.due(state) or report.stop or ends):
+        return False
+    saved = checkpoints.save(state, wait=report.stop or ends)
+    if not saved and report.stop and not ends:
+        raise RuntimeError(f"the save that a signal asked for at step {step} failed; the one before stands")
+    require(saved or not ends, "the last save failed; mend that and go on")
+    return True
 
 
 def opening(state: TrainState, model: Parallelized, journal: Journal) -> BeforeMove:

@@ -128,7 +128,8 @@ class Metrics:
     def evaluated(self, loss: float, seconds: float) -> None:
         """Writes a held-out loss, and how long it took."""
         where = {"step": self.state.step, "tokens": self.state.tokens}
-        self.write({**where, "eval/loss": loss, "eval/seconds": round(seconds, 3)})
+        found = {"eval/loss": loss} if math.isfinite(loss) else {}
+        self.write({**where, **found, "eval/seconds": round(seconds, 3)})
         if self.plain:
             self.journal.say(f"step {self.state.step:6d}  held-out loss {loss:.4f}")
         self.bar.set_postfix_str(f"held-out {loss:.3f}")

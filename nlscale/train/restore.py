@@ -1,13 +1,14 @@
 """A checked checkpoint, applied to a run's state: levels and data may have changed, if the run asks for it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from nlscale.config.errors import UserError
+from nlscale.config.errors import UserError, require
 from nlscale.config.mixers import network_of
+from nlscale.data.card import TOKENISER
 from nlscale.runtime.folder import STATE
 from nlscale.runtime.log import Journal
 from nlscale.train.continual import Change, anchor_new, begin_new, carried, compare, dropped, newly_kept, of_tasks
@@ -37,6 +38,7 @@ def apply(state: TrainState, path: Path, journal: Journal, rows: bool = True) ->
             f"{path} was trained on another dataset; give the old data.path, another run.name, or checkpoint.data=change "
             "to go on with the new one:\n" + "\n".join(differences(facts.get("datasets", []), state.datasets()))
         )
+    check_tokeniser({card.tokeniser_digest for card in state.cards}, facts.get("datasets", []), path)
     pieces, there = state.shards() | memories(state), stored(path)
     partial = bool(change) or ORIGIN in facts  # of what came from elsewhere there are weights alone
     check_memories({key: each for key, each in pieces.items() if not partial or key in there}, there)
@@ -82,6 +84,17 @@ def report(change: Change, facts: dict[str, Any], journal: Journal) -> None:
     parts = [f"{len(change.moved)} parameters move otherwise ({'; '.join(moved)})"] if moved else []
     parts += [f"{len(change.new)} parameters are new"] if change.new else []
     journal.say(f"levels change at step {facts['step']}: {', '.join(parts)}; {windows}")
+
+
+def check_tokeniser(now: set[str], then: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Raises UserError where the checkpoint's data was made with another tokeniser: its tokens would mean other words."""
+    known = {each["tokeniser_digest"] for each in then}
+    name, own = then[0]["tokeniser"] if then else "", path / TOKENISER
+    require(
+        not known or known == now,
+        f"{path} was trained on tokens of another tokeniser ({name}), whose numbers would mean other words here; "
+        f"`nlscale data prepare` with --tokeniser {own if own.is_file() else name} makes data for it",
+    )
 
 
 def differences(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[str]:

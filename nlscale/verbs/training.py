@@ -23,6 +23,8 @@ from nlscale.runtime.quiet import quiet
 from nlscale.runtime.watch import Watch
 from nlscale.verbs.common import add, add_recipe, fewer_gpus, resolve
 
+MANY = 64  # ranks a core that one machine would start
+
 
 def verbs(parent: Any) -> None:
     """Adds them."""
@@ -42,6 +44,10 @@ def train(options: argparse.Namespace) -> int:
     folder = Folder(Path(run.folder))
     count = options.nproc or run.cluster.nproc or run.parallel.ranks
     replicas(run, count)
+    cores = os.cpu_count() or 1
+    require(
+        count <= MANY * cores, f"{count} ranks would start on this machine's {cores} cores; at most {MANY * cores} are"
+    )
     fewer_gpus(count, "training")
     quiet()
     for name in needed(run, count):

@@ -113,3 +113,16 @@ def test_chunks_that_would_work_do(chunk: int, makers: int | None, sequence: int
             assert read("demo", [*given, *would]).model.mixer == "self_modifying"
     else:
         assert fits
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("train.seed=4294967296", "must be below 4294967296"),
+        ("optim.kappa=1e99", "must be at most 2"),
+        ("model.layers=1025", "must be at most 1024"),
+    ],
+)
+def test_numbers_that_nothing_could_work_with_are_refused(said: str, words: str) -> None:
+    with pytest.raises(UserError, match=f"{said.split('=')[0]}=.* {words}"):
+        read("demo", [said])

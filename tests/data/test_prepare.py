@@ -35,8 +35,10 @@ def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    frames = [zstandard.compress(lines[i : i + 1000]) for i in range(0, len(lines), 1000)]
+    (tmp_path / "b.jsonl.zst").write_bytes(b"".join(frames))
     seen = []
-    for source in ("txt", "txt/*.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):
+    for source in ("txt", "txt/*.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "b.jsonl.zst"):
         out = tmp_path / f"out-{len(seen)}"
         card = prepare(
             Preparation(sources=(str(tmp_path / source),), out=str(out), sequence=50, tokeniser="bytes", held_out=0)
@@ -113,8 +115,11 @@ def test_a_killed_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
             "at byte 0: character 0 of 'text' is half of a surrogate",
         ),
         (b"no gzip at all", {"suffix": ".txt.gz"}, "cannot be read"),
+        (zstandard.compress(b"whole " * 400)[:-6], {"suffix": ".txt.zst"}, "the file ends inside a compressed frame"),
+        (zstandard.compress(b"whole " * 400) + b"not a frame", {"suffix": ".txt.zst"}, "cannot be read"),
         (b"short", {}, "fill no training row"),
         (b"x" * 4000, {"tokeniser": "bpe:12"}, "needs N above 257"),
+        (b"x" * 4000, {"tokeniser": "bpe:99999999999"}, "at most 1,048,576"),
         (b"x" * 4000, {"tokeniser": "wordpiece"}, "neither bytes, nor bpe:N, nor a file"),
     ],
 )

@@ -114,6 +114,19 @@ def test_new_data_is_refused_unless_asked_for(prepared: str, other: str, tmp_pat
         ranks(1, train, small_run(other, tmp_path))
 
 
+def test_new_data_of_another_tokeniser_is_refused(prepared: str, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", seed=5)
+    plan = Preparation(
+        sources=(str(corpus),), out=str(tmp_path / "data"), sequence=32, tokeniser="bpe:300", held_out=0.1
+    )
+    prepare(plan)
+    ranks(1, train, small_run(prepared, tmp_path / "run", "train.stop_at=2"))
+    with pytest.raises(
+        RuntimeError, match=r"tokens of another tokeniser \(bytes\).*--tokeniser bytes makes data for it"
+    ):
+        ranks(1, train, small_run(str(tmp_path / "data"), tmp_path / "run", "checkpoint.data=change"))
+
+
 def test_a_task_ends_where_the_data_changes(prepared: str, other: str, tmp_path: Path) -> None:
     """Rows begin anew, levels keep what they were told to, and a stop inside the second task changes no bit."""
     asked = "checkpoint.data=change"

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nlscale.cli import main
+from nlscale.config.read import read
 from nlscale.config.run import Run
 from nlscale.runtime.folder import Folder
 from nlscale.testing import ranks
@@ -34,6 +35,7 @@ def test_there_and_back_the_run_goes_on_bit_for_bit(trained: Run, prepared: str,
     run = small_run(prepared, back, *SMALL)
     assert main(["checkpoint", "convert", str(file), "--out", str(back)]) == 0
     assert main(["checkpoint", "verify", str(back)]) == 0
+    assert read(str(back / "config.yaml")).folder == str(back)  # it is a recipe that goes on there
     ranks(2, train, run)
     assert losses(run) == losses(trained)[6:] and shards(run, 11) == shards(trained, 11)
 
@@ -47,6 +49,23 @@ def test_weights_alone_have_their_own_names(trained: Run, tmp_path: Path, capsys
     assert all(torch.equal(each, load_file(whole)[f"weights/{name}"]) for name, each in tensors.items())
     assert main(["checkpoint", "convert", str(alone), "--out", str(tmp_path / "run")]) == 78
     assert "weights alone cannot be gone on with" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_something_else_is_refused(
+    trained: Run, prepared: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file of it is written over, and two runs do not become one."""
+    whole = tmp_path / "whole.safetensors"
+    assert main(["checkpoint", "convert", trained.folder, "--out", str(whole)]) == 0
+    for out in ("", str(tmp_path)):
+        assert main(["checkpoint", "convert", trained.folder, "--out", out]) == 78
+        assert "is a folder; a file in it would do" in capsys.readouterr().err
+    other = small_run(prepared, tmp_path / "other", *SMALL, "run.name=other", "train.stop_at=2")
+    ranks(2, train, other)
+    for out in (str(tmp_path), other.folder):
+        assert main(["checkpoint", "convert", str(whole), "--out", out]) == 78
+        assert f"{out} holds other files than those of run demo; a new folder would do" in capsys.readouterr().err
+    assert Folder(Path(other.folder)).steps() == [2]
 
 
 def test_what_is_no_checkpoint_is_refused(trained: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

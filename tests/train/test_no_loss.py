@@ -1,5 +1,7 @@
 """Steps in which no loss is finite, on any rank: nothing is updated, slow windows stay whole, ten in a row end the run."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,8 @@ def held(state: Any) -> dict[str, Tensor]:
     return found
 
 
-def blinded(run: Run, bad: range) -> list[set[str]]:
-    """Trains; in these steps no loss is a number. What changed in each of them, by name."""
+def blinded(run: Run, bad: range, ends: int = 0) -> list[set[str]]:
+    """Trains; in these steps no loss is a number, and at `ends` a signal comes. What changed in each of them, by name."""
     plain, changes = loop.train_step, []
 
     def step(state: Any, *rest: Any) -> Any:
@@ -49,6 +51,8 @@ def blinded(run: Run, bad: range) -> list[set[str]]:
             return plain(state, *rest)
         state.optimizer.arrive()
         before = held(state)
+        if state.step + 1 == ends:
+            os.kill(os.getpid(), signal.SIGUSR2)
         embeddings = [leaf.value for leaf in state.leaves if leaf.name == "embed.weight"]  # none on later stages
         usual = [value.clone() for value in embeddings]
         for value in embeddings:
@@ -93,4 +97,21 @@ def test_ten_in_a_row_end_the_run_and_nine_do_not(prepared: str, tmp_path: Path)
         RuntimeError, match="StoppedOnPurpose: losses or gradients were not finite in 10 steps in a row"
     ):
         ranks(1, blinded, run, range(2, 12))
-    assert Folder(Path(run.folder)).steps() == [8, 4]
+    assert Folder(Path(run.folder)).steps() == []
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_has_no_loss_is_not_saved(asked: bool, prepared: str, tmp_path: Path) -> None:
+    """As its weights may be what is wrong: not where a save is due, or asked for by a signal, and not at the end."""
+    run = small_run(prepared, tmp_path, *SMALL)
+    if asked:
+        with pytest.raises(
+            RuntimeError, match="SavedOnSignal: stopped on a signal at step 9, which has no finite loss"
+        ):
+            ranks(1, blinded, run, range(8, 10), 9)
+    else:
+        with pytest.raises(RuntimeError, match="StoppedOnPurpose: no loss is finite at step 12, the last"):
+            ranks(1, blinded, run, range(8, 13))
+    assert Folder(Path(run.folder)).steps() == [4]
+    ranks(1, loop.train, run)
+    assert Folder(Path(run.folder)).steps()[:2] == [12, 8] and len(steps(run)) == 12

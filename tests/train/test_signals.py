@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from nlscale_launch.local import heeded
 
 from nlscale.config.errors import SavedOnSignal
 from nlscale.config.run import Run
@@ -32,6 +33,7 @@ MOMENTS: dict[str, tuple[str, list[int], int]] = {  # place, signals, the rank t
     "in a save": ("save", [USR2], -1),
     "as shards are written": ("write", [TERM], 0),
     "to one rank": ("forward", [USR2], 1),
+    "a terminal hangs up": ("forward", [signal.SIGHUP], -1),
     "twice": ("forward", [USR2, TERM, USR2], -1),
 }
 
@@ -106,6 +108,21 @@ def test_a_lead_that_leaves_too_little_for_a_save_is_said(
     ranks(1, train, run)
     found = [(event["step"], event["lead"]) for event in events(run, "lead too short")]
     assert found == ([(2, lead)] if said else [])
+
+
+def test_nohup_is_heeded() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Watch() as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert watch.asked is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.SIGHUP not in heeded()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with Watch() as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert watch.asked == "SIGHUP" and signal.SIGHUP in heeded()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_children_do_not_hear_what_ranks_hear() -> None:
