@@ -40,8 +40,9 @@ def in_turn(*fewer: Any) -> Callable[[Work, Mapping[Any, Sequence[Any]]], Iterat
 
 
 def forgetting(work: Work, given: Mapping[Any, Sequence[Any]]) -> Iterator[tuple[Any, Any]]:
-    """Of both kinds of jobs, whose streams have two parts and three."""
-    yield from in_turn((8, 8) if work.__name__ == "recovered" else (8, 8, 8))(work, given)
+    """Of both kinds of jobs, whose streams have two parts and three; some say how long they are."""
+    seeds = {key: [each for each in said if not isinstance(each, tuple)] for key, said in given.items()}
+    yield from in_turn((8, 8) if work.__name__ == "recovered" else (8, 8, 8))(work, seeds)
 
 
 def memories(bench: ModuleType) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def less(name: str, bench: ModuleType) -> dict[str, Any]:
         "hops": lambda: {"side_by_side": in_turn(1)},
         "beyond": lambda: {"side_by_side": in_turn(1)},
         "states": lambda: {"side_by_side": in_turn(1)},
-        "forgetting": lambda: {"side_by_side": forgetting, "SEEDS": (1,), "HELD_OUT": 8},
+        "forgetting": lambda: {"side_by_side": forgetting, "SEEDS": (1,), "RESETS": (1, 2), "HELD_OUT": 8},
         "classes": lambda: {"side_by_side": in_turn((1, 1)), "SEEDS": (1,)},
         "parts": lambda: {"SEEDS": (1,), "MODEL": [*bench.MODEL, "train.steps=1", "train.evaluate_rows=8"]},
         "levels": lambda: {"SHAPE": [*bench.SHAPE, "model.width=64", "model.layers=2", "model.hidden=256"]},
