@@ -21,7 +21,7 @@ from nlscale.config.run import Run
 CONFIGS = Path(nlscale_configs.__file__).parent
 SECRET = re.compile(r"key|token|secret|pass|credential|auth|\$", re.IGNORECASE)  # in a name, or a name made elsewhere
 LEVELS_WHOLE = "levels is a list: give it whole, levels=[{...}, {...}], or by use.levels"
-NAMES, PLAIN = ("run.name", "run.folder", "data.path"), re.compile(r"[\w.+-]+")
+NAMES, PLAIN = ("run.name", "run.folder", "data.path"), re.compile(r"(?!null$)[\w.+-]+")
 SECTIONS = tuple(field.name for field in fields(Run))
 
 
