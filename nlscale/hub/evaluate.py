@@ -51,7 +51,7 @@ class Evaluation:
 
 def evaluate(source: Source, asked: Evaluation, target: str | None) -> None:
     """Prints the losses, and writes them to the JSON file `target`, on rank 0. A collective."""
-    source.check_rows()
+    source.check_rows(asked.longer)
     sequence = source.run.data.sequence
     run = source.long(asked.longest(sequence))
     with opened(run, source.path) as (model, world):

@@ -47,9 +47,16 @@ class Source:
         rows = -(-tokens // self.run.data.sequence)  # a multiple of what it was trained on fits whatever that fitted
         return as_read(self.path, [*self.overrides, f"data.sequence={rows * self.run.data.sequence}"])
 
-    def check_rows(self) -> None:
-        """Raises UserError where the run's rows are not there, or were made with another tokeniser."""
-        dataset, card = self.run.data.sources[0].path, check_data(self.run.data, False)[0]
+    def check_rows(self, longer: int = 1) -> None:
+        """Raises UserError where the run's rows are not there, or were made with another tokeniser; or where held-out rows
+        are fewer than the `longer` that are to be read as one.
+        """
+        cards = check_data(self.run.data, False)
+        dataset, card, held_out = self.run.data.sources[0].path, cards[0], sum(each.rows["heldout"] for each in cards)
+        require(
+            longer <= max(1, held_out),
+            f"--longer {longer}: there are {held_out} held-out rows; a smaller --longer would work",
+        )
         require(
             card.tokeniser_digest == self.tokeniser.digest,
             f"{dataset} has tokeniser {card.tokeniser} ({card.tokeniser_digest[:8]}); the checkpoint was trained with "
