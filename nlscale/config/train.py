@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from nlscale.config.errors import positive, require
 
-SEEDS = 2**32  # what all generators of the libraries take
+SEEDS = 2**31  # what all generators of the libraries take, with what is added to it
 LIGER = ("norm", "rotary", "swiglu", "loss")
 
 

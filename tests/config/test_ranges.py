@@ -118,7 +118,7 @@ def test_chunks_that_would_work_do(chunk: int, makers: int | None, sequence: int
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ("train.seed=4294967296", "must be below 4294967296"),
+        ("train.seed=2147483648", "must be below 2147483648"),
         ("optim.kappa=1e99", "must be at most 2"),
         ("model.layers=1025", "must be at most 1024"),
     ],
