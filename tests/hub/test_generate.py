@@ -100,7 +100,7 @@ MISTAKES = {
     "no such run": (["generate", "nowhere"], "no run 'nowhere'"),
     "tokens": (["--tokens", "0"], "--tokens 0 must lie between 1 and 1048576"),
     "too many": (["--tokens", "2000000000000"], "must lie between 1 and 1048576"),
-    "no text": (["--prompt", "\udcff"], "--prompt: 'utf-8' codec can't encode"),
+    "no text": (["--prompt", "\udcff"], "'\\udcff' is no UTF-8"),
     "temperature": (["--temperature", "-1"], "--temperature -1.0 must not be negative"),
     "top-p": (["--top-p", "0"], "--top-p 0.0 must lie above 0"),
     "top-k": (["--top-k", "-1"], "--top-k -1 must not be negative"),
