@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nlscale.config.errors import ORDERLY
+from nlscale.runtime.watch import heeded
 
 GRACE = 10.0  # seconds that the others get after one rank has failed
 PATIENCE = 120.0  # seconds that they get after one has ended on purpose: the others end likewise, in their own time
@@ -65,12 +66,6 @@ def start(
         children[pid] = rank
     gc.unfreeze()
     return watch(children, time.monotonic() + timeout if timeout else None, logs)
-
-
-def heeded() -> tuple[signal.Signals, ...]:
-    """Signals that ask for an end: a terminal that hangs up, too, unless this process was told not to mind (nohup)."""
-    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-    return asked if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*asked, signal.SIGHUP)
 
 
 def child(

@@ -9,6 +9,12 @@ from types import FrameType, TracebackType
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 
 
+def heeded() -> list[signal.Signals]:
+    """Those that ask this process for an end: a terminal that hangs up does, unless it was told not to mind (nohup)."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in CAUGHT if not (number == signal.SIGHUP and ignored)]
+
+
 class Watch:
     """A context in which TERM, INT, USR2 and HUP set `asked` instead of ending the process; HUP not where nohup said so."""
 
@@ -17,9 +23,7 @@ class Watch:
         self._before: dict = {}
 
     def __enter__(self) -> "Watch":
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        caught = (number for number in CAUGHT if not (number == signal.SIGHUP and ignored))
-        self._before = {number: signal.signal(number, self._note) for number in caught}
+        self._before = {number: signal.signal(number, self._note) for number in heeded()}
         with sparing_children():
             resource_tracker.ensure_running()  # of the rows' shared memory
         return self

@@ -60,13 +60,8 @@ def to_checkpoint(source: Path, folder: Folder) -> int:
         STATE in facts and CONFIG in facts, f"{source} holds no whole checkpoint: weights alone cannot be gone on with"
     )
     config = OmegaConf.create(facts[CONFIG])
-    if any(each.is_file() for each in folder.path.rglob("*")):
-        same = (
-            folder.config.is_file() and OmegaConf.select(OmegaConf.load(folder.config), "run.name") == config.run.name
-        )
-        require(
-            same, f"--out {folder.path} holds other files than those of run {config.run.name}; a new folder would do"
-        )
+    taken = any(each.is_file() for each in folder.path.rglob("*"))
+    require(not taken, f"--out {folder.path} holds files already; a new folder would do")
     config.run.folder = str(folder.path)
     texts = {name: facts[name] for name in TEXTS if name in facts}
     return put(tensors, texts, folder, OmegaConf.to_yaml(config))

@@ -102,6 +102,10 @@ MISTAKES = {
     "too many": (["--tokens", "2000000000000"], "must lie between 1 and 1048576"),
     "no text": (["--prompt", "\udcff"], "'\\udcff' is no UTF-8"),
     "temperature": (["--temperature", "-1"], "--temperature -1.0 must not be negative"),
+    "seed": (
+        ["--seed", "99999999999999999999"],
+        "--seed 99999999999999999999 must not be negative, and below 2147483648",
+    ),
     "top-p": (["--top-p", "0"], "--top-p 0.0 must lie above 0"),
     "top-k": (["--top-k", "-1"], "--top-k -1 must not be negative"),
     "step": (["--step", "7"], "no checkpoint of step 7; it has 12, 6"),

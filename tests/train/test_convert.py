@@ -62,9 +62,9 @@ def test_a_folder_that_holds_something_else_is_refused(
         assert "is a folder; a file in it would do" in capsys.readouterr().err
     other = small_run(prepared, tmp_path / "other", *SMALL, "run.name=other", "train.stop_at=2")
     ranks(2, train, other)
-    for out in (str(tmp_path), other.folder):
+    for out in (str(tmp_path), other.folder, trained.folder):
         assert main(["checkpoint", "convert", str(whole), "--out", out]) == 78
-        assert f"{out} holds other files than those of run demo; a new folder would do" in capsys.readouterr().err
+        assert f"{out} holds files already; a new folder would do" in capsys.readouterr().err
     assert Folder(Path(other.folder)).steps() == [2]
 
 
@@ -78,8 +78,6 @@ def test_what_is_no_checkpoint_is_refused(trained: Run, tmp_path: Path, capsys: 
     assert main(["checkpoint", "convert", trained.folder, "--out", whole, "--step", "5"]) == 78
     assert "no checkpoint of step 5; it has 11, 6" in capsys.readouterr().err
     assert main(["checkpoint", "convert", trained.folder, "--out", whole]) == 0
-    assert main(["checkpoint", "convert", whole, "--out", trained.folder]) == 78
-    assert "is there already" in capsys.readouterr().err
     path = Folder(Path(trained.folder)).checkpoint(11)
     shard = sorted(path.glob("*.distcp"))[0]
     before = shard.read_bytes()

@@ -11,11 +11,10 @@ from typing import Any
 
 import psutil
 import pytest
-from nlscale_launch.local import heeded
 
 from nlscale.config.errors import SavedOnSignal
 from nlscale.config.run import Run
-from nlscale.runtime.watch import Watch, sparing_children
+from nlscale.runtime.watch import Watch, heeded, sparing_children
 from nlscale.testing import ranks
 from nlscale.train import checkpoint, loop
 from nlscale.train.loop import train
