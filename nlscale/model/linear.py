@@ -5,7 +5,7 @@ rank tells the others its own, and takes up the state that the ranks before it l
 """
 
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ def memory_of(model: Model) -> Memory:
         return linear_memory
     require(torch.cuda.is_available(), "model.linear.kernels=fla needs an NVIDIA GPU; own would work")
     require(fla.available(), "model.linear.kernels=fla needs fla-core: `pip install fla-core`; own would work")
-    why = fla.refused(version("triton"), torch.cuda.get_device_capability())
+    why = fla.refused(import_module("triton").__version__, torch.cuda.get_device_capability())
     require(not why, f"model.linear.kernels=fla: {why}; own would work")
     return fla.by_fla
 

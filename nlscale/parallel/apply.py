@@ -57,9 +57,9 @@ class Parallelized:
 
 
 def multiply(dtype: torch.dtype, device: torch.device) -> None:
-    """Beside weights in half precision a GPU's products of float32, which memories are, take TF32 operands."""
-    if dtype == torch.bfloat16 and device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    """Beside weights in half precision a GPU's products of float32, which memories are, take TF32 operands; else not."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if dtype == torch.bfloat16 else "highest")
 
 
 def stages(run: Run, pipeline_rank: int) -> list[Stage]:
