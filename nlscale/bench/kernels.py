@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nlscale_kernels import level_step, newton_schulz
-from nlscale_kernels.newton_schulz import reference
-from torch import Tensor
 
 from nlscale.bench.memory_kernels import Shape, between_products, matrix_memories, mlp_memories, walks
-from nlscale.bench.table import Row, Timer, alternating, at_least, show, write
+from nlscale.bench.table import Row, Timer, alternating, show, write
+from nlscale.bench.weight_kernels import continuum, levels, matrices, orthogonalisation, symmetric
 
 ROUNDS = 30
-PERIODS = (1, 4, 16, 64)
-HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+AN_ELEMENT = 90  # bytes of all contestants of level_step, a weight
 
 
 def on_gpu(contestants: Sequence[Callable[[], object]]) -> list[float]:
@@ -47,132 +44,6 @@ def on_cpu(contestants: Sequence[Callable[[], object]]) -> list[float]:
     return alternating(contestants, 3, 0)
 
 
-def levels(elements: int, device: str, timer: Timer) -> list[Row]:
-    """level_step on a shard of a bfloat16 model: bytes a second of those of a copy; against torch's two optimizers."""
-    master = torch.randn(elements, device=device)
-    gradient, copy = torch.randn_like(master), master.bfloat16()
-    narrow = gradient.bfloat16()
-    first, second = torch.zeros_like(master), torch.zeros_like(master)
-    rows = level_step.table([level_step.AdamW.at(1, 1e-3, (0.9, 0.95), 1e-8, 0.1, 0.5)], master)
-
-    def fused() -> None:
-        level_step.adamw(master, gradient, first, second, copy, rows)
-
-    def fused_narrow() -> None:
-        level_step.adamw(master, narrow, first, second, copy, rows)
-
-    def theirs(**how: bool) -> Callable[[], None]:
-        parameter = torch.nn.Parameter(torch.randn(elements, device=device))
-        optimizer = torch.optim.AdamW([parameter], **HYPER, **how)  # type: ignore[arg-type]
-
-        def step() -> None:
-            parameter.grad = gradient.mul_(0.5)
-            optimizer.step()
-            copy.copy_(parameter.detach())
-
-        return step
-
-    def written_out() -> None:
-        scaled = gradient * 0.5
-        first.lerp_(scaled, 0.1)
-        second.mul_(0.95).addcmul_(scaled, scaled, value=0.05)
-        master.mul_(1 - 1e-4).addcdiv_(first, second.sqrt().add_(1e-8), value=-1e-3)
-        copy.copy_(master)
-
-    compiled = torch.compile(written_out) if device == "cuda" else written_out
-    resting = level_step.table([level_step.AdamW.at(1, 1e-3, (0.9, 0.95), 1e-8, 0.1), level_step.AdamW.rest()], master)
-    quarter = (torch.arange(-(-elements // level_step.BLOCK), device=device) % 4 > 0).int()
-
-    def one_of_four() -> None:
-        level_step.adamw(master, gradient, first, second, copy, resting, quarter)
-
-    source, target = torch.empty_like(master), torch.empty_like(master)
-    others = [theirs(foreach=True), theirs(fused=True), compiled]
-    runs = [fused, fused_narrow, *others, one_of_four, lambda: target.copy_(source)]
-    own, own_narrow, foreach, fused_torch, by_compiler, one, copied = timer(runs)
-    copying = 8 * elements / copied
-    rates = {"float32 gradients": 30 * elements / own, "bfloat16 gradients": 28 * elements / own_narrow}
-    return [
-        *(
-            at_least(f"level_step, {name}, bytes a second / a copy's", rate / 1e12, "TB/s", copying / 1e12, 0.9)
-            for name, rate in rates.items()
-        ),
-        at_least("level_step, foreach AdamW, scale, cast / own", foreach, "s", own, 3.0),
-        at_least("level_step, fused AdamW, scale, cast / own", fused_torch, "s", own, 1.35),
-        at_least("level_step, written out and compiled by torch.compile / own", by_compiler, "s", own, 0.97),
-        at_least("level_step, all levels / one of four due", own, "s", one, 3.0),
-    ]
-
-
-def continuum(elements: int, device: str, timer: Timer) -> list[Row]:
-    """Four levels of equal size that move every 1, 4, 16 and 64 steps: the mean step of one launch, whose table says which
-    are due, and of torch's foreach optimizers of those that are.
-    """
-    share = elements // len(PERIODS)
-    parameters = [torch.nn.Parameter(torch.randn(share, device=device)) for _ in PERIODS]
-    copies = [each.detach().bfloat16() for each in parameters]
-    optimizers = [torch.optim.AdamW([each], **HYPER, foreach=True) for each in parameters]  # type: ignore[arg-type]
-    master = torch.randn(len(PERIODS) * share, device=device)
-    state = [torch.randn_like(master), torch.zeros_like(master), torch.zeros_like(master), master.bfloat16()]
-    rows = level_step.table(
-        [level_step.AdamW.at(1, 1e-3, (0.9, 0.95), 1e-8, 0.1, 0.5), level_step.AdamW.rest()], master
-    )
-    place = torch.arange(-(-len(master) // level_step.BLOCK), device=device) * level_step.BLOCK // share
-
-    def theirs(due: int) -> Callable[[], None]:
-        def step() -> None:
-            for parameter, copy, optimizer in zip(parameters[:due], copies[:due], optimizers[:due], strict=True):
-                parameter.grad = copy.float().mul_(0.5)
-                optimizer.step()
-                copy.copy_(parameter.detach())
-
-        return step
-
-    def ours(due: int) -> Callable[[], object]:
-        blocks = (place >= due).int()
-        return lambda: level_step.adamw(master, *state, rows, blocks)
-
-    counts = range(1, len(PERIODS) + 1)
-    times = timer([form(due) for form in (ours, theirs) for due in counts])
-    own, foreach = (mean_step(times[start : start + len(PERIODS)]) for start in (0, len(PERIODS)))
-    periods = "/".join(map(str, PERIODS))
-    return [at_least(f"level_step, levels of {periods} steps, foreach AdamW / own, mean", foreach, "s", own, 2.2)]
-
-
-def mean_step(seconds: Sequence[float]) -> float:
-    """Of steps in which the first 1, 2, ... levels are due."""
-    last = PERIODS[-1]
-    due = [sum(step % period == 0 for period in PERIODS) for step in range(1, last + 1)]
-    return sum(seconds[count - 1] for count in due) / last
-
-
-def orthogonalisation(side: int, device: str, timer: Timer) -> list[Row]:
-    """Symmetric products, and both forms of Newton-Schulz against plain products."""
-    narrow = torch.bfloat16 if device == "cuda" else torch.float32
-    square = torch.randn(1, side, side, device=device, dtype=narrow) / side
-    wide = torch.randn(1, side, 4 * side, device=device) / side
-
-    def plain(x: Tensor) -> Callable[[], Tensor]:
-        return lambda: reference.direct(x.to(narrow), 5)
-
-    own, whole, direct, dense, gram, dense_wide = timer(
-        [
-            lambda: newton_schulz.symmetric_product(square, square),
-            lambda: square @ square.mT,
-            lambda: reference.direct(square, 5, newton_schulz.symmetric_product),
-            plain(square),
-            lambda: newton_schulz.orthogonal(wide, 5),
-            plain(wide),
-        ]
-    )
-    rate = side**3 / own / 1e12
-    return [
-        at_least(f"X X^T {side}, torch / own ({rate:.0f}T multiplications/s)", whole, "s", own, 1.5),
-        at_least(f"Newton-Schulz {side} x {side}, torch / own", dense, "s", direct, 1.25),
-        at_least(f"Newton-Schulz {side} x {4 * side}, torch / Gram form", dense_wide, "s", gram, 1.7),
-    ]
-
-
 def products(side: int, device: str, timer: Timer) -> float:
     """Multiplications a second of torch's product of two square matrices: what a device gives at most."""
     square = torch.randn(side, side, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
@@ -180,16 +51,26 @@ def products(side: int, device: str, timer: Timer) -> float:
     return side**3 / seconds
 
 
+def elements_here() -> int:
+    """Weights in the table of level_step: 2^30, or a lower power of two that the GPU has the memory for."""
+    free, _ = torch.cuda.mem_get_info()
+    return 2 ** min(30, (free // AN_ELEMENT).bit_length() - 1)
+
+
 def tables(elements: int, side: int, device: str, timer: Timer) -> Iterator[list[Row]]:
     """All of them, an operator's at a time; sizes of memories follow `side`."""
-    yield levels(elements, device, timer)
-    yield continuum(elements, device, timer)
-    yield orthogonalisation(side, device, timer)
-    for rule in ("delta", "dgd_frozen"):
-        yield matrix_memories(Shape(4, 16, side, 128), device, timer, rule)
-    yield walks(Shape(4, 16, side // 8, 64), device, timer)
-    yield between_products(elements, device, timer)
     fastest = products(2 * side, device, timer)
+    yield levels(elements, device, timer)
+    yield continuum(elements // 4, device, timer)
+    yield matrices(elements // 4, device, timer)
+    for each in (side // 2, side):
+        yield symmetric(each, device, timer, fastest)
+        yield orthogonalisation(each, 1, device, timer, fastest)
+        yield orthogonalisation(each, 4, device, timer, fastest)
+    for rule in ("delta", "dgd_frozen"):
+        yield matrix_memories(Shape(4, 16, side, 128), device, timer, fastest, rule)
+    yield walks(Shape(4, 16, side // 8, 64), device, timer)
+    yield between_products(elements // 4, device, timer)
     for chunk in (side // 16, side // 4, side // 2):
         yield mlp_memories(chunk, side // 4, device, timer, fastest)
 
@@ -200,7 +81,7 @@ def main(target: str | None) -> int:
         torch.set_float32_matmul_precision("high")  # of all contestants, as in runs of bfloat16
         title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, median of {ROUNDS}, cache flushed between"
         found: list[Row] = []
-        for rows in tables(2**28, 4096, "cuda", on_gpu):
+        for rows in tables(elements_here(), 4096, "cuda", on_gpu):
             found += rows
             for row in rows:
                 print(f"{row.name}: {row.value} {row.unit}, ratio {row.ratio}", flush=True)  # should it be cut short

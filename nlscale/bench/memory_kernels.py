@@ -18,6 +18,7 @@ from nlscale_kernels.self_modifying import resident
 from nlscale_kernels.tune import tokens_of, walk_of
 from torch import Tensor
 
+from nlscale.bench import peers
 from nlscale.bench.table import Row, Timer, at_least, beside
 
 CHUNK = 64  # of the matrix memory
@@ -36,8 +37,11 @@ class Shape(NamedTuple):
     width: int
 
 
-def matrix_memories(shape: Shape, device: str, timer: Timer, rule: str = "delta") -> list[Row]:
-    """The gated delta rule, or DGD with gradients at the chunk's anchor: forward alone, and with backward."""
+def matrix_memories(shape: Shape, device: str, timer: Timer, fastest: float, rule: str = "delta") -> list[Row]:
+    """The gated delta rule, or DGD with gradients at the chunk's anchor: forward alone, and with backward.
+
+    `fastest`: multiplications a second of one large product.
+    """
     rows, heads, tokens, width = shape
     narrow = torch.bfloat16 if device == "cuda" else torch.float32
     given = tokens_of(rows, heads, tokens, min(CHUNK, tokens), width, device, narrow, rule)
@@ -75,6 +79,7 @@ def matrix_memories(shape: Shape, device: str, timer: Timer, rule: str = "delta"
         at_least(f"{name}, with backward, torch / own", eager_both, "s", own_both, 8.0),
         at_least(f"{name}, with backward, torch.compile / own", fast_both, "s", own_both, 3.0),
         Row(f"{name}, operations", rate, "1e12 a second", None, None, f">= {RATE:g}", rate >= RATE),
+        beside(f"{name}, share of a product's rate", multiplied / own / 1e12, "T/s", fastest / 1e12),
         *(
             at_least(f"{name}{more}, flash-linear-attention's delta rule / own", fla_took, "s", own_took, least)
             for more, fla_took, own_took in zip(("", ", with backward"), theirs, (own, own_both), strict=False)
@@ -177,8 +182,10 @@ def between_products(elements: int, device: str, timer: Timer) -> list[Row]:
         "step compiled": compiled(moved),
         "copy": lambda: target.copy_(source),
     }
+    gate, up = (half.contiguous() for half in before.chunk(2, -1))
     with torch.no_grad():
-        took = dict(zip(forms, timer(list(forms.values())), strict=True))
+        times = timer([*forms.values(), *peers.swiglu_backward(gate, up, inward.clone())])
+    took, peer = dict(zip(forms, times, strict=False)), times[len(forms) :]
     copying = 2 * source.nbytes / took["copy"] / 1e12
     passes = 7  # over memory as large as a state: the norm of what is added is known when two of three have been read
     rates = {
@@ -187,13 +194,16 @@ def between_products(elements: int, device: str, timer: Timer) -> list[Row]:
     }
     said = {"swiglu": "derivative of SwiGLU units", "step": "step of memories' weights"}
     return [
-        row
-        for name, (eager, fast) in {"swiglu": (3.0, 0.97), "step": (2.5, 1.15)}.items()
-        for row in (
-            at_least(f"{said[name]}, torch / own", took[f"{name} by torch"], "s", took[name], eager),
-            at_least(f"{said[name]}, torch.compile / own", took[f"{name} compiled"], "s", took[name], fast),
-            at_least(f"{said[name]}, bytes a second / a copy's", rates[name], "TB/s", copying, 0.9),
-        )
+        *(at_least(f"{said['swiglu']}, liger-kernel / own", each, "s", took["swiglu"], 1.0) for each in peer),
+        *(
+            row
+            for name, (eager, fast) in {"swiglu": (3.0, 0.97), "step": (2.5, 1.15)}.items()
+            for row in (
+                at_least(f"{said[name]}, torch / own", took[f"{name} by torch"], "s", took[name], eager),
+                at_least(f"{said[name]}, torch.compile / own", took[f"{name} compiled"], "s", took[name], fast),
+                at_least(f"{said[name]}, bytes a second / a copy's", rates[name], "TB/s", copying, 0.9),
+            )
+        ),
     ]
 
 

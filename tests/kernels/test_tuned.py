@@ -8,21 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from nlscale_kernels import tune, tuned
-from nlscale_kernels.mlp_memory.reference import Net, gathered
 from nlscale_kernels.newton_schulz import reference, triton
 from nlscale_kernels.self_modifying import triton as solve_kernels
 from nlscale_kernels.self_modifying import triton_backward as walk_kernels
 from nlscale_kernels.triton_build import Config
 from nlscale_kernels.tuned import entries, file_of, nearest
-from torch.utils.flop_counter import FlopCounterMode
 from triton import OutOfResources
 
-from nlscale.bench import kernels as bench
-from nlscale.bench import memory_kernels
-
 CONFIGS = [Config({"TILE": 128}, 8, 4), Config({"TILE": 64})]
-KINDS = ("level_step", "X X^T", "Newton-Schulz", "delta rule", "DGD", "HOPE's memory", "SwiGLU memory", "SwiGLU units")
-KINDS += ("memories' weights",)
 KNOWN = [
     {"shape": {"rows": 1024}, "config": {"tiles": {"TILE": 64}, "warps": 4, "stages": 3}},
     {"shape": {"rows": 4096}, "config": {"tiles": {"TILE": 256}, "warps": 8, "stages": 3}},
@@ -104,51 +97,3 @@ def test_kernels_of_the_walk_are_tuned() -> None:
     found = tune.walks("cpu", (1, 1, 2, 16), [16], 90, lambda run: next(times))
     assert nearest(found["resident.walk"], CONFIGS, {"width": 16}) == replace(walk_kernels.FORWARD[1], least=80)
     assert nearest(found["resident.gradients"], CONFIGS, {"width": 16}) == replace(walk_kernels.BACKWARD[0], least=80)
-
-
-def test_the_bench_runs_its_contestants() -> None:
-    """And README has a place for each, with its target."""
-    rows = [row for found in bench.tables(5000, 16, "cpu", bench.on_cpu) for row in found]
-    assert len(rows) == 40 and all(row.value > 0 and (row.ratio or "operations" in row.name) for row in rows)
-    table = Path("README.md").read_text().split("| on one GPU | measured | target |")[1].split("## Layout")[0]
-    lines = [line.split("|")[1:4] for line in table.splitlines() if "not measured" in line]
-    for kind in KINDS:
-        assert any(kind in row.name for row in rows) and any(kind in line[0] for line in lines), kind
-    assert all(any(kind in row.name for kind in KINDS) for row in rows)
-    wanted = {float(row.target.strip(">=x ")) for row in rows if row.target != "-"}
-    told = {float(each) for line in lines for each in re.findall(r"\d+(?:\.\d+)?", line[2])}
-    assert told - wanted == {0.95, 0.91, 1.4, 1.1, 0.45, 0.58} and wanted <= told  # of fla and of larger sizes
-
-
-def test_multiplications_of_a_write_are_counted() -> None:
-    """SwiGLU memories of 4 heads, as the bench has them."""
-    net = Net(torch.randn(4, 1, 1, 16, 8), torch.randn(4, 1, 1, 8, 8))
-    key, target, weight = torch.randn(4, 1, 32, 8), torch.randn(4, 1, 1, 32, 8), torch.randn(4, 1, 32)
-    with FlopCounterMode(display=False) as counter:
-        gathered(net, key, target, key, [weight], "swiglu")
-    assert counter.get_total_flops() == 2 * memory_kernels.multiplications(4, 32, 8)
-
-
-def test_the_bench_gives_flash_linear_attention_what_it_takes() -> None:
-    """As in tests/kernels/test_fla.py, a form of its published rule stands for it."""
-    seen = {}
-
-    def kernel(**given: object) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.update(given)
-        return given["v"], given["initial_state"]  # type: ignore[return-value]
-
-    forward, both = memory_kernels.by_fla(memory_kernels.Shape(2, 3, 128, 8), "cpu", kernel)
-    o, state = forward()
-    assert seen["k"].shape == (2, 128, 3, 8) and seen["g"].shape == seen["beta"].shape == (2, 128, 3)
-    assert bool((seen["g"] <= 0).all()) and o.shape == (2, 3, 128, 8) and state.shape == (2, 3, 8, 8)
-    assert not o.requires_grad and [x is not None for x in both()] == [
-        False,
-        False,
-        True,
-        False,
-        True,
-    ]  # of v and decay
-
-
-def test_a_mean_step_counts_how_often_levels_are_due() -> None:
-    assert bench.mean_step([1.0, 2.0, 3.0, 4.0]) == (48 * 1 + 12 * 2 + 3 * 3 + 4) / 64
