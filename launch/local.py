@@ -6,6 +6,7 @@ must not touch CUDA before it forks, and nothing here does.
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import os
 import signal
@@ -21,6 +22,7 @@ from nlscale.runtime.watch import heeded
 
 GRACE = 10.0  # seconds that the others get after one rank has failed
 PATIENCE = 120.0  # seconds that they get after one has ended on purpose: the others end likewise, in their own time
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process hears when its parent ends
 
 
 def gpus() -> int:
@@ -49,12 +51,14 @@ def start(
     """Runs `function(rank)` on `count` forked ranks and gives the first non-zero exit code, else 0.
 
     What a rank prints goes to `logs/rank-00000.log`; with `speak`, rank 0 keeps this terminal. SIGTERM, SIGINT,
-    SIGUSR2 and SIGHUP are passed on. When one rank fails, the others get GRACE seconds, then SIGKILL. They meet at
-    MASTER_PORT, a free port where neither `environment` nor this process names one: several runs fit on a machine.
+    SIGUSR2 and SIGHUP are passed on, and ranks hear SIGTERM where this process is killed. When one rank fails, the others
+    get GRACE seconds, then SIGKILL. They meet at MASTER_PORT, a free port where neither `environment` nor this process names
+    one: several runs fit on a machine.
     """
     port = os.environ.get("MASTER_PORT") or str(free_port())
     environment = {"MASTER_PORT": port, **environment}
     children: dict[int, int] = {}
+    parent = os.getpid()
     gc.freeze()  # a rank that collects garbage would write to memory that it shares with this process, and so copy it
     for rank in range(count):
         sys.stdout.flush()
@@ -62,10 +66,19 @@ def start(
         pid = os.fork()
         if pid == 0:
             log = None if logs is None or (speak and rank == 0) else os.path.join(logs, f"rank-{rank:05d}.log")
+            not_outliving(parent)
             os._exit(child(rank, count, function, environment, log))
         children[pid] = rank
     gc.unfreeze()
     return watch(children, time.monotonic() + timeout if timeout else None, logs)
+
+
+def not_outliving(parent: int) -> None:
+    """Has this rank hear SIGTERM when its parent ends, however it does: it saves what it has, and nobody trains unseen."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux's own; elsewhere ranks outlive a launcher that is killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGTERM)
 
 
 def child(

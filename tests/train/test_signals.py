@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from nlscale_launch.local import start
 
 from nlscale.config.errors import SavedOnSignal
 from nlscale.config.run import Run
@@ -195,3 +196,27 @@ def test_processes_that_read_rows_outlive_a_signal(prepared: str, tmp_path: Path
     assert ranks(1, reading, run) == [True]
     (stop,) = events(run, "stop")
     assert (stop["step"], stop["signal"]) == (4, "SIGTERM")
+
+
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(prepared: str, tmp_path: Path) -> None:
+    """Nobody would watch them, and the next start would find the run held: they save, and end."""
+    run = small_run(prepared, tmp_path, "train.steps=100000", "checkpoint.interval=100000", "train.evaluate_interval=0")
+
+    def trains(rank: int) -> None:
+        with Watch() as watch:
+            train(run, watch)
+
+    launcher = os.fork()
+    if launcher == 0:
+        os._exit(start(2, trains, logs=str(tmp_path)))
+    while not losses(run):
+        assert os.waitpid(launcher, os.WNOHANG) == (0, 0)
+        time.sleep(0.05)
+    left = psutil.Process(launcher).children()
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    _, alive = psutil.wait_procs(left, 60)
+    for process in alive:
+        process.kill()
+    (stop,) = events(run, "stop")
+    assert len(left) == 2 and not alive and stop["signal"] == "SIGTERM" and shards(run, stop["step"])
