@@ -10,11 +10,9 @@ a process of its own: not under Triton's interpreter.
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,15 +22,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nlscale_kernels import machine_code
+from nlscale_kernels.machine_code import Code
 from nlscale_kernels.turned import turned_sums
 
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes of shared memory that a block may use
 PRODUCTS = {80: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}  # instructions of tensor cores
 COLUMNS = 512  # of tensor memory on sm_100: a kernel that asks for more compiles to a stub
 OPERATORS = tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/triton.py")))
-RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)")
+TOGETHER = 8  # kernels whose code is read at once
 
 
 @dataclass(frozen=True)
@@ -76,57 +74,37 @@ def signature(launch: Any) -> tuple[dict[str, str], dict[str, Any], dict[tuple[i
     return types, constants, aligned
 
 
-def compiled(launch: Any, config: Any, arch: int) -> Any:
+def compiled(launch: Any, config: Any, arch: int) -> Code:
     """The kernel for an architecture."""
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     types, constants, aligned = signature(launch)
     source = ASTSource(launch.kernel, types, {**constants, **config.tiles}, aligned)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return machine_code.compiled(
+        source, GPUTarget("cuda", arch, 32), {"num_warps": config.warps, "num_stages": config.stages}
+    )
 
 
-def tool(*command: str) -> str:
-    """What a tool that comes with Triton says."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr
+def build(operator: str, ways: Sequence[tuple[Any, Any]], arch: int) -> list[Built]:
+    """Compiles launches, each by a config, and holds them against their budgets."""
+    codes, seconds = [], []
+    for launch, config in ways:
+        began = time.monotonic()
+        codes.append(compiled(launch, config, arch))
+        seconds.append(round(time.monotonic() - began, 2))
+    counts = machine_code.instructions([code.kernel for code in codes])
+    return [
+        held(operator, *way, arch, code, count, took)
+        for way, code, count, took in zip(ways, codes, counts, seconds, strict=True)
+    ]
 
 
-def read(kernel: Any) -> tuple[int, int, dict[str, int]]:
-    """Registers, spilled bytes, and how often each instruction stands in the machine code."""
-    from triton import knobs
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    arch, dump = kernel.metadata.target.arch, knobs.nvidia.cuobjdump.path
-    with tempfile.TemporaryDirectory() as folder:
-        binary, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-        binary.write_bytes(kernel.asm["cubin"])
-        source.write_text(kernel.asm["ptx"])
-        found = RESOURCES.search(tool(dump, "--dump-resource-usage", str(binary)))
-        assert found, "cuobjdump named no resources"
-        target = re.search(r"\.target\s+(sm_\w+)", kernel.asm["ptx"])
-        assert target, "the source names no target"
-        said = tool(get_ptxas(arch).path, "-v", f"--gpu-name={target[1]}", str(source), "-o", str(Path(folder, "out")))
-        spilled = SPILLS.search(said)
-        assert spilled, f"ptxas said nothing of spills: {said[:300]}"
-        counts: dict[str, int] = {}
-        for line in tool(dump, "-sass", str(binary)).splitlines():
-            match = INSTRUCTION.match(line)
-            if match:
-                counts[match[1]] = counts.get(match[1], 0) + 1
-                wide = f"{match[1]}.128"
-                counts[wide] = counts.get(wide, 0) + (".128" in match[2])
-    return int(found[1]), int(spilled[1]) + int(spilled[2]), counts
-
-
-def build(operator: str, launch: Any, config: Any, arch: int) -> Built:
-    """Compiles one, and holds it against its budget."""
-    began = time.monotonic()
-    kernel = compiled(launch, config, arch)
-    registers, spills, counts = read(kernel)
-    shared, products = kernel.metadata.shared, {name: counts[name] for name in PRODUCTS[arch] if name in counts}
+def held(operator: str, launch: Any, config: Any, arch: int, code: Code, counts: Counter[str], seconds: float) -> Built:
+    """One kernel against its budget."""
+    kernel, spills = code
+    registers, shared = machine_code.registers(kernel), kernel.metadata.shared
+    products = {name: counts[name] for name in PRODUCTS[arch] if name in counts}
     columns = getattr(kernel.metadata, "tmem_size", 0) or 0
     turned = turned_sums(kernel.asm["ttgir"])
     faults = [
@@ -138,16 +116,12 @@ def build(operator: str, launch: Any, config: Any, arch: int) -> Built:
             (f"{columns} columns of tensor memory, at most {COLUMNS}", columns <= COLUMNS),
             ("no tensor-core instruction", bool(products) or not launch.product),
             (f"products of transposed sums: {', '.join(turned)} (turned.py)", not turned or launch.turned),
-            (
-                "no loads and stores of 16 bytes",
-                bool(counts.get("LDG.128") and counts.get("STG.128")) or not launch.stream,
-            ),
+            ("no loads and stores of 16 bytes", bool(counts["LDG.128"] and counts["STG.128"]) or not launch.stream),
         )
         if not holds
     ]
     said = " ".join(f"{name}={size}" for name, size in config.tiles.items())
     shape = f"{said} warps={config.warps} stages={config.stages}".strip()
-    seconds = round(time.monotonic() - began, 2)
     total = sum(count for name, count in counts.items() if "." not in name)
     return Built(operator, launch.name, shape, arch, registers, spills, shared, total, products, seconds, faults)
 
@@ -163,38 +137,38 @@ def launches_of(operator: str, arch: int, launched: bool) -> Sequence[Any]:
     return found
 
 
-class Place(NamedTuple):
-    """Where something to be compiled is found."""
+class Batch(NamedTuple):
+    """Some of an operator's kernels and configs, for one architecture: places in the list of its launches and configs."""
 
     operator: str
-    launch: int
-    config: int
     arch: int
     launched: bool
+    places: list[tuple[int, int]]
 
 
-def build_at(place: Place) -> Built:
-    """One of `places`."""
-    chosen = launches_of(place.operator, place.arch, place.launched)[place.launch]
-    return build(place.operator, chosen, chosen.configs[place.config], place.arch)
+def build_batch(batch: Batch) -> list[Built]:
+    """One of `batches`."""
+    launches = launches_of(batch.operator, batch.arch, batch.launched)
+    return build(batch.operator, [(launches[i], launches[i].configs[j]) for i, j in batch.places], batch.arch)
 
 
-def places(operators: Sequence[str], archs: Sequence[int], launched: bool) -> list[Place]:
+def batches(operators: Sequence[str], archs: Sequence[int], launched: bool) -> Iterator[Batch]:
     """Every kernel and config of these operators on these architectures."""
-    return [
-        Place(operator, i, j, arch, launched)
-        for operator in operators
-        for arch in archs
-        for i, launch in enumerate(launches_of(operator, arch, launched))
-        for j, config in enumerate(launch.configs)
-        if config.least <= arch
-    ]
+    for operator in operators:
+        for arch in archs:
+            launches = launches_of(operator, arch, launched)
+            places = [(i, j) for i, each in enumerate(launches) for j, c in enumerate(each.configs) if c.least <= arch]
+            yield from (
+                Batch(operator, arch, launched, places[start : start + TOGETHER])
+                for start in range(0, len(places), TOGETHER)
+            )
 
 
 def all_of(operators: Sequence[str], archs: Sequence[int], launched: bool) -> Iterator[Built]:
     """Every kernel and config of these operators, one process a core."""
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        yield from pool.map(build_at, places(operators, archs, launched))
+        for found in pool.map(build_batch, batches(operators, archs, launched)):
+            yield from found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

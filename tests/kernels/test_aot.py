@@ -111,7 +111,7 @@ def test_a_broken_budget_is_named() -> None:
     script = (
         "from dataclasses import replace; from nlscale_kernels import aot; import nlscale_kernels.level_step.triton as t;"
         "launch = replace(t.launches()[0], registers=8, product=True);"
-        "print(aot.build('level_step', launch, launch.configs[0], 90).faults)"
+        "print(aot.build('level_step', [(launch, launch.configs[0])], 90)[0].faults)"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
@@ -135,3 +135,32 @@ def test_the_switch_takes_references_and_gives_kernels_back() -> None:
     with kernels("fused"):
         assert not off()
     assert not off()
+
+
+AT_ONCE = """
+import sys
+from pathlib import Path
+from nlscale_kernels import aot, machine_code
+from nlscale_kernels.level_step import triton as level_step
+from nlscale_kernels.newton_schulz import triton as newton_schulz
+from triton import knobs
+
+def by_itself(kernel):
+    Path(sys.argv[1]).write_bytes(kernel.asm["cubin"])
+    said = machine_code.tool(knobs.nvidia.cuobjdump.path, "-sass", sys.argv[1])
+    return machine_code.counted(filter(None, map(machine_code.INSTRUCTION.match, said.splitlines())))
+
+launches = (*newton_schulz.launches()[:2], *level_step.launches()[:2])
+kernels = [aot.compiled(each, each.configs[0], 90).kernel for each in launches]
+found = machine_code.instructions(kernels)
+assert found == [by_itself(each) for each in kernels], found
+assert [bool(each["HGMMA"]) for each in found] == [True, True, False, False] and all(each["EXIT"] for each in found)
+print(len(found))
+"""
+
+
+def test_code_that_is_read_at_once_is_the_code_of_each(tmp_path: Path) -> None:
+    """Instructions as another tool has them for every kernel by itself."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", AT_ONCE, str(tmp_path / "kernel.cubin")]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "4\n"

@@ -357,7 +357,7 @@ def launches() -> list[Launch]:
         given = (narrow, narrow, wide, wide, *[narrow] * 2, wide, *[narrow] * 2, wide, *shapes)
         found.append(Launch(f"carry {name}", carry_kernel, given, tiles, CARRY, product=True))
         given = (narrow, narrow, wide, wide, torch.int32, *[narrow] * 6, wide, narrow, wide, wide, *shapes)
-        found.append(Launch(f"read {name}", read_kernel, given, tiles, READ, product=True, spills=2048))
+        found.append(Launch(f"read {name}", read_kernel, given, tiles, READ, product=True, spills=2560))
         given = (narrow, narrow, wide, torch.int32, *[narrow] * 4, wide, narrow, narrow, wide, *shapes)
         constants = {key: value for key, value in tiles.items() if key != "K"} | {"SOLVES": True}
         found.append(Launch(f"spread {name}", spread_kernel, given, constants, SPREAD, product=True, spills=64))
