@@ -1,6 +1,7 @@
 """The layout: how many ranks share one replica of the model."""
 
 from dataclasses import dataclass
+from math import gcd
 
 from nlscale.config.errors import require
 
@@ -36,3 +37,18 @@ class Parallel:
     def stages(self) -> int:
         """Chunks of layers, over all pipeline ranks."""
         return self.pipeline * self.virtual_pipeline
+
+    def narrower(self, world: int) -> str:
+        """The settings by which a world holds it whole, in words: each degree a part of what it is."""
+        said = []
+        for name in ("tensor", "context", "pipeline"):
+            own = getattr(self, name)
+            degree = gcd(world, own)
+            world //= degree
+            if degree != own:
+                said.append(f"parallel.{name}={degree}")
+            if name == "tensor" and degree == 1 and self.sequence:
+                said.append("parallel.sequence=false")
+            if name == "pipeline" and degree == 1 and self.virtual_pipeline > 1:
+                said.append("parallel.virtual_pipeline=1")
+        return " ".join(said)

@@ -250,8 +250,8 @@ def replicas(run: Run, world: int) -> int:
     layout += f" x parallel.context={run.parallel.context}" if run.parallel.context > 1 else ""
     require(
         world % need == 0,
-        f"{world} ranks cannot hold whole replicas of {layout} = {need} ranks; "
-        f"{', '.join(str(need * k) for k in (1, 2, 4))} ... ranks would work "
+        f"{world} rank{'s' * (world != 1)} cannot hold whole replicas of {layout} = {need} ranks; "
+        f"{', '.join(str(need * k) for k in (1, 2, 4))} ... ranks would work, or {run.parallel.narrower(world)} on {world} "
         "(use.layout=null takes none of a table)",
     )
     count = world // need

@@ -10,7 +10,7 @@ from typing import Any
 
 from nlscale_launch.local import gpus
 
-from nlscale.config.errors import UserError, require
+from nlscale.config.errors import UserError, meant, require
 from nlscale.config.read import read, shipped
 from nlscale.config.run import Run
 from nlscale.data.card import check_data
@@ -60,7 +60,8 @@ def existing(run: str) -> Folder:
     for path in (Path(run), Path("runs", run)):
         if Folder(path).config.is_file():
             return Folder(path)
-    raise UserError(f"no run '{run}': neither {run} nor runs/{run} holds a config.yaml")
+    known = [path.parent.name for path in Path("runs").glob("*/config.yaml")]
+    raise UserError(f"no run '{run}'{meant(run, known)}: neither {run} nor runs/{run} holds a config.yaml")
 
 
 def fewer_gpus(count: int, doing: str) -> None:

@@ -23,9 +23,14 @@ BENCHES = (*MACHINE, "levels", "memories", "reading", "parts", *LEARNING)
 def verbs(parent: Any) -> None:
     """Adds them."""
     made = add(parent, "plot", draw, "loss, norms by level, throughput and goodput of runs, as PNG and SVG")
+    made.set_defaults(recipe=None)  # it takes overrides, of the recipe that --levels draws
     made.add_argument("runs", nargs="+", metavar="RUN")
     made.add_argument("--out", help="PNG file; unset: plots/loss.png in the first run, or levels.png")
-    made.add_argument("--levels", action="store_true", help="of a recipe or config.yaml: when its levels move")
+    made.add_argument(
+        "--levels",
+        action="store_true",
+        help="of a recipe or config.yaml, then section.key=value ...: when its levels move",
+    )
     group = parent.add_parser("checkpoint", help="list, verify and convert checkpoints")
     saved = group.add_subparsers(required=True, metavar="VERB")
     made = add(saved, "list", list_checkpoints, "checkpoints of a run")
@@ -56,12 +61,18 @@ def verbs(parent: Any) -> None:
 def draw(options: argparse.Namespace) -> None:
     """`nlscale plot`."""
     if options.levels:
-        require(len(options.runs) == 1, "plot --levels draws one recipe")
-        run, _ = foreseen(options.runs[0], [])
+        words: list[str] = [*options.runs, *options.overrides]
+        recipe, *said = words
+        more = [each for each in said if "=" not in each]
+        require(
+            not more, f"plot --levels draws one recipe, {recipe}, with section.key=value ..., and not {' '.join(more)}"
+        )
+        run, _ = foreseen(recipe, said)
         target = Path(options.out or "levels.png")
         with drawn(target):
             print(importlib.import_module("nlscale.train.picture").picture(run, target))
         return
+    require(not options.overrides, f"{' '.join(options.overrides)}: overrides are of `nlscale plot RECIPE --levels`")
     folders = [existing(run) for run in options.runs]
     target = Path(options.out) if options.out else folders[0].plot
     with drawn(target):

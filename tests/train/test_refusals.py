@@ -29,6 +29,12 @@ NOWHERE = {
     ),
     "a figure's kind": (["plot", "RUN", "--out", "a.xyz"], "--out a.xyz must end in .png"),
     "levels' kind": (["plot", "--levels", "demo", "--out", "a.jpg"], "--out a.jpg must end in .png"),
+    "levels of two": (["plot", "--levels", "demo", "optim.lr=1", "x"], "plot --levels draws one recipe, demo, with"),
+    "levels of none": (["plot", "no-such", "optim.lr=1"], "no run 'no-such'"),
+    "a run's overrides": (
+        ["plot", "RUN", "--out", "a.png", "optim.lr=1"],
+        "overrides are of `nlscale plot RECIPE --levels`",
+    ),
     "a file's folder": (
         ["checkpoint", "convert", "RUN", "--out", "/proc/no/file"],
         "--out /proc/no/file: No such file",
@@ -66,3 +72,24 @@ def test_a_run_without_a_checkpoint_says_so(prepared: str, tmp_path: Path, capsy
 def test_a_table_that_was_only_tried_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path / "gone"), "--json", str(tmp_path / "table.json")]) == 78
     assert "no run" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_run_of_nearly_that_name_is_named(
+    prepared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Folder(Path("runs/first")).path.mkdir(parents=True)
+    Folder(Path("runs/first")).config.write_text(dump(small_run(prepared, tmp_path)))
+    assert main(["checkpoint", "list", "frist"]) == 78
+    assert "no run 'frist' (did you mean 'first'?): neither frist nor runs/frist holds" in capsys.readouterr().err
+
+
+def test_levels_are_drawn_as_overrides_have_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = tmp_path / "levels.png"
+    pictures = set()
+    for words in (["use.levels=plain"], ["use.levels=four"]):
+        assert (
+            main(["plot", "demo", "--levels", *words, "--out", str(there), "model.vocabulary=256", "data.path=no"]) == 0
+        )
+        pictures.add(there.read_bytes())
+    assert capsys.readouterr().out == f"{there}\n" * 2 and len(pictures) == 2
