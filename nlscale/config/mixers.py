@@ -186,3 +186,15 @@ def check_chunks(model: "Model", tokens: int, ranks: int) -> None:
         f"model.linear.convolution={model.linear.convolution} reaches past the {own} tokens of the rank before{where}; "
         f"{own + 1} would work",
     )
+
+
+def unread(model: "Model", tokens: int) -> str:
+    """Why nobody reads what a memory writes, in words: it moves by chunks, a row of so many tokens is one, and the next row
+    begins anew. Empty where somebody does.
+    """
+    if model.reset != "row" or not model.mixer.startswith(("titans", "self_modifying")):
+        return ""
+    name, chunk = next(iter(chunks_of(model).items()))
+    if chunk < tokens:
+        return ""
+    return f"{name}={chunk} is a whole row: nothing reads what its memory writes; {tokens // 2}, or model.reset=never, would"

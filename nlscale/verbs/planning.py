@@ -17,6 +17,7 @@ from typing import Any
 from nlscale.config.cluster import Cluster
 from nlscale.config.devices import DEVICES, ROOM, Device, device
 from nlscale.config.errors import USER_ERROR, UserError, require
+from nlscale.config.mixers import unread
 from nlscale.config.nesting import learners, nesting
 from nlscale.config.optim import STATES
 from nlscale.config.read import tables_for
@@ -73,6 +74,8 @@ def check(options: argparse.Namespace) -> int:
     show_levels(run)
     show_needs(run, world, named)
     print(f"data         {missing or rows_there(run)}")
+    for each in filter(None, [unread(run.model, run.data.sequence)]):
+        print(fill(each, 110, initial_indent="note         ", subsequent_indent=" " * 13, break_on_hyphens=False))
     for each in wrong:
         print(fill(each, 110, initial_indent="!            ", subsequent_indent=" " * 13, break_on_hyphens=False))
     return USER_ERROR if wrong else 0

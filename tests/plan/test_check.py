@@ -7,7 +7,10 @@ import pytest
 from nlscale.cli import main
 from nlscale.config.parallel import Parallel
 from nlscale.data.write import Preparation, prepare
+from nlscale.testing import ranks
 from tests.corpus import write_corpus
+from tests.optim.driver import built, usual
+from tests.tiny import tiny
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +63,32 @@ def test_what_it_says_of_a_world_works(capsys: pytest.CaptureFixture[str]) -> No
     said = capsys.readouterr().err
     assert "1 rank cannot hold whole replicas of parallel.tensor=2 x parallel.pipeline=1 = 2 ranks; 2, 4, 8 ..." in said
     assert main([*given, *said.split("or ")[1].split(" on 1 ")[0].split()]) == 0
+
+
+@pytest.mark.parametrize("mixer", ["titans", "titans_mac", "titans_mag", "titans_mal", "self_modifying"])
+def test_a_memory_that_nothing_reads_is_said(mixer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And nothing reads it: whatever its rate, the loss is the same. Where a row is two chunks, it is another."""
+    name = f"model.{'titans' if mixer.startswith('titans') else mixer}"
+
+    def said(*more: str) -> str:
+        given = ["model.vocabulary=256", "data.path=no", f"model.mixer={mixer}", f"{name}.chunk=256", *more]
+        assert main(["check", "demo", *given]) == 0
+        return capsys.readouterr().out
+
+    assert f"note         {name}.chunk=256 is a whole row: nothing reads" in said()
+    assert "note" not in said(f"{name}.chunk=128") and "note" not in said("model.reset=never", "data.shuffle=false")
+    whole, halves = (
+        [
+            ranks(1, loss, f"model.mixer={mixer}", f"{name}.chunk={chunk}", f"{name}.rate={rate}")[0]
+            for rate in (0, 0.05)
+        ]
+        for chunk in (16, 8)
+    )
+    assert whole[0] == whole[1] and halves[0] != halves[1]
+
+
+def loss(*overrides: str) -> float:
+    """Of a row of 16 tokens."""
+    run = tiny("model.layers=1", *overrides)
+    world, model, _ = built(run)
+    return float(model.chunks[0](*usual(run, 1, world)[0]))
