@@ -13,10 +13,13 @@ train: $(VENV)/installed
 	$(BIN)/nlscale data prepare stdlib --out corpora/stdlib --sequence 256 --tokeniser bpe:4096 --held-out 0.05
 	$(BIN)/nlscale train demo
 
-# Tests go a file a core; a job of several ranks waits until it has the machine to itself (tests/turns.py), and so have a queue's.
+# Tests that are mostly of one process go a file a core; ranks wait for each other at every collective, so that two jobs of
+# several ranks beside each other take many times as long: their tests have the machine to themselves, and so have a queue's.
+ONE := $(addprefix tests/,config data kernels model plan runtime tasks)
 BESIDE := -n logical --maxprocesses 8 --dist loadfile
 test: lint slurm
-	$(BIN)/python -m pytest --ignore=tests/slurm $(BESIDE) --durations=25
+	$(BIN)/python -m pytest $(ONE) $(BESIDE) --durations=5
+	$(BIN)/python -m pytest $(ONE:%=--ignore=%) --ignore=tests/slurm --durations=15
 	$(BIN)/python -m pytest tests/slurm --durations=5
 
 # Packages of a real Slurm, which its tests bring up for themselves. Where they cannot be installed, those tests say so.

@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Generator, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 
 import torch
 
@@ -16,13 +15,6 @@ from nlscale.runtime.quiet import quiet  # noqa: E402
 quiet()
 
 import pytest  # noqa: E402
-from nlscale_launch import local  # noqa: E402
-
-from tests import turns  # noqa: E402
-
-TURNS = turns.here(os.environ["PYTEST_XDIST_TESTRUNUID"]) if "PYTEST_XDIST_WORKER" in os.environ else None
-if TURNS:  # before anybody takes it from there
-    local.start = turns.several_alone(TURNS, local.start)
 
 if "gpu" not in sys.argv:  # what one GPU needs is torch, Triton, megatron-core and a few small packages (`make gpu`)
     import nlscale.runtime.world  # noqa: I001
@@ -45,13 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
         elif item.get_closest_marker("gpu") and os.environ.get("TRITON_INTERPRET") == "1":
             item.add_marker(pytest.mark.skip(reason="`pytest -m gpu` runs it: here triton interprets"))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Generator[None, object, object]:
-    """A test and its fixtures, beside those of other processes."""
-    with TURNS.beside() if TURNS else nullcontext():
-        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)
