@@ -15,11 +15,11 @@ train: $(VENV)/installed
 
 # Tests that are mostly of one process go a file a core; ranks wait for each other at every collective, so that two jobs of
 # several ranks beside each other take many times as long: their tests have the machine to themselves, and so have a queue's.
-ONE := $(addprefix tests/,config data kernels model plan runtime tasks)
+SEVERAL := tests/optim tests/parallel tests/train tests/test_failure_modes.py
 BESIDE := -n logical --maxprocesses 8 --dist loadfile
 test: lint slurm
-	$(BIN)/python -m pytest $(ONE) $(BESIDE) --durations=5
-	$(BIN)/python -m pytest $(ONE:%=--ignore=%) --ignore=tests/slurm --durations=15
+	$(BIN)/python -m pytest $(SEVERAL:%=--ignore=%) --ignore=tests/slurm $(BESIDE) --durations=15
+	$(BIN)/python -m pytest $(SEVERAL) --durations=15
 	$(BIN)/python -m pytest tests/slurm --durations=5
 
 # Packages of a real Slurm, which its tests bring up for themselves. Where they cannot be installed, those tests say so.

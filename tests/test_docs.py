@@ -250,5 +250,6 @@ def test_commands_run(said: str, somewhere: Path, monkeypatch: pytest.MonkeyPatc
     with contextlib.redirect_stdout(io.StringIO()) as heard:
         code = main(words)
     refused = [line for line in heard.getvalue().splitlines() if line.startswith("! ")]
-    assert all("checkpoints of" in line for line in refused), refused  # this machine's disk may be too small
+    # This machine's disk may be too small, and the rows here are for steps of a laptop.
+    assert all("checkpoints of" in line or "for training, fewer than" in line for line in refused), refused
     assert code == (78 if refused else 0), said
