@@ -19,7 +19,7 @@ from nlscale.bench.table import Row, Timer, alternating, show, write
 from nlscale.bench.weight_kernels import continuum, levels, matrices, orthogonalisation, symmetric
 
 ROUNDS = 30
-AN_ELEMENT = 90  # bytes of all contestants of level_step, a weight
+AN_ELEMENT = 110  # bytes of all contestants of level_step, a weight
 
 
 def on_gpu(contestants: Sequence[Callable[[], object]]) -> list[float]:

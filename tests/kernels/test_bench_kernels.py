@@ -168,3 +168,12 @@ def test_a_library_that_does_not_run_is_named_and_left_out(capsys: pytest.Captur
 
     assert peers.usable("torch", make) == [] and peers.usable("no_such_package", make) == []
     assert capsys.readouterr().out == "torch is installed and does not run here: RuntimeError: no kernel image\n"
+
+
+@pytest.mark.parametrize(("gigabytes", "power"), [(148, 30), (118, 30), (84, 29), (40, 28)])
+def test_as_many_weights_move_as_there_is_memory_for(
+    gigabytes: int, power: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all contestants at once: master, gradients, moments, copies, two optimizers of torch, and others' own."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gigabytes * 10**9 + 2 * 10**8, 0))
+    assert bench.elements_here() == 2**power
