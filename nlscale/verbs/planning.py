@@ -88,6 +88,15 @@ def rows_there(run: Run) -> str:
     return f"{several(rows, 'row')} for training; {several(run.train.steps, 'step')} go over them {times:,.2f} times"
 
 
+def unreachable(upload: str) -> Iterator[str]:
+    """Why no save can be sent there: nothing that fsspec knows by this name, or its package is missing."""
+    protocol = upload.split("://")[0] if "://" in upload else "file"
+    try:
+        importlib.import_module("fsspec").get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        yield f"checkpoint.upload={upload}: {error}"
+
+
 def too_few(run: Run) -> Iterator[str]:
     """What a start would say of a dataset with fewer rows than a step; of mixtures it is weights that decide."""
     (card, *others) = check_data(run.data, False)
@@ -167,6 +176,7 @@ def problems(run: Run, world: int, on: Device | None) -> Iterator[str]:
             f"copies as much again: more than the {2 * on.host_room / GIB:.0f} that {on.name} is taken to have beside it; "
             "a larger optim.offload, or more GPUs, would need less"
         )
+    yield from unreachable(run.checkpoint.upload)
     kept = checkpoints_kept(run)
     place = next(path for path in (Path(run.folder).absolute(), *Path(run.folder).absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):

@@ -92,3 +92,12 @@ def loss(*overrides: str) -> float:
     run = tiny("model.layers=1", *overrides)
     world, model, _ = built(run)
     return float(model.chunks[0](*usual(run, 1, world)[0]))
+
+
+@pytest.mark.parametrize(
+    ("upload", "said"), [("/tmp/there", ""), ("memory://a", ""), ("foo://a/b", "Protocol not known: foo")]
+)
+def test_a_store_that_nobody_knows_is_said(upload: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["check", "demo", "model.vocabulary=256", "data.path=no", f"checkpoint.upload={upload}"])
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("!")]
+    assert (code, found) == ((78, [f"!            checkpoint.upload={upload}: {said}"]) if said else (0, []))
