@@ -89,11 +89,20 @@ def given(overrides: Sequence[str]) -> DictConfig:
             f"{override}: {key} is a section; use.{key}={value} names a file of it, {key}.KEY=... sets one of its values",
         )
         try:
-            plain = key in NAMES and PLAIN.fullmatch(value)  # in YAML off, 1e5 and 007 are no words
-            found.append(OmegaConf.from_dotlist([f"{key}='{value}'" if plain else f"{key}={value}"]))
+            # In YAML off, 1e5 and 007 are no words, and nothing is null.
+            word = PLAIN.fullmatch(value) is not None if key in NAMES else not value and is_word(key)
+            found.append(OmegaConf.from_dotlist([f"{key}='{value}'" if word else f"{key}={value}"]))
         except YAMLError as error:
             raise UserError(f"{override}: {' '.join(str(error).split())}") from None
     return OmegaConf.merge({}, *found)  # type: ignore[return-value]
+
+
+def is_word(key: str) -> bool:
+    """Whether a setting is a string that has a default, as `checkpoint.upload` is."""
+    try:
+        return isinstance(OmegaConf.select(schema(), key), str)
+    except OmegaConfBaseException:
+        return False  # no such setting, which is said later
 
 
 def named(use: Any) -> dict[str, str]:

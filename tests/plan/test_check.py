@@ -95,7 +95,7 @@ def loss(*overrides: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("upload", "said"), [("/tmp/there", ""), ("memory://a", ""), ("foo://a/b", "Protocol not known: foo")]
+    ("upload", "said"), [("", ""), ("/tmp/there", ""), ("memory://a", ""), ("foo://a/b", "Protocol not known: foo")]
 )
 def test_a_store_that_nobody_knows_is_said(upload: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["check", "demo", "model.vocabulary=256", "data.path=no", f"checkpoint.upload={upload}"])
