@@ -90,7 +90,7 @@ def given(overrides: Sequence[str]) -> DictConfig:
         )
         try:
             # In YAML off, 1e5 and 007 are no words, and nothing is null.
-            word = PLAIN.fullmatch(value) is not None if key in NAMES else not value and is_word(key)
+            word = is_word(key) if not value else key in NAMES and PLAIN.fullmatch(value) is not None
             found.append(OmegaConf.from_dotlist([f"{key}='{value}'" if word else f"{key}={value}"]))
         except YAMLError as error:
             raise UserError(f"{override}: {' '.join(str(error).split())}") from None
