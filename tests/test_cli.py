@@ -169,8 +169,8 @@ def test_a_file_that_is_not_named_is_none(section: str) -> None:
 @pytest.mark.parametrize("name", ["off", "on", "007", "1e5", "a.b-c_d", "nullable"])
 def test_a_name_is_what_was_said(name: str) -> None:
     """Though YAML has other words for some."""
-    run = read("demo", [f"run.name={name}", f"data.path={name}"])
-    assert (run.run.name, run.data.path) == (name, name)
+    run = read("demo", [f"run.name={name}", f"data.path={name}", f"run.folder={name}"])
+    assert (run.run.name, run.data.path, run.run.folder) == (name, name, name)
     assert read("demo", ["data.path=null", "data.streams=[{path: a, weight: 1}]"]).data.path is None
 
 
