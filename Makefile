@@ -15,7 +15,7 @@ train: $(VENV)/installed
 
 # Tests that are mostly of one process go a file a core; ranks wait for each other at every collective, so that two jobs of
 # several ranks beside each other take many times as long: their tests have the machine to themselves, and so have a queue's.
-SEVERAL := tests/optim tests/parallel tests/train tests/test_failure_modes.py
+SEVERAL := tests/optim tests/parallel tests/train tests/test_failure_modes.py tests/test_cli.py
 BESIDE := -n logical --maxprocesses 8 --dist loadfile
 test: lint slurm
 	$(BIN)/python -m pytest $(SEVERAL:%=--ignore=%) --ignore=tests/slurm $(BESIDE) --durations=15

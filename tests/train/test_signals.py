@@ -206,17 +206,32 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(prepared: str, tmp_path:
         with Watch() as watch:
             train(run, watch)
 
-    launcher = os.fork()
+    launcher, left = os.fork(), list[psutil.Process]()
     if launcher == 0:
-        os._exit(start(2, trains, logs=str(tmp_path)))
-    while not losses(run):
-        assert os.waitpid(launcher, os.WNOHANG) == (0, 0)
-        time.sleep(0.05)
-    left = psutil.Process(launcher).children()
-    os.kill(launcher, signal.SIGKILL)
-    os.waitpid(launcher, 0)
-    _, alive = psutil.wait_procs(left, 60)
+        try:
+            os._exit(start(2, trains, logs=str(tmp_path)))
+        finally:
+            os._exit(1)
+    try:
+        while not losses(run):
+            assert os.waitpid(launcher, os.WNOHANG) == (0, 0)
+            time.sleep(0.05)
+        left = psutil.Process(launcher).children()
+    finally:
+        os.kill(launcher, signal.SIGKILL)
+        os.waitpid(launcher, 0)
+    deadline = time.monotonic() + 60
+    while (alive := [each for each in left if living(each)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
     for process in alive:
         process.kill()
     (stop,) = events(run, "stop")
     assert len(left) == 2 and not alive and stop["signal"] == "SIGTERM" and shards(run, stop["step"])
+
+
+def living(process: psutil.Process) -> bool:
+    """Whether it runs: an orphan that has ended may wait for somebody to take note."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
