@@ -188,13 +188,15 @@ def check_chunks(model: "Model", tokens: int, ranks: int) -> None:
     )
 
 
-def unread(model: "Model", tokens: int) -> str:
-    """Why nobody reads what a memory writes, in words: it moves by chunks, a row of so many tokens is one, and the next row
-    begins anew. Empty where somebody does.
+def unread(model: "Model", tokens: int) -> list[str]:
+    """What nobody reads of what memories write, in words: they move by chunks, a row of so many tokens is one, and the next
+    row begins anew.
     """
     if model.reset != "row" or not model.mixer.startswith(("titans", "self_modifying")):
-        return ""
-    name, chunk = next(iter(chunks_of(model).items()))
-    if chunk < tokens:
-        return ""
-    return f"{name}={chunk} is a whole row: nothing reads what its memory writes; {tokens // 2}, or model.reset=never, would"
+        return []
+    return [
+        f"{name}={chunk} is a whole row: nothing reads what is written there; a part of it would have it read, "
+        "or model.reset=never with data.shuffle=false"
+        for name, chunk in chunks_of(model).items()
+        if chunk >= tokens
+    ]

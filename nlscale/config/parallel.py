@@ -38,17 +38,27 @@ class Parallel:
         """Chunks of layers, over all pipeline ranks."""
         return self.pipeline * self.virtual_pipeline
 
-    def narrower(self, world: int) -> str:
-        """The settings by which a world holds it whole, in words: each degree a part of what it is."""
-        said = []
+    @property
+    def said(self) -> str:
+        """The degrees, in words."""
+        around = f" x parallel.context={self.context}" if self.context > 1 else ""
+        return f"parallel.tensor={self.tensor} x parallel.pipeline={self.pipeline}{around}"
+
+    @property
+    def worlds(self) -> str:
+        """How many ranks hold whole replicas, in words."""
+        return f"{', '.join(str(self.ranks * count) for count in (1, 2, 4))} ... ranks"
+
+    def narrower(self, world: int) -> dict[str, int | bool]:
+        """What is other in a layout that a world holds whole: each degree a part of what it is."""
+        other: dict[str, int | bool] = {}
         for name in ("tensor", "context", "pipeline"):
-            own = getattr(self, name)
-            degree = gcd(world, own)
+            degree = gcd(world, getattr(self, name))
             world //= degree
-            if degree != own:
-                said.append(f"parallel.{name}={degree}")
-            if name == "tensor" and degree == 1 and self.sequence:
-                said.append("parallel.sequence=false")
-            if name == "pipeline" and degree == 1 and self.virtual_pipeline > 1:
-                said.append("parallel.virtual_pipeline=1")
-        return " ".join(said)
+            if degree != getattr(self, name):
+                other[name] = degree
+        if other.get("tensor") == 1 and self.sequence:
+            other["sequence"] = False
+        if other.get("pipeline") == 1 and self.virtual_pipeline > 1:
+            other["virtual_pipeline"] = 1
+        return other

@@ -1,10 +1,10 @@
 """A run as one frozen value, and the arithmetic that its sections must satisfy together."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from nlscale.config.cluster import Cluster
 from nlscale.config.data import Data
-from nlscale.config.errors import divisors, nearest, require
+from nlscale.config.errors import UserError, divisors, nearest, require
 from nlscale.config.inner import Inner
 from nlscale.config.levels import Level, Levels, parameter_names, token_levels
 from nlscale.config.mixers import check_chunks, chunk_of
@@ -243,18 +243,25 @@ def check_heads(model: Model, parallel: Parallel) -> None:
         )
 
 
+def no_room(run: Run, world: int) -> str:
+    """That a world holds no whole replicas, in words, and what would work."""
+    other = run.parallel.narrower(world)
+    try:
+        replicas(replace(run, parallel=replace(run.parallel, **other)), world)  # type: ignore[arg-type]
+        instead = f", or {' '.join(f'parallel.{k}={str(v).lower()}' for k, v in other.items())} on {world}"
+    except UserError:
+        instead = ""
+    return (
+        f"{world} rank{'s' * (world != 1)} cannot hold whole replicas of {run.parallel.said} = {run.parallel.ranks} ranks; "
+        f"{run.parallel.worlds} would work{instead} (use.layout=null takes none of a table)"
+    )
+
+
 def replicas(run: Run, world: int) -> int:
     """Data-parallel degree of `run` on `world` ranks; raises UserError where the world or the batch does not fit."""
-    need, train = run.parallel.ranks, run.train
-    layout = f"parallel.tensor={run.parallel.tensor} x parallel.pipeline={run.parallel.pipeline}"
-    layout += f" x parallel.context={run.parallel.context}" if run.parallel.context > 1 else ""
-    require(
-        world % need == 0,
-        f"{world} rank{'s' * (world != 1)} cannot hold whole replicas of {layout} = {need} ranks; "
-        f"{', '.join(str(need * k) for k in (1, 2, 4))} ... ranks would work, or {run.parallel.narrower(world)} on {world} "
-        "(use.layout=null takes none of a table)",
-    )
-    count = world // need
+    train, (count, over) = run.train, divmod(world, run.parallel.ranks)
+    if over:
+        raise UserError(no_room(run, world))
     require(
         not run.optim.second_order or world == 1,
         f"optim.second_order=true differentiates through the fast level's steps in one process, not in {world}; "

@@ -22,7 +22,6 @@ from nlscale.config.nesting import learners, nesting
 from nlscale.config.optim import STATES
 from nlscale.config.read import tables_for
 from nlscale.config.run import Run, replicas
-from nlscale.data.card import check_data
 from nlscale.model.count import parameters
 from nlscale.plan.estimate import Estimate
 from nlscale.plan.holding import carried
@@ -30,6 +29,7 @@ from nlscale.plan.report import figures, several, text
 from nlscale.plan.search import LEAST, accepted
 from nlscale.runtime.quiet import quiet
 from nlscale.verbs.common import add, add_recipe, foreseen
+from nlscale.verbs.supplies import rows_there, too_few, unreachable
 
 GIB, MIB = 2**30, 2**20
 CHOICES = 5  # layouts that a plan shows
@@ -59,7 +59,7 @@ def check(options: argparse.Namespace) -> int:
     require(options.gpus is None or options.gpus >= 1, f"--gpus {options.gpus} must be at least 1")
     world = options.gpus or run.parallel.ranks
     count = replicas_on(run, world, named, options)
-    wrong = [*problems(run, world, on), *([] if missing else too_few(run))]
+    wrong = [*problems(run, world, on), *([] if missing else too_few(run, count))]
     if options.json:
         layout = {**vars(run.parallel), "replicas": count, "ranks": world, "gpu": named}
         found = {"ok": not wrong, "problems": wrong, "layout": layout, **needs(run, world)}
@@ -74,38 +74,11 @@ def check(options: argparse.Namespace) -> int:
     show_levels(run)
     show_needs(run, world, named)
     print(f"data         {missing or rows_there(run)}")
-    for each in filter(None, [unread(run.model, run.data.sequence)]):
+    for each in unread(run.model, run.data.sequence):
         print(fill(each, 110, initial_indent="note         ", subsequent_indent=" " * 13, break_on_hyphens=False))
     for each in wrong:
         print(fill(each, 110, initial_indent="!            ", subsequent_indent=" " * 13, break_on_hyphens=False))
     return USER_ERROR if wrong else 0
-
-
-def rows_there(run: Run) -> str:
-    """Of the dataset, and how often a run goes over them."""
-    rows = sum(card.rows["train"] for card in check_data(run.data, False))
-    times = run.train.steps * run.train.global_batch / max(rows, 1)
-    return f"{several(rows, 'row')} for training; {several(run.train.steps, 'step')} go over them {times:,.2f} times"
-
-
-def unreachable(upload: str) -> Iterator[str]:
-    """Why no save can be sent there: nothing that fsspec knows by this name, or its package is missing."""
-    protocol = upload.split("://")[0] if "://" in upload else "file"
-    try:
-        importlib.import_module("fsspec").get_filesystem_class(protocol)
-    except (ImportError, ValueError) as error:
-        yield f"checkpoint.upload={upload}: {error}"
-
-
-def too_few(run: Run) -> Iterator[str]:
-    """What a start would say of a dataset with fewer rows than a step; of mixtures it is weights that decide."""
-    (card, *others) = check_data(run.data, False)
-    rows, batch = card.rows["train"], run.train.global_batch
-    if rows < batch and not others:
-        yield (
-            f"{run.data.sources[0].path} has {several(rows, 'row')} for training, fewer than train.global_batch={batch}; "
-            f"train.global_batch={rows} or more data would work"
-        )
 
 
 def replicas_on(run: Run, world: int, gpu: str, options: argparse.Namespace) -> int:

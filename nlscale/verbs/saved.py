@@ -62,7 +62,7 @@ def draw(options: argparse.Namespace) -> None:
     """`nlscale plot`."""
     if options.levels:
         words: list[str] = [*options.runs, *options.overrides]
-        recipe, *said = words
+        recipe, *said = sorted(words, key=lambda word: "=" in word)  # stable: the first word that is no override
         more = [each for each in said if "=" not in each]
         require(
             not more, f"plot --levels draws one recipe, {recipe}, with section.key=value ..., and not {' '.join(more)}"

@@ -1,5 +1,6 @@
 """`nlscale check`: what it says of rows, and of a world that does not fit, and that what it suggests works."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,39 +31,64 @@ def test_rows_are_held_against_a_step(
     given = ["demo", f"data.path={path}", "data.sequence=32", "use.layout=null", f"run.folder={tmp_path}"]
     given += ["train.micro_batch=1", "train.steps=10", "parallel.tensor=1", "train.evaluate_rows=0"]
     assert main(["check", *given, f"train.global_batch={rows}"]) == 0
-    assert f"data         {rows:,} rows for training; 10 steps go over them 10.00 times" in capsys.readouterr().out
+    assert f"data         {rows:,} rows for training, gone over 10.00 times" in capsys.readouterr().out
     assert main(["check", *given, f"train.global_batch={rows + 1}"]) == 78
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        f"has {rows:,} rows for training, fewer than train.global_batch={rows + 1}; train.global_batch={rows}" in said
-    )
+    few = f"has {rows:,} rows for training, fewer than train.global_batch="
+    assert f"{few}{rows + 1}; train.global_batch={rows} or more data would work" in said
+    # 3 rows a pass: what is named goes into passes; where no pass is filled, nothing is named
+    for micro in (3, rows + 1):
+        passes = [f"train.micro_batch={micro}", f"train.global_batch={micro * (rows + 1)}"]
+        assert main(["check", *given, *passes]) == 78
+        said = " ".join(capsys.readouterr().out.split())
+        named = f"train.global_batch={rows // 3 * 3} or " if micro == 3 else ""
+        assert f"{few}{micro * (rows + 1)}; {named}more data would work" in said
+        if named:
+            assert main(["check", *given, passes[0], named.split()[0]]) == 0
+            capsys.readouterr()
+
+
+def test_streams_of_a_mixture_are_gone_over_by_their_weights(
+    corpus: tuple[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, rows = corpus
+    streams = f"data.streams=[{{path: {path}, weight: 3}}, {{path: {path}, weight: 1}}]"
+    given = ["demo", "data.path=null", streams, "data.sequence=32", f"run.folder={tmp_path}", "train.evaluate_rows=0"]
+    given += ["use.layout=null", "parallel.tensor=1", "train.steps=8", "train.micro_batch=1"]
+    assert main(["check", *given, f"train.global_batch={rows}"]) == 0
+    assert f"{2 * rows:,} rows for training, gone over {path} 6.00 times, {path} 2.00 times" in capsys.readouterr().out
+    assert main(["check", *given, f"train.global_batch={2 * rows + 1}"]) == 78
+    assert f"has {2 * rows:,} rows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("layout", "world", "said"),
     [
-        (Parallel(tensor=8, sequence=True), 12, "parallel.tensor=4"),
-        (Parallel(tensor=2, sequence=True), 3, "parallel.tensor=1 parallel.sequence=false"),
-        (Parallel(tensor=2, pipeline=4, virtual_pipeline=2), 2, "parallel.pipeline=1 parallel.virtual_pipeline=1"),
-        (Parallel(tensor=2, context=4, pipeline=2), 12, "parallel.context=2 parallel.pipeline=1"),
+        (Parallel(tensor=8, sequence=True), 12, {"tensor": 4}),
+        (Parallel(tensor=2, sequence=True), 3, {"tensor": 1, "sequence": False}),
+        (Parallel(tensor=2, pipeline=4, virtual_pipeline=2), 2, {"pipeline": 1, "virtual_pipeline": 1}),
+        (Parallel(tensor=2, context=4, pipeline=2), 12, {"context": 2, "pipeline": 1}),
     ],
 )
-def test_what_a_world_can_hold_whole_is_said(layout: Parallel, world: int, said: str) -> None:
+def test_what_a_world_can_hold_whole(layout: Parallel, world: int, said: dict[str, int | bool]) -> None:
     assert layout.narrower(world) == said
-    new = {name: typed(value) for name, value in (each.removeprefix("parallel.").split("=") for each in said.split())}
-    assert world % Parallel(**{**vars(layout), **new}).ranks == 0
+    assert world % replace(layout, **said).ranks == 0  # type: ignore[arg-type]
 
 
-def typed(word: str) -> int | bool:
-    return word == "true" if word in ("true", "false") else int(word)
-
-
-def test_what_it_says_of_a_world_works(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["check", "demo", "--gpus", "1", "model.vocabulary=256", "data.path=nowhere"]
-    assert main(given) == 78
-    said = capsys.readouterr().err
-    assert "1 rank cannot hold whole replicas of parallel.tensor=2 x parallel.pipeline=1 = 2 ranks; 2, 4, 8 ..." in said
-    assert main([*given, *said.split("or ")[1].split(" on 1 ")[0].split()]) == 0
+def test_what_is_said_of_a_world_works(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where something is; for some worlds the batch would have to be another, too."""
+    given, named = ["check", "demo", "model.vocabulary=256", "data.path=nowhere"], 0
+    for world in range(1, 17):
+        code = main([*given, "--gpus", str(world), "train.micro_batch=1"])
+        said = capsys.readouterr().err
+        assert (code == 0) == (world in (2, 4, 8, 16))
+        assert code == 0 or world % 2 == 0 or f"{world} rank" in said and "of parallel.tensor=2 x parallel.pip" in said
+        if ", or parallel." in said:
+            named += 1
+            words = said.split(", or ")[1].split(" on ")[0].split()
+            assert main([*given, "--gpus", str(world), "train.micro_batch=1", *words]) == 0
+            capsys.readouterr()
+    assert named == 1  # of one rank: 8 rows are no multiple of 3, 5, 7 ... replicas
 
 
 @pytest.mark.parametrize("mixer", ["titans", "titans_mac", "titans_mag", "titans_mal", "self_modifying"])
@@ -95,7 +121,14 @@ def loss(*overrides: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("upload", "said"), [("", ""), ("/tmp/there", ""), ("memory://a", ""), ("foo://a/b", "Protocol not known: foo")]
+    ("upload", "said"),
+    [
+        ("", ""),
+        ("/tmp/there", ""),
+        ("memory://a", ""),
+        ("simplecache::memory://a", ""),
+        ("foo://a/b", "Protocol not known: foo"),
+    ],
 )
 def test_a_store_that_nobody_knows_is_said(upload: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["check", "demo", "model.vocabulary=256", "data.path=no", f"checkpoint.upload={upload}"])

@@ -1,0 +1,42 @@
+"""What a run needs that lies elsewhere, as `nlscale check` finds it: rows to train on, a place for its saves."""
+
+import importlib
+from collections.abc import Iterator
+
+from nlscale.config.run import Run
+from nlscale.data.card import check_data
+from nlscale.plan.report import several
+
+
+def rows_there(run: Run) -> str:
+    """Of the dataset, and how often a run goes over them: over each stream of a mixture by its weight."""
+    given, whole = run.train.steps * run.train.global_batch, sum(source.weight for source in run.data.sources)
+    cards = zip(run.data.sources, check_data(run.data, False), strict=True)
+    rows = [(source.path, given * source.weight / whole, card.rows["train"]) for source, card in cards]
+    times = [
+        (f"{path} " if len(rows) > 1 else "") + f"{taken / max(there, 1):,.2f} times" for path, taken, there in rows
+    ]
+    return f"{several(sum(there for *_, there in rows), 'row')} for training, gone over {', '.join(times)}"
+
+
+def too_few(run: Run, count: int) -> Iterator[str]:
+    """What a start on so many replicas would say of a dataset with fewer rows than a step."""
+    rows = sum(card.rows["train"] for card in check_data(run.data, False))
+    if rows < run.train.global_batch:
+        unit = count * run.train.micro_batch
+        fewer = f"train.global_batch={rows // unit * unit} or " if rows >= unit else ""
+        yield (
+            f"the dataset has {several(rows, 'row')} for training, fewer than train.global_batch="
+            f"{run.train.global_batch}; {fewer}more data would work"
+        )
+
+
+def unreachable(upload: str) -> Iterator[str]:
+    """Why no save can be sent there: nothing that fsspec knows by this name, or its package is missing."""
+    chain = upload.split("::")
+    try:
+        for link in chain:
+            protocol, named, _ = link.partition("://")
+            importlib.import_module("fsspec").get_filesystem_class(protocol if named or len(chain) > 1 else "file")
+    except (ImportError, ValueError) as error:
+        yield f"checkpoint.upload={upload}: {error}"
