@@ -19,7 +19,7 @@ from nlscale_kernels.tune import tokens_of, walk_of
 from torch import Tensor
 
 from nlscale.bench import peers
-from nlscale.bench.table import Row, Timer, at_least, beside
+from nlscale.bench.table import Row, Timer, at_least, beside, by_compiler
 
 CHUNK = 64  # of the matrix memory
 SLOWER = 1.10  # than flash-linear-attention's delta rule, that ours with frozen gradients may be at most
@@ -52,7 +52,7 @@ def matrix_memories(shape: Shape, device: str, timer: Timer, fastest: float, rul
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # products in bfloat16, as ours
             return reference.matrix_memory(given)
 
-    compiled = torch.compile(eager_form) if device == "cuda" else eager_form
+    compiled = by_compiler(eager_form, device)
 
     def forward(form: Callable[[Given], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -137,7 +137,7 @@ def mlp_memories(chunk: int, width: int, device: str, timer: Timer, fastest: flo
 
         return run
 
-    compiled = torch.compile(eager) if device == "cuda" else eager
+    compiled = by_compiler(eager, device)
     with torch.no_grad():
         own, plainly, fast = timer([lambda: write(net, gathered), eager, compiled])
     leaves = [x.requires_grad_() for x in (*net, key, target, weight)]
@@ -170,16 +170,15 @@ def between_products(elements: int, device: str, timer: Timer) -> list[Row]:
     factors = torch.rand(2, 4, 4, device=device).unbind(0)
     step = Step(state, speed, written, None, factors[0], factors[1], None, -1.0, 1.0)
     plainly, moved = TORCH["swiglu"], partial(stepped, step)
-    compiled = torch.compile if device == "cuda" else lambda form: form
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
-    forms = {
+    forms: dict[str, Callable[[], object]] = {
         "swiglu": lambda: mlp_memory.returned(before, inward, None, "swiglu"),
         "swiglu by torch": lambda: plainly.returned(before, inward),
-        "swiglu compiled": compiled(lambda: plainly.returned(before, inward)),
+        "swiglu compiled": by_compiler(lambda: plainly.returned(before, inward), device),
         "step": lambda: memory_step.forward(*step),
         "step by torch": moved,
-        "step compiled": compiled(moved),
+        "step compiled": by_compiler(moved, device),
         "copy": lambda: target.copy_(source),
     }
     gate, up = (half.contiguous() for half in before.chunk(2, -1))

@@ -67,7 +67,7 @@ def orthogonal(x_KNM: Tensor, iterations: int) -> list[Contestant]:
         theirs = GramNewtonSchulz(
             ns_coefficients=[list(QUINTIC)] * iterations,
             gram_newton_schulz_reset_iterations=[2],
-            compile_kwargs={"fullgraph": True},
+            compile_kwargs={"fullgraph": True, "dynamic": False},
         )
         return lambda: theirs(x_KNM)
 

@@ -10,10 +10,13 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import ParamSpec, TypeVar
 
 import torch
 
 Timer = Callable[[Sequence[Callable[[], object]]], list[float]]  # median seconds of each, called in turn
+P = ParamSpec("P")
+T = TypeVar("T")
 PACKAGES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "triton")
 
 
@@ -85,6 +88,11 @@ def alternating(
             if turn >= warmup:
                 seen.append(taken)
     return [median(seen) for seen in times]
+
+
+def by_compiler(form: Callable[P, T], device: str) -> Callable[P, T]:
+    """Compiled on a GPU, for the shapes it meets and no others, whatever was timed before."""
+    return torch.compile(form, dynamic=False) if device == "cuda" else form
 
 
 def show(title: str, rows: Sequence[Row], target: str | None) -> int:

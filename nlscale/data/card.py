@@ -1,7 +1,7 @@
 """dataset.json: what a prepared dataset is, readable without torch."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from nlscale.config.data import Data
@@ -28,12 +28,12 @@ class Card:
     fingerprint: str
 
 
-def load_card(folder: str) -> Card:
+def load_card(folder: str, name: str = "data.path") -> Card:
     """The card of a prepared dataset; raises UserError where there is none."""
     path = Path(folder, NAME)
     require(
         Path(folder).is_dir(),
-        f"data.path={folder}: no such folder; `nlscale data prepare SOURCE --out {folder}` makes it",
+        f"{name}={folder}: no such folder; `nlscale data prepare SOURCE --out {folder}` makes it",
     )
     require(path.is_file(), f"{folder} holds no {NAME}: it was not made (to the end) by `nlscale data prepare`")
     try:
@@ -53,12 +53,24 @@ def save_card(folder: Path, card: Card) -> None:
     (folder / NAME).write_text(json.dumps(asdict(card), indent=1) + "\n")
 
 
-def check_data(data: Data, held_out: bool) -> list[Card]:
+def check_replay(data: Data) -> tuple[Data, Card]:
+    """Where the rows that levels replay come from, and its card; raises UserError where they do not fit the run's own."""
+    earlier = replace(data, path=data.replay, streams=[], replay=None, replay_batch=0)
+    (mine, *_), (card,) = check_data(data, False), check_data(earlier, False, "data.replay")
+    require(
+        mine.tokeniser_digest == card.tokeniser_digest,
+        f"data.replay={data.replay} was made with tokeniser {card.tokeniser}, the run's data with {mine.tokeniser}; "
+        "they must share one",
+    )
+    return earlier, card
+
+
+def check_data(data: Data, held_out: bool, name: str = "data.path") -> list[Card]:
     """The cards of all streams; raises UserError where they do not fit the run or each other.
 
-    `held_out` says that the run evaluates, so that each stream needs held-out rows.
+    `held_out` says that the run evaluates, so that each stream needs held-out rows; `name` is the setting they come from.
     """
-    cards = [load_card(source.path) for source in data.sources]
+    cards = [load_card(source.path, name) for source in data.sources]
     for source, card in zip(data.sources, cards, strict=True):
         require(
             card.sequence == data.sequence,

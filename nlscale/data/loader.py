@@ -51,7 +51,7 @@ class Loader:
         require(
             self.steps_an_epoch > 0,
             f"the training split has {available} rows, fewer than {name}={global_batch}; "
-            f"{name}={available} or more data would work",
+            f"more data is needed, or a {name} of at most {available}",
         )
         self.step, self.follow = 0, follow
         options: dict[str, Any] = {"num_workers": data.workers, "collate_fn": collate}

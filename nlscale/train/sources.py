@@ -1,14 +1,12 @@
 """Where a run's rows come from: its training rows, those that levels replay, those held out."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from nlscale.config.errors import require
 from nlscale.config.run import Run
-from nlscale.data.card import check_data
+from nlscale.data.card import check_replay
 from nlscale.data.loader import HeldOut, Loader
 from nlscale.runtime.folder import Folder
 from nlscale.runtime.log import Journal
@@ -37,16 +35,9 @@ def open_loader(run: Run, world: World) -> Loader:
 
 def open_replay(run: Run, world: World) -> tuple[Loader, str]:
     """The rows that levels replay, and which dataset they are of."""
-    data = replace(run.data, path=run.data.replay, streams=[])
-    mine, earlier = (check_data(each, False)[0] for each in (run.data, data))
-    require(
-        mine.tokeniser_digest == earlier.tokeniser_digest,
-        f"data.replay={run.data.replay} was made with tokeniser {earlier.tokeniser}, the run's data with "
-        f"{mine.tokeniser}; they must share one",
-    )
-    return Loader(
-        data, run.data.replay_batch, world, name="data.replay_batch", found=quarantine(run, world)
-    ), earlier.fingerprint
+    earlier, card = check_replay(run.data)
+    found = quarantine(run, world)
+    return Loader(earlier, run.data.replay_batch, world, name="data.replay_batch", found=found), card.fingerprint
 
 
 def open_held_out(run: Run, world: World) -> tuple[np.ndarray, int] | None:

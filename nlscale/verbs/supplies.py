@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Iterator
 
 from nlscale.config.run import Run
-from nlscale.data.card import check_data
+from nlscale.data.card import check_data, check_replay
 from nlscale.plan.report import several
 
 
@@ -20,15 +20,19 @@ def rows_there(run: Run) -> str:
 
 
 def too_few(run: Run, count: int) -> Iterator[str]:
-    """What a start on so many replicas would say of a dataset with fewer rows than a step."""
+    """What a start on so many replicas would say of datasets with fewer rows than a step takes of them."""
     rows = sum(card.rows["train"] for card in check_data(run.data, False))
-    if rows < run.train.global_batch:
-        unit = count * run.train.micro_batch
-        fewer = f"train.global_batch={rows // unit * unit} or " if rows >= unit else ""
-        yield (
-            f"the dataset has {several(rows, 'row')} for training, fewer than train.global_batch="
-            f"{run.train.global_batch}; {fewer}more data would work"
-        )
+    needs = [("the dataset", rows, "train.global_batch", run.train.global_batch)]
+    if run.data.replay:
+        earlier = check_replay(run.data)[1].rows["train"]
+        needs.append((f"data.replay={run.data.replay}", earlier, "data.replay_batch", run.data.replay_batch))
+    unit = count * run.train.micro_batch
+    for what, rows, name, batch in needs:
+        if rows < batch:
+            fewer = f"{name}={rows // unit * unit} or " if rows >= unit else ""
+            yield (
+                f"{what} has {several(rows, 'row')} for training, fewer than {name}={batch}; {fewer}more data would work"
+            )
 
 
 def unreachable(upload: str) -> Iterator[str]:

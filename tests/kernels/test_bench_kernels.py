@@ -101,7 +101,7 @@ class Theirs:
         gram_newton_schulz_reset_iterations: list[int] | None = None,
         compile_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        assert compile_kwargs == {"fullgraph": True} and gram_newton_schulz_reset_iterations == [2]
+        assert compile_kwargs == {"fullgraph": True, "dynamic": False} and gram_newton_schulz_reset_iterations == [2]
         self.seen["coefficients"] = ns_coefficients
         return lambda x: reference.direct(x, len(ns_coefficients or ()))
 

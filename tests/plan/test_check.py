@@ -48,6 +48,23 @@ def test_rows_are_held_against_a_step(
             capsys.readouterr()
 
 
+def test_rows_to_replay_are_held_against_a_step(
+    corpus: tuple[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, rows = corpus
+    given = ["demo", f"data.path={path}", "data.sequence=32", "use.layout=null", f"run.folder={tmp_path}"]
+    given += ["train.micro_batch=1", "train.global_batch=4", "parallel.tensor=1", "train.evaluate_rows=0"]
+    given += ["levels=[{name: all, replay: 1.0}]", f"data.replay={path}"]
+    assert main(["check", *given, f"data.replay_batch={rows}"]) == 0
+    capsys.readouterr()
+    assert main(["check", *given, f"data.replay_batch={rows + 1}"]) == 78
+    said = " ".join(capsys.readouterr().out.split())
+    few = f"data.replay={path} has {rows:,} rows for training, fewer than data.replay_batch={rows + 1}"
+    assert f"{few}; data.replay_batch={rows} or more data would work" in said
+    assert main(["check", *given, "data.replay=gone", "data.replay_batch=4"]) == 78
+    assert "data.replay=gone: no such folder" in capsys.readouterr().err
+
+
 def test_streams_of_a_mixture_are_gone_over_by_their_weights(
     corpus: tuple[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
