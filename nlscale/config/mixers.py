@@ -188,6 +188,13 @@ def check_chunks(model: "Model", tokens: int, ranks: int) -> None:
     )
 
 
+def unattended(model: "Model") -> list[str]:
+    """What is said of attention where there is none, in words."""
+    if model.window is None or model.mixer in ("attention", "written") or model.mixer.startswith("titans_"):
+        return []
+    return [f"model.window={model.window} is what attention sees, and model.mixer={model.mixer} has none"]
+
+
 def unread(model: "Model", tokens: int) -> list[str]:
     """What nobody reads of what memories write, in words: they move by chunks, a row of so many tokens is one, and the next
     row begins anew.

@@ -17,7 +17,7 @@ from typing import Any
 from nlscale.config.cluster import Cluster
 from nlscale.config.devices import DEVICES, ROOM, Device, device
 from nlscale.config.errors import USER_ERROR, UserError, require
-from nlscale.config.mixers import unread
+from nlscale.config.mixers import unattended, unread
 from nlscale.config.nesting import learners, nesting
 from nlscale.config.optim import STATES
 from nlscale.config.read import tables_for
@@ -74,7 +74,7 @@ def check(options: argparse.Namespace) -> int:
     show_levels(run)
     show_needs(run, world, named)
     print(f"data         {missing or rows_there(run)}")
-    for each in unread(run.model, run.data.sequence):
+    for each in [*unread(run.model, run.data.sequence), *unattended(run.model)]:
         print(fill(each, 110, initial_indent="note         ", subsequent_indent=" " * 13, break_on_hyphens=False))
     for each in wrong:
         print(fill(each, 110, initial_indent="!            ", subsequent_indent=" " * 13, break_on_hyphens=False))
@@ -149,7 +149,7 @@ def problems(run: Run, world: int, on: Device | None) -> Iterator[str]:
             f"copies as much again: more than the {2 * on.host_room / GIB:.0f} that {on.name} is taken to have beside it; "
             "a larger optim.offload, or more GPUs, would need less"
         )
-    yield from unreachable(run.checkpoint.upload)
+    yield from unreachable(run)
     kept = checkpoints_kept(run)
     place = next(path for path in (Path(run.folder).absolute(), *Path(run.folder).absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):

@@ -35,12 +35,19 @@ def too_few(run: Run, count: int) -> Iterator[str]:
             )
 
 
-def unreachable(upload: str) -> Iterator[str]:
-    """Why no save can be sent there: nothing that fsspec knows by this name, or its package is missing."""
+def unreachable(run: Run) -> Iterator[str]:
+    """Why no save can be sent to `checkpoint.upload`: nothing that fsspec knows by this name, or its package is missing.
+
+    What another interpreter, which ranks may have on a cluster, has installed is not known here.
+    """
+    upload = run.checkpoint.upload
     chain = upload.split("::")
     try:
         for link in chain:
             protocol, named, _ = link.partition("://")
             importlib.import_module("fsspec").get_filesystem_class(protocol if named or len(chain) > 1 else "file")
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        if not run.cluster.python:
+            yield f"checkpoint.upload={upload}: {error}"
+    except ValueError as error:
         yield f"checkpoint.upload={upload}: {error}"

@@ -1,5 +1,6 @@
 """`nlscale check`: what it says of rows, and of a world that does not fit, and that what it suggests works."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from nlscale.cli import main
 from nlscale.config.parallel import Parallel
+from nlscale.config.shapes import MIXERS
 from nlscale.data.write import Preparation, prepare
 from nlscale.testing import ranks
 from tests.corpus import write_corpus
@@ -151,3 +153,23 @@ def test_a_store_that_nobody_knows_is_said(upload: str, said: str, capsys: pytes
     code = main(["check", "demo", "model.vocabulary=256", "data.path=no", f"checkpoint.upload={upload}"])
     found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("!")]
     assert (code, found) == ((78, [f"!            checkpoint.upload={upload}: {said}"]) if said else (0, []))
+
+
+@pytest.mark.parametrize(("where", "ok"), [([], False), (["cluster.python=python3"], True)], ids=["here", "elsewhere"])
+def test_a_stores_package_is_asked_for_where_ranks_have_this_interpreter(
+    where: list[str], ok: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # not installed
+    given = ["check", "demo", "model.vocabulary=256", "data.path=no", "checkpoint.upload=s3://bucket/runs", *where]
+    assert main(given) == (0 if ok else 78)
+    assert ("Install s3fs" in capsys.readouterr().out) == (not ok)
+
+
+def test_a_window_that_nothing_looks_through_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for mixer in MIXERS:
+        assert (
+            main(["check", "demo", "model.vocabulary=256", "data.path=no", "model.window=64", f"model.mixer={mixer}"])
+            == 0
+        )
+        said = f"model.window=64 is what attention sees, and model.mixer={mixer} has none" in capsys.readouterr().out
+        assert said == (mixer in ("linear", "delta", "titans", "self_modifying"))
