@@ -19,6 +19,7 @@ from nlscale.cli import build_parser, main
 from nlscale.data.write import Preparation, prepare
 from nlscale.verbs.saved import BENCHES
 from tests.corpus import write_corpus
+from tests.told import told
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -192,61 +193,65 @@ def test_targets_of_make_resolve(said: str) -> None:
 
 
 IMPORTED = "runs/llama/config.yaml"
-PROGRAM = [sys.executable, "-m", "nlscale.cli"]
+QUICK = ["train.steps=1", "train.evaluate_rows=2", "log.wandb=disabled"]
+# They pretend a world, or join one, which this process is not to do.
+JOINING = ("plan", "generate", "eval", "export", "import")
 
 
-def brought(folder: str, said: list[str], quick: list[str]) -> list[str]:
-    """What imports a network that is exported to `folder` first, to where nothing is."""
-    for there in (folder, "runs/llama"):
-        shutil.rmtree(there, ignore_errors=True)
-    with contextlib.redirect_stdout(io.StringIO()):
-        main(["train", "demo", "run.name=demo", *quick])
-    subprocess.run([*PROGRAM, "export", "demo", "--out", folder], check=True, capture_output=True, timeout=250)
+def trained(name: str, *more: str) -> None:
+    """Has a run of one step by that name, of those words."""
+    if not Path("runs", name, "checkpoints").exists():
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert main(["train", "demo", f"run.name={name}", *more, *QUICK]) == 0
+
+
+def brought(folder: str, said: list[str]) -> list[str]:
+    """What imports a network that lies in `folder`, an exported one, to where nothing is."""
+    trained("demo")
+    shutil.rmtree("runs/llama", ignore_errors=True)
+    if not Path(folder).exists():
+        assert told("export", "demo", "--out", folder).code == 0
     return ["import", folder, *said, "run.name=llama", "data.path=corpora/stdlib", "data.sequence=256"]
+
+
+def prepared(words: list[str]) -> list[str]:
+    """The words of a command with less to do, what it needs being there."""
+    verb, *rest = words
+    named = next((word for word in rest if not word.startswith("-")), "")
+    if words[:2] == ["train", IMPORTED]:
+        assert told(*brought("theirs", [])).code == 0
+        return [*words, *QUICK, "train.global_batch=4"]  # not its recipe's 64 rows
+    if verb == "train":
+        shutil.rmtree("runs", ignore_errors=True)
+        return [*words, *QUICK]
+    if verb == "submit":
+        return [*words, *([] if "--dry-run" in words else ["--dry-run"])]
+    if verb == "import":
+        return brought(named, rest[1:])
+    if verb in ("generate", "eval", "export"):
+        trained(named)
+    if verb in ("status", "plot", "logs", "checkpoint") and "--levels" not in words:
+        trained("told", "parallel.tensor=1", "--nproc", "1")
+    if verb == "export":
+        shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
+    fewer = {"eval": ["--rows", "6"], "generate": ["--tokens", "8"]}
+    return [*words, *fewer.get(verb, [])]
 
 
 @pytest.mark.parametrize("said", sorted({*CONCRETE, *FILLED}))
 def test_commands_run(said: str, somewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each by itself, from a folder with the demo's corpus: training for one step, submissions without sending them."""
+    """From a folder with the demo's corpus: training for one step, submissions without sending them."""
     monkeypatch.chdir(somewhere)
     words = shlex.split(said)[1:]
-    quick = ["train.steps=1", "train.evaluate_rows=2", "log.wandb=disabled"]
-    if words[0] == "train":
-        words += quick
-    if words[0] == "submit" and "--dry-run" not in words:
-        words += ["--dry-run"]
     if words[0] == "bench":
         assert said in BENCHED or words[1] in LONG, said
         build_parser().parse_known_args(words)
         pytest.skip("`make matrices` runs it, a long one with less to do (test_docs_long.py)")
-    if words[0] in ("generate", "eval"):
-        name = next(word for word in words[1:] if not word.startswith("-"))
-        with contextlib.redirect_stdout(io.StringIO()):
-            main(["train", "demo", f"run.name={name}", *quick])
-        words += ["--rows", "6"] if words[0] == "eval" else []
-    if words[0] == "export":
-        shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            main(["train", "demo", f"run.name={words[1]}", *quick])
-    if words[0] == "import":
-        words = brought(words[1], words[2:], quick)
-    if words[:2] == ["train", IMPORTED]:
-        words += ["train.global_batch=4"]  # not its recipe's 64 rows
-        subprocess.run([*PROGRAM, *brought("theirs", [], quick)], check=True, capture_output=True, timeout=250)
-    # These pretend a world, or join one, which this process is not to do.
-    if words[0] in ("plan", "generate", "eval", "export", "import"):
-        done = subprocess.run(
-            [sys.executable, "-m", "nlscale.cli", *words], capture_output=True, text=True, timeout=250
-        )
-        assert done.returncode == 0, done.stderr
+    words = prepared(words)
+    if words[0] in JOINING:
+        ended = told(*words)
+        assert ended.code == 0, ended.err
         return
-    if (
-        words[0] in ("status", "plot", "logs", "checkpoint")
-        and "--levels" not in words
-        and not Path("runs/told").exists()
-    ):
-        with contextlib.redirect_stdout(io.StringIO()):
-            main(["train", "demo", "run.name=told", "parallel.tensor=1", "--nproc", "1", *quick])
     with contextlib.redirect_stdout(io.StringIO()) as heard:
         code = main(words)
     refused = [line for line in heard.getvalue().splitlines() if line.startswith("! ")]
