@@ -151,13 +151,13 @@ def laid_out(layout: str | None, model: str, mixer: str) -> DictConfig:
         f"use.layout={layout}: choose from {', '.join(shipped('layout'))}, or a YAML file",
     )
     rows = load(Path(layout) if by_path else CONFIGS / "layout" / f"{layout}.yaml")
-    others = tables_with(model)
-    require(
-        model in rows,
-        f"use.layout={layout} has no layout for {model or 'a recipe that names no model file'}, only for "
-        f"{', '.join(str(name) for name in rows if '-' not in str(name))}"
-        + (f"; {model} has one in {', '.join(others)}" if others else ""),
-    )
+    if model not in rows:
+        others = tables_with(model)
+        raise UserError(
+            f"use.layout={layout} has no layout for {model or 'a recipe that names no model file'}, only for "
+            f"{', '.join(str(name) for name in rows if '-' not in str(name))}"
+            + (f"; {model} has one in {', '.join(others)}" if others else "")
+        )
     return OmegaConf.create(rows.get(f"{model}-{mixer}", rows[model]))
 
 
