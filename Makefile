@@ -13,14 +13,8 @@ train: $(VENV)/installed
 	$(BIN)/nlscale data prepare stdlib --out corpora/stdlib --sequence 256 --tokeniser bpe:4096 --held-out 0.05
 	$(BIN)/nlscale train demo
 
-# Tests that are mostly of one process go a file a core; ranks wait for each other at every collective, so that two jobs of
-# several ranks beside each other take many times as long: their tests have the machine to themselves, and so have a queue's.
-SEVERAL := tests/optim tests/parallel tests/train tests/test_failure_modes.py tests/test_cli.py
-BESIDE := -n logical --maxprocesses 8 --dist loadfile
 test: lint slurm
-	$(BIN)/python -m pytest $(SEVERAL:%=--ignore=%) --ignore=tests/slurm $(BESIDE) --durations=15
-	$(BIN)/python -m pytest $(SEVERAL) --durations=15
-	$(BIN)/python -m pytest tests/slurm --durations=5
+	tests/all.sh $(BIN)/python
 
 # Packages of a real Slurm, which its tests bring up for themselves. Where they cannot be installed, those tests say so.
 SLURM := slurmctld slurmd slurm-client munge iproute2 slurmdbd mariadb-server-core mariadb-client-core

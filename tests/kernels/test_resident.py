@@ -134,9 +134,11 @@ def test_what_a_gpu_runs_is_the_operator() -> None:
     torch.testing.assert_close(mine[0], resident.gradients(this, of)[0], rtol=1e-4, atol=1e-5)
 
 
-def whole(starts: Tensor | None, hand_on: bool, recompute: bool, form: Any = self_modifying) -> list[Tensor]:
+def whole(
+    starts: Tensor | None, hand_on: bool, recompute: bool, form: Any = self_modifying, count: int = COUNT
+) -> list[Tensor]:
     """Outputs, states and gradients of self-modifying Titans."""
-    K, T = 4, CHUNK * COUNT
+    K, T = 4, CHUNK * count
 
     def net(count: int, out: int, seed: int) -> Net:
         return Net(0.3 * numbers(1, H, count, 5, K, seed=seed), 0.3 * numbers(1, H, count, out, 5, seed=seed + 1))
@@ -167,7 +169,7 @@ def test_memories_by_the_operator_are_memories_by_chunks(
 def test_torch_compiles_memories_with_the_operator_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident, "fits", lambda q, net, count: count > 0)
     compiled = torch.compile(self_modifying, fullgraph=True, backend="aot_eager")
-    for mine, theirs in zip(whole(None, True, False, compiled), whole(None, True, False), strict=True):
+    for mine, theirs in zip(whole(None, True, False, compiled, 2), whole(None, True, False, count=2), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 

@@ -40,6 +40,7 @@ MOMENTS: dict[str, tuple[str, list[int], int]] = {  # place, signals, the rank t
 
 def signalled(run: Run, place: str, numbers: list[int], to: int) -> str:
     """Trains; at the place, this process hears the signals once."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup ignore it
     heard: list[int] = []
 
     def shouting(function: Callable[..., Any], after: int = 0) -> Callable[..., Any]:
