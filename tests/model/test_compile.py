@@ -64,7 +64,7 @@ def losses(backend: str, overrides: list[str]) -> tuple[list[float], int]:
     return found, dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("case", sampled(CASES, ("hope, both layers", "delta", "written")))
+@pytest.mark.parametrize("case", sampled(CASES, ("hope", "hope, both layers", "delta", "written")))
 def test_compiled_blocks_compute_the_same(case: str) -> None:
     count, overrides = CASES[case]
     for (plain, none), (compiled, graphs) in zip(
