@@ -213,13 +213,14 @@ def test_tests_of_the_queue_are_run_as_documented(option: str) -> None:
 
 
 @pytest.mark.matrix
-def test_a_corpus_is_prepared_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("out", ["web --sequence 4096", "mine --sequence 512"])
+def test_a_corpus_is_prepared_as_documented(out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With as many words as the documentation's tokeniser has, of text that has them."""
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
     words = ["".join(each) for each in random.choice([*"aeilmnorst"], (40_000, 9))]
     lines = [json.dumps({"text": " ".join(random.choice(words, 300))}) for _ in range(2_000)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    said = documented("nlscale", "data prepare FILES")
+    said = documented("nlscale", f"data prepare FILES --out corpora/{out}")
     assert main([{"FILES": "text.jsonl"}.get(word, word) for word in said[1:]]) == 0
-    assert main(["data", "verify", "corpora/web"]) == 0
+    assert main(["data", "verify", f"corpora/{out.split()[0]}"]) == 0

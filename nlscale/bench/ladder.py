@@ -12,7 +12,7 @@ import torch
 
 from nlscale.bench.memory import predicted
 from nlscale.bench.rows import random_rows
-from nlscale.bench.table import Row, gpu_here, show, versions, within, write
+from nlscale.bench.table import Row, gpu_here, gpu_name, show, versions, within, write
 from nlscale.config.errors import UserError, require
 from nlscale.config.read import read
 from nlscale.config.run import Run
@@ -132,6 +132,6 @@ def main(target: str | None) -> int:
                 if target:
                     write(table, target)  # what stands where the time runs out
     software = ", ".join(f"{name} {version}" for name, version in versions().items() if name in SOFTWARE)
-    device = f"{torch.cuda.get_device_name()}, {software}, {datetime.now(UTC):%Y-%m-%d}"
+    device = f"{gpu_name()}, {software}, {datetime.now(UTC):%Y-%m-%d}"
     print("\n".join(readme(found, device)))
     return show(f"{device}, mean of {STEPS} steps", table, target)

@@ -1,5 +1,9 @@
-"""What levels cost a step: the continuum against our plain Transformer and against a plain torch one, in one process."""
+"""What levels cost a step: the continuum against our plain Transformer and against a plain torch one, in one process.
 
+On the CPU, wherever it is called: it is the host's work that is compared. On a GPU, see `bench ladder`.
+"""
+
+import os
 from collections import Counter
 from typing import Any
 
@@ -84,6 +88,7 @@ def idle_cost(contestant: Contestant) -> tuple[int, int]:
 
 def main(target: str | None) -> int:
     """Prints the table; 0 if every target is kept."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     rows, sequence = 4, 512
     run = configure("four", rows, sequence)
     world = join(run.parallel, run.cluster, 0)

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -13,6 +14,8 @@ from time import perf_counter
 from typing import ParamSpec, TypeVar
 
 import torch
+
+from nlscale.testing import ranks
 
 Timer = Callable[[Sequence[Callable[[], object]]], list[float]]  # median seconds of each, called in turn
 P = ParamSpec("P")
@@ -65,6 +68,15 @@ def gpu_here() -> bool:
     """Whether there is a GPU, told by its driver: asking CUDA itself would spoil processes that are forked after."""
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     return torch.cuda.is_available()
+
+
+@cache
+def gpu_name() -> str:
+    """Of the first GPU, asked in a process of its own for as long as CUDA is not in use in this one, as in `gpu_here`."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.get_device_name()
+    (name,) = ranks(1, torch.cuda.get_device_name)
+    return str(name)
 
 
 def by_clock(run: Callable[[], object]) -> float:
@@ -123,7 +135,7 @@ def write(rows: Sequence[Row], target: str) -> None:
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "gpu": torch.cuda.get_device_name() if gpu_here() else None,
+        "gpu": gpu_name() if gpu_here() else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     record = {"rows": [asdict(row) for row in rows], "machine": machine, "versions": versions()}

@@ -1,6 +1,7 @@
 """Blocks through torch.compile compute what they compute without; the bench of the ladder measures what it says."""
 
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch._dynamo.backends.registry  # what compiles is imported once, not in every rank
 import torch._inductor.compile_fx
 
-from nlscale.bench import ladder
+from nlscale.bench import ladder, table
 from nlscale.bench.ladder import Figures, measured, rows_of
 from nlscale.bench.table import versions
 from nlscale.config.errors import UserError
@@ -122,8 +123,14 @@ def test_the_ladder_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_ladder_goes_on_where_a_size_fails_and_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By doubles of the GPU and of what is measured there: what stands is on disk after each, and a failure is a miss."""
-    target = tmp_path / "ladder.json"
+    """By doubles of the GPU and of what is measured there: what stands is on disk after each, and a failure is a miss. CUDA
+    is not asked in this process, in whose forks it could not be used then.
+    """
+    target, this = tmp_path / "ladder.json", os.getpid()
+
+    def name() -> str:
+        assert os.getpid() != this
+        return "a double"
 
     def run_on(count: int, function: Any, run: Run, *rest: Any, **options: Any) -> list[Any]:
         if function is not measured:
@@ -133,11 +140,16 @@ def test_the_ladder_goes_on_where_a_size_fails_and_says_so(
             raise RuntimeError("1 ranks ended with 1\nCUDA out of memory")
         return [Figures(1000.0, 0.6, 2**31)]
 
-    monkeypatch.setattr(ladder, "gpu_here", lambda: True)
+    for module in (ladder, table):
+        monkeypatch.setattr(module, "gpu_here", lambda: True)
     monkeypatch.setattr(ladder, "ranks", run_on)
-    monkeypatch.setattr(ladder.torch.cuda, "get_device_name", lambda: "a double")
+    monkeypatch.setattr(torch.cuda, "get_device_name", name)
+    table.gpu_name.cache_clear()
     assert ladder.main(str(target)) == 1
-    said, rows = capsys.readouterr().out, json.loads(target.read_text())["rows"]
+    table.gpu_name.cache_clear()
+    said, written = capsys.readouterr().out, json.loads(target.read_text())
+    rows = written["rows"]
+    assert written["machine"]["gpu"] == "a double"
     assert [row["name"] for row in rows if not row["ok"]] == [
         f"1.3b-{variant}, compiled: failed" for variant in ladder.VARIANTS
     ]
