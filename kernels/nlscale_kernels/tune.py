@@ -160,10 +160,10 @@ def solves(
         erase, after, held = (torch.rand(shape, generator=generator, device=device) for _ in range(3))
         kept = -0.1 * held.cumsum(-1)  # binary logarithm of what is left; before a token's own share and after it
         given = solve.Given(F.normalize(k, dim=-1), erase, kept + 0.1 * held, kept, after, None)
-        wide = solve.Given._make(x if x is None else x.double() for x in given)
-        said = solve.reached(wide)
-        keys = solve.gradients(wide, said, d_reach.double()).k
-        narrow, ends = given._replace(k=given.k.bfloat16()), (said.bfloat16(), d_reach.bfloat16())
+        narrow = given._replace(k=given.k.bfloat16())  # the reference begins from what was rounded
+        wide = solve.Given._make(x if x is None else x.double() for x in narrow)
+        ends = (solve.reached(wide).bfloat16(), d_reach.bfloat16())
+        keys = solve.gradients(wide, *(x.double() for x in ends)).k
 
         def run(config: Config, narrow: solve.Given = narrow, ends: tuple[Tensor, Tensor] = ends) -> Tensor:
             return solve_kernels.gradients(narrow, *ends, (None, config)).k
@@ -196,35 +196,39 @@ def walk_of(rows: int, heads: int, chunks: int, chunk: int, width: int, device: 
 def walks(
     device: str, shape: tuple[int, int, int, int], widths: Sequence[int], arch: int, time: Callable[..., float]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Both kernels of the walk whose weights stay on chip; `shape`: rows, heads, chunks, tokens of a chunk."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Both kernels of the walk whose weights stay on chip; `shape`: rows, heads, chunks, tokens of a chunk.
+
+    Nothing where one has no config that is right: memories go chunk by chunk there.
+    """
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in resident.KERNELS}
+    forwards, backwards = (
+        [each for each in configs if each.least <= arch] for configs in (walk_kernels.FORWARD, walk_kernels.BACKWARD)
+    )
     for width in widths:
         given = walk_of(*shape, width, device)
         wide = resident.Given._make(x.double() if isinstance(x, Tensor) else x for x in given)
-        said, kept = resident.looped(wide), walk_kernels.walked(given).kept
+        said = resident.looped(wide)
         of = [torch.randn_like(x) for x in said]
-        keys = resident.gradients(wide, of)[1]
-        narrow = [x.float() for x in of]
 
         def forward(config: Config, given: resident.Given = given) -> Tensor:
             return walk_kernels.walked(given, config).said
 
+        first = best(forwards, forward, said[0], time)
+        if first is None:
+            return {}
+        kept, narrow = walk_kernels.walked(given, Config(**first["config"])).kept, [x.float() for x in of]
+
         def backward(
-            config: Config,
-            given: resident.Given = given,
-            kept: Tensor = kept,
-            narrow: list[Tensor] = narrow,
+            config: Config, given: resident.Given = given, kept: Tensor = kept, narrow: list[Tensor] = narrow
         ) -> Tensor:
             return walk_kernels.gradients(given, kept, narrow, config)[1]
 
-        for name, run, configs, expected in (
-            ("walk", forward, walk_kernels.FORWARD, said[0]),
-            ("gradients", backward, walk_kernels.BACKWARD, keys),
-        ):
-            chosen = best([each for each in configs if each.least <= arch], run, expected, time)
-            if chosen is not None:
-                found.setdefault(f"resident.{name}", []).append({"shape": {"width": width}, **chosen})
-                print(f"resident.{name}, width {width}: {chosen}")
+        second = best(backwards, backward, resident.gradients(wide, of)[1], time)
+        if second is None:
+            return {}
+        for name, chosen in zip(resident.KERNELS, (first, second), strict=True):
+            found[name].append({"shape": {"width": width}, **chosen})
+            print(f"{name}, width {width}: {chosen}")
     return found
 
 

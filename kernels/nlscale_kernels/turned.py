@@ -11,6 +11,11 @@ DEFINED = re.compile(r"\s*(%\w+)(?::\d+)? = \"?([\w.]+)\"? (.*)")
 STRAIGHT = ("ttg.local_alloc", "ttg.local_load", "arith.truncf", "arith.extf", "arith.mulf", "arith.addf", "arith.negf")
 
 
+def doubtful(triton: str, major: int) -> bool:
+    """Whether this version compiles them wrongly in some shapes for GPUs of this compute capability."""
+    return major == 9 and (3, 4) <= tuple(int(part) for part in re.findall(r"\d+", triton)[:3]) < (3, 7, 1)
+
+
 def turned_sums(text: str) -> list[str]:
     """Products (names of their results) in the text of a module of TTGIR whose first operand is a transposed sum."""
     made = {match[1]: (match[2], match[3]) for match in map(DEFINED.match, text.splitlines()) if match}

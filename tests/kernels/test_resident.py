@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+from nlscale_kernels import tuned
 from nlscale_kernels.mlp_memory import Net
 from nlscale_kernels.self_modifying import Gates, Memories, Tokens, resident, self_modifying, triton_backward
 from nlscale_kernels.self_modifying.given import DIFFERENTIABLE, Given, check_on_gpu
+from nlscale_kernels.self_modifying.resident import KERNELS
 from nlscale_kernels.switch import kernels
 from torch import Tensor
 
@@ -179,6 +182,30 @@ def test_only_a_gpu_with_room_takes_the_operator() -> None:
     assert "cuda" not in resident.resident._disabled_kernel
     with kernels("reference"):
         assert "cuda" in resident.resident._disabled_kernel  # what `fits` asks
+
+
+@pytest.mark.parametrize(
+    ("arch", "version", "written", "is_able"),
+    [
+        (80, "3.8.0", KERNELS, False),
+        (90, "3.8.0", (), True),
+        (90, "3.7.1", (), True),
+        (90, "3.6.0", (), False),
+        (90, "3.7.0", KERNELS[:1], False),
+        (90, "3.6.0", (*KERNELS, "symmetric_product"), True),
+        (100, "3.6.0", (), True),
+    ],
+)
+def test_where_triton_may_be_wrong_a_gpu_must_have_shown_that_it_is_right(
+    arch: int, version: str, written: tuple[str, ...], is_able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked in a graph, too."""
+    monkeypatch.setattr(tuned, "device_facts", lambda index: (f"double {index}", arch))
+    monkeypatch.setattr(tuned, "entries", lambda name: dict.fromkeys(written, []) if "double_3" in name else {})
+    monkeypatch.setattr(triton, "__version__", version)
+    torch.compiler.reset()  # what is asked while it traces is not asked again
+    asked = torch.compile(lambda x: x + 1 if resident.able(3) else x, fullgraph=True, backend="eager")
+    assert resident.able(3) is is_able and asked(torch.zeros(1)).item() == is_able
 
 
 @pytest.mark.parametrize(

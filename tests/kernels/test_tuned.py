@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from nlscale_kernels import tune, tuned
 from nlscale_kernels.newton_schulz import reference, triton
 from nlscale_kernels.self_modifying import triton as solve_kernels
 from nlscale_kernels.self_modifying import triton_backward as walk_kernels
+from nlscale_kernels.self_modifying.resident import KERNELS
 from nlscale_kernels.triton_build import Config
 from nlscale_kernels.tuned import entries, file_of, nearest
+from torch import Tensor
 from triton import OutOfResources
 
 CONFIGS = [Config({"TILE": 128}, 8, 4), Config({"TILE": 64})]
@@ -88,7 +91,7 @@ def test_every_kernel_with_several_configs_is_tuned() -> None:
     source = [path.read_text() for path in Path(tune.__file__).parent.rglob("*.py")]
     asked = {name for text in source for name in re.findall(r'(?:config_for|chosen)\("([\w.]+)"', text)}
     written = {f"matrix_memory.{name}" for name in (*tune.FORWARD, *tune.BACKWARD)}
-    written |= {"symmetric_product", "reach.gradients", "resident.walk", "resident.gradients"}
+    written |= {"symmetric_product", "reach.gradients", *KERNELS}
     assert asked == written
 
 
@@ -97,3 +100,15 @@ def test_kernels_of_the_walk_are_tuned() -> None:
     found = tune.walks("cpu", (1, 1, 2, 16), [16], 90, lambda run: next(times))
     assert nearest(found["resident.walk"], CONFIGS, {"width": 16}) == replace(walk_kernels.FORWARD[1], least=80)
     assert nearest(found["resident.gradients"], CONFIGS, {"width": 16}) == replace(walk_kernels.BACKWARD[0], least=80)
+
+
+def test_a_walk_that_is_wrong_is_not_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for another width either: a shape that is not in the file takes the nearest one's config."""
+    right = walk_kernels.gradients
+
+    def wrong(given: Any, *rest: Any) -> list[Tensor]:
+        return [1.1 * x if given.q.shape[-1] == 32 else x for x in right(given, *rest)]
+
+    monkeypatch.setattr(walk_kernels, "gradients", wrong)
+    assert tune.walks("cpu", (1, 1, 2, 16), [16], 90, lambda run: 1.0).keys() == set(KERNELS)
+    assert tune.walks("cpu", (1, 1, 2, 16), [16, 32], 90, lambda run: 1.0) == {}

@@ -4,7 +4,6 @@ Its rule is S <- a S (I - b k k^T) + b v k^T with tokens before heads and states
 Names, shapes and the scale are those of fla-core 0.6.0.
 """
 
-import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nlscale_kernels.linear_memory.memory import Tokens, linear_memory
+from nlscale_kernels.turned import doubtful
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 VALUES = {"delta": 1.0, "dgd": 0.5}  # rules that are its own: how much of a value, at 1 / value times the rate
@@ -26,9 +26,8 @@ def available() -> bool:
 
 def refused(triton: str, capability: tuple[int, int]) -> str:
     """Why its backward pass would refuse a GPU by this version of Triton; empty where it would not."""
-    version = tuple(int(part) for part in re.findall(r"\d+", triton)[:3])
-    wrong = capability[0] == 9 and (3, 4) <= version < (3, 7, 1)
-    return f"fla-core has no gradients on Hopper GPUs by Triton 3.4 to 3.7.0, here {triton}" if wrong else ""
+    said = f"fla-core has no gradients on Hopper GPUs by Triton 3.4 to 3.7.0, here {triton}"
+    return said if doubtful(triton, capability[0]) else ""
 
 
 def kernel_of() -> Kernel:

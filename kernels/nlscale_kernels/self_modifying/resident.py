@@ -25,6 +25,9 @@ from nlscale_kernels.self_modifying.given import (
 )
 from nlscale_kernels.self_modifying.parts import Kind, Made, Moving, Tokens
 from nlscale_kernels.self_modifying.writes import Scalars, Writes
+from nlscale_kernels.turned import doubtful
+
+KERNELS = ("resident.walk", "resident.gradients")  # as tuned files call them
 
 
 def looped(given: Given) -> tuple[Tensor, ...]:
@@ -181,12 +184,27 @@ def _backward(ctx: Any, *of: Tensor | None) -> tuple[Tensor | None, ...]:
 resident.register_autograd(_backward, setup_context=_save)
 
 
+@torch.compiler.assume_constant_result
+def able(index: int) -> bool:
+    """Whether this GPU has room, and Triton's code for it is trusted.
+
+    Where Triton is known to compile transposed sums wrongly in some shapes (turned.py), it is once `tune` has held the
+    kernels against float64 on such a device, and named configs that are right.
+    """
+    import triton
+
+    from nlscale_kernels.tuned import device_facts, entries, file_of
+
+    name, arch = device_facts(index)
+    known = not doubtful(triton.__version__, arch // 10) or entries(file_of(name)).keys() >= set(KERNELS)
+    return arch // 10 in ROOM and known
+
+
 def fits(q: Tensor, net: Net, count: int) -> bool:
-    """Whether there is a kernel: float32 on a GPU that has room (which the meta device stands for), small matrices."""
+    """Whether there is a kernel: float32 on a GPU that is able to (which the meta device stands for), small matrices."""
     if q.is_cpu or q.dtype != torch.float32 or not count or "cuda" in resident._disabled_kernel:
         return False
-    roomy = q.is_meta or torch.cuda.get_device_capability(q.device)[0] in ROOM
-    return roomy and max(net.up.shape[-2:]) <= WIDEST
+    return (q.is_meta or able(q.device.index or 0)) and max(net.up.shape[-2:]) <= WIDEST
 
 
 def walk(
