@@ -16,8 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.rotary import rotate, rotate_both
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask
 
 from nlscale.config.model import Model
+from nlscale.model.block_mask import Mask, by_blocks, dense
 from nlscale.model.exchange import Exchange
 from nlscale.model.layers import Norm
 from nlscale.model.scene import Rotary, Scene
@@ -130,11 +132,13 @@ class Persistent(nn.Module):
         yield Leaf("persistent.v", self.get_parameter("v"), shard=0)
 
 
-Product = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Product = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
 
 
-def flash(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Tensor | None) -> Tensor:
+def flash(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Mask) -> Tensor:
     """Softmax attention by torch's fastest kernel, once differentiable; `mask` None: causal."""
+    if isinstance(mask, BlockMask):
+        return by_blocks(q_BHTK, k_BGTK, v_BGTK, mask)
     return F.scaled_dot_product_attention(
         q_BHTK,
         k_BGTK,
@@ -145,17 +149,17 @@ def flash(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Tensor | None) -
     )
 
 
-def by_math(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Tensor | None) -> Tensor:
+def by_math(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Mask) -> Tensor:
     """The same with all weights held, differentiable as often as one likes."""
     with sdpa_kernel(SDPBackend.MATH):
-        return flash(q_BHTK, k_BGTK, v_BGTK, mask)
+        return flash(q_BHTK, k_BGTK, v_BGTK, dense(mask))
 
 
 def attend(
     q_BHTK: Tensor,
     k_BGTK: Tensor,
     v_BGTK: Tensor,
-    mask: Tensor | None,
+    mask: Mask,
     persistent: Persistent | None,
     exchange: Exchange,
     product: Product,
@@ -163,7 +167,8 @@ def attend(
     """Softmax attention (B, H, T, K); `mask` None: causal over as many keys as queries."""
     if persistent is not None:
         k_BGTK, v_BGTK = persistent.before("k", k_BGTK, exchange), persistent.before("v", v_BGTK, exchange)
-        if mask is None:
-            mask = torch.ones(q_BHTK.shape[2], q_BHTK.shape[2], dtype=torch.bool, device=q_BHTK.device).tril()
-        mask = F.pad(mask, (persistent.count, 0), value=True)
+        seen = dense(mask)
+        if seen is None:
+            seen = torch.ones(q_BHTK.shape[2], q_BHTK.shape[2], dtype=torch.bool, device=q_BHTK.device).tril()
+        mask = F.pad(seen, (persistent.count, 0), value=True)
     return product(q_BHTK, k_BGTK, v_BGTK, mask)

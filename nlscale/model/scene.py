@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nlscale.model.block_mask import Mask, block_mask, takes
+
 Rotary = tuple[Tensor, Tensor]
 
 
@@ -13,7 +15,7 @@ class Scene(NamedTuple):
 
     table: Rotary  # cosines and sines of positions from 0 on, (past + T, 1, 1, K) each
     rotary: Rotary  # of the queries' own positions, (T, 1, 1, K) each
-    mask: Tensor | None  # (B, 1, queries, keys), true where attention is allowed; None: causal
+    mask: Mask  # which keys attention sees
     window: int | None  # tokens that attention sees at most, so that earlier ones need no key; None: all
     starts_BT: Tensor | None  # true at a document's first token; None: no document is apart
     hand_on: bool = False  # whether anybody wants the states that the mixers leave
@@ -33,7 +35,12 @@ def scene(
     the tokens that one of these may attend to. `attends`: whether anybody asks for the mask.
     """
     masked = attends and (starts_BT is not None or window is not None or past > 0)
-    mask = allowed(rotary[0].shape[0], starts_BT, window, past, rotary[0].device) if masked else None
+    tokens, device = rotary[0].shape[0], rotary[0].device
+    mask: Mask = None
+    if masked and takes(rotary[0], past):
+        mask = block_mask(tokens, starts_BT, window, device)
+    elif masked:
+        mask = allowed(tokens, starts_BT, window, past, device)
     here = None if starts_BT is None else starts_BT[:, past:]
     return Scene(rotary, (rotary[0][past:], rotary[1][past:]), mask, window, here, hand_on)
 
