@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nlscale.bench.attention_kernels import attention
 from nlscale.bench.memory_kernels import Shape, between_products, matrix_memories, mlp_memories, walks
 from nlscale.bench.table import Row, Timer, alternating, show, write
 from nlscale.bench.weight_kernels import continuum, levels, matrices, orthogonalisation, symmetric
@@ -70,6 +71,7 @@ def tables(elements: int, side: int, device: str, timer: Timer) -> Iterator[list
     for rule in ("delta", "dgd_frozen"):
         yield matrix_memories(Shape(4, 16, side, 128), device, timer, fastest, rule)
     yield walks(Shape(4, 16, side // 8, 64), device, timer)
+    yield attention(Shape(4, 16, side, 128), device, timer)
     yield between_products(elements // 4, device, timer)
     for chunk in (side // 16, side // 4, side // 2):
         yield mlp_memories(chunk, side // 4, device, timer, fastest)

@@ -1,4 +1,4 @@
-"""Attention by blocks on one GPU: against float64, the same bits twice, inside a compiled function, for rows of any documents."""
+"""Attention by blocks on one GPU: against float64, the same bits twice, inside a compiled function."""
 
 import pytest
 import torch
