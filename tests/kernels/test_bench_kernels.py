@@ -1,5 +1,6 @@
 """The table of kernels: every contestant runs, what is counted is what is done, and README has a place for each row."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -38,6 +39,11 @@ def test_the_bench_runs_its_contestants(monkeypatch: pytest.MonkeyPatch) -> None
     assert (
         told - wanted == {0.95, 0.91, 1.4, 1.1, 0.45, 0.58, 0.85} and wanted <= told
     )  # of other libraries, larger sizes
+
+
+def test_a_call_is_timed_behind_as_many_flushes_as_hide_its_launches() -> None:
+    assert bench.hiding(1e-4, 8e-5) == bench.FLUSHES and bench.hiding(math.inf, 8e-5) == bench.MOST_FLUSHES
+    assert bench.hiding(5e-3, 8e-5) == 93
 
 
 def test_multiplications_of_a_write_are_counted() -> None:
