@@ -16,18 +16,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nlscale.bench import kernels as bench
 from nlscale.bench import memory_kernels, peers, weight_kernels
+from nlscale.bench.table import Row
 from nlscale.model import block_mask
+from nlscale.testing import ranks
 
 KINDS = ("level_step", "X X^T", "Newton-Schulz", "delta rule", "DGD", "HOPE's memory", "SwiGLU memory", "SwiGLU units")
 KINDS += ("memories' weights", "attention in documents")
 
 
-def test_the_bench_runs_its_contestants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And README has a place for each, with its target."""
-    monkeypatch.setattr(peers, "find_spec", lambda package: None)
-    monkeypatch.setattr(block_mask, "compiled", flex_attention.flex_attention)
-    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # which refuses gradients on a CPU
-    rows = [row for found in bench.tables(5000, 16, "cpu", bench.on_cpu) for row in found]
+def small() -> list[Row]:
+    """The tables, on this machine."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(peers, "find_spec", lambda package: None)
+    patch.setattr(block_mask, "compiled", flex_attention.flex_attention)
+    patch.setattr(flex_attention, "_validate_device", lambda *_: None)  # which refuses gradients on a CPU
+    return [row for found in bench.tables(5000, 16, "cpu", bench.on_cpu) for row in found]
+
+
+def test_the_bench_runs_its_contestants() -> None:
+    """And README has a place for each, with its target. In a process of its own, as in tests/model/test_block_mask.py."""
+    (rows,) = ranks(1, small)
     assert len(rows) == 64 and all(row.value > 0 and (row.ratio or "operations" in row.name) for row in rows)
     table = Path("README.md").read_text().split("| on one GPU | measured | target |")[1].split("## Layout")[0]
     lines = [line.split("|")[1:4] for line in table.splitlines() if "not measured" in line]

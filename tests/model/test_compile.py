@@ -157,7 +157,7 @@ def test_the_ladder_goes_on_where_a_size_fails_and_says_so(
     software = (
         f"torch {versions()['torch']}, megatron-core {versions()['megatron-core']}, triton {versions()['triton']}"
     )
-    assert versions()["torch"] == torch.__version__
+    assert torch.__version__.startswith(versions()["torch"])  # which may leave out what it was built for
     when = f"a double, {software}, {datetime.now(UTC):%Y-%m-%d} |"
     assert f"| 1.3b-plain | 1,000, 60.0%, 2.0 | not measured | {when}" in said
     assert f"| 125m-hope | 1,000, 60.0%, 2.0 | 1,000, 60.0%, 2.0 | {when}" in said
