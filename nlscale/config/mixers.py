@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 VECTORS, GATES = ("key", "value", "query"), ("rate", "keep")  # memories of self-modifying Titans that make these
 MEMORIES = (*VECTORS, *GATES, "main")
+ATTENDING = ("attention", "written", "titans_mag", "titans_mal")  # mixers whose attention goes by documents or a window
+BLOCK = 128  # tokens of a block of its scores, which a GPU leaves out where nobody sees any of it (model/block_mask.py)
 KINDS = {  # settings of a mixer's section that make its memories others
     "written": ("rule",),
     "titans": ("activation",),
@@ -190,9 +192,20 @@ def check_chunks(model: "Model", tokens: int, ranks: int) -> None:
 
 def unattended(model: "Model") -> list[str]:
     """What is said of attention where there is none, in words."""
-    if model.window is None or model.mixer in ("attention", "written") or model.mixer.startswith("titans_"):
+    if model.window is None or model.mixer in (*ATTENDING, "titans_mac"):
         return []
     return [f"model.window={model.window} is what attention sees, and model.mixer={model.mixer} has none"]
+
+
+def unblocked(model: "Model", tokens: int, precision: str) -> list[str]:
+    """What is said of rows in which a GPU computes scores that nobody sees, in words."""
+    part = "document" if model.attention == "document" else None if model.window is None else "window"
+    if part is None or model.mixer not in ATTENDING or precision == "fp32" or tokens % BLOCK == 0:
+        return []
+    return [
+        f"data.sequence={tokens} makes no whole blocks of {BLOCK} tokens: attention on a GPU computes all scores; with "
+        f"{nearest(tokens, BLOCK)} it leaves out blocks beyond a {part}"
+    ]
 
 
 def unread(model: "Model", tokens: int) -> list[str]:

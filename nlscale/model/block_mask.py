@@ -10,7 +10,8 @@ from nlscale_kernels.switch import fused
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
-BLOCK = 128  # queries, and keys, of a block
+from nlscale.config.mixers import BLOCK  # queries, and keys, of a block
+
 Mask: TypeAlias = Tensor | BlockMask | None  # (B or 1, 1, queries, keys), true where attention is allowed; None: causal
 
 compiled = torch.compile(flex_attention, dynamic=False)

@@ -17,7 +17,7 @@ from typing import Any
 from nlscale.config.cluster import Cluster
 from nlscale.config.devices import DEVICES, ROOM, Device, device
 from nlscale.config.errors import USER_ERROR, UserError, require
-from nlscale.config.mixers import unattended, unread
+from nlscale.config.mixers import unattended, unblocked, unread
 from nlscale.config.nesting import learners, nesting
 from nlscale.config.optim import STATES
 from nlscale.config.read import tables_for
@@ -74,7 +74,8 @@ def check(options: argparse.Namespace) -> int:
     show_levels(run)
     show_needs(run, world, named)
     print(f"data         {missing or rows_there(run)}")
-    for each in [*unread(run.model, run.data.sequence), *unattended(run.model)]:
+    model, tokens = run.model, run.data.sequence
+    for each in [*unread(model, tokens), *unattended(model), *unblocked(model, tokens, run.train.precision)]:
         print(fill(each, 110, initial_indent="note         ", subsequent_indent=" " * 13, break_on_hyphens=False))
     for each in wrong:
         print(fill(each, 110, initial_indent="!            ", subsequent_indent=" " * 13, break_on_hyphens=False))

@@ -173,3 +173,26 @@ def test_a_window_that_nothing_looks_through_is_said(capsys: pytest.CaptureFixtu
         )
         said = f"model.window=64 is what attention sees, and model.mixer={mixer} has none" in capsys.readouterr().out
         assert said == (mixer in ("linear", "delta", "titans", "self_modifying"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.sequence=1000"], "with 896 or 1024 it leaves out blocks beyond a document"),
+        (["data.sequence=96"], "with 128 it leaves out blocks beyond a document"),
+        (
+            ["data.sequence=1000", "model.attention=causal", "model.window=64"],
+            "with 896 or 1024 it leaves out blocks beyond a window",
+        ),
+        (["data.sequence=1000", "model.attention=causal"], ""),
+        (["data.sequence=1024"], ""),
+        (["data.sequence=1000", "train.precision=fp32"], ""),
+        (["data.sequence=1000", "model.mixer=delta"], ""),
+    ],
+)
+def test_rows_whose_attention_is_computed_whole_are_told(
+    overrides: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["check", "demo", "model.vocabulary=256", "data.path=no", "train.precision=bf16", *overrides])
+    words = " ".join(capsys.readouterr().out.split())
+    assert said in words and bool(said) == ("no whole blocks of 128 tokens" in words)
