@@ -1,4 +1,6 @@
-"""Gradients that somebody differentiates in turn: through torch's own graph, not through a backward written out."""
+"""Gradients that somebody differentiates in turn: through torch's own graph, not through a backward written out; and what a
+forward beside such a backward may give.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +12,13 @@ from torch import Tensor
 def asked() -> bool:
     """In a backward: whether its own result will be differentiated (`create_graph`)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def anew(x: Tensor) -> Tensor:
+    """What a `torch.autograd.Function` gives, where it may be the very tensor that an operation was given, as of `add_`, or
+    of `to` without a change: torch 2.11 has no gradient for such a result in a compiled function.
+    """
+    return x.view_as(x) if torch.compiler.is_compiling() else x
 
 
 def gradients(

@@ -17,6 +17,7 @@ from nlscale.bench.table import versions
 from nlscale.config.errors import UserError
 from nlscale.config.read import read
 from nlscale.config.run import Run
+from nlscale.config.shapes import MIXERS
 from nlscale.parallel import apply
 from nlscale.testing import ranks
 from tests.optim.driver import built, usual
@@ -80,6 +81,45 @@ def test_machine_code_computes_the_same() -> None:
     ((plain, _),) = ranks(1, losses, "inductor", ["model.layers=1"])
     ((compiled, graphs),) = ranks(1, losses, "inductor", ["model.layers=1", "train.compile=block"], timeout=250)
     assert compiled == pytest.approx(plain, rel=1e-6) and graphs > 0
+
+
+def given_back(overrides: list[str]) -> tuple[int, list[str]]:
+    """How many functions with a backward of their own a compiled block calls, and which of them give a tensor that an
+    operation was given (in_turn.anew).
+    """
+    called: list[str] = []
+    found: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, given: list[torch.Tensor]) -> torch.fx.GraphModule:
+        for node in graph.graph.nodes:
+            if node.target is torch.ops.higher_order.autograd_function_apply:
+                inner = graph.get_submodule(node.args[0].target)
+                called.append(node.name)
+                (output,) = (each for each in inner.graph.nodes if each.op == "output")
+                results, _ = output.args[0]  # beside what is kept
+                for each in results if isinstance(results, tuple) else [results]:
+                    value, sources = each.meta.get("example_value"), each.all_input_nodes
+                    if any(source.meta.get("example_value") is value for source in sources):
+                        found.append(f"{node.name}: {each.format_node()}")
+        return graph
+
+    apply.BACKEND = backend  # type: ignore[assignment]
+    run = tiny("model.layers=1", "train.compile=block", *overrides)
+    world, model, _ = built(run)
+    model.chunks[0](*usual(run, 1, world)[0])
+    return len(called), found
+
+
+PER_LAYER = "self_modifying model.self_modifying.per_layer=true"
+LEFT = {*MIXERS, PER_LAYER} - {"attention", "delta", "self_modifying"}
+
+
+@pytest.mark.parametrize("mixer", sampled([*MIXERS, PER_LAYER], LEFT))
+def test_no_function_gives_what_torch_2_11_has_no_gradient_for(mixer: str) -> None:
+    chunks = [f"model.{section}.chunk=8" for section in ("linear", "titans", "written", "self_modifying")]
+    more = [*chunks, "model.self_modifying.maker_chunk=16", *f"model.mixer={mixer}".split()]
+    ((called, found),) = ranks(1, given_back, more, timeout=200)
+    assert not found and (called or mixer == "attention")
 
 
 def kept(overrides: list[str]) -> tuple[float, int]:

@@ -59,7 +59,7 @@ class Read(torch.autograd.Function):
         said = glue.active(before) @ down.mT
         ctx.save_for_backward(z, up, down, before)
         ctx.adds, ctx.activation = adds, activation
-        return said.add_(z.unsqueeze(2)) if adds else said
+        return in_turn.anew(said.add_(z.unsqueeze(2))) if adds else said
 
     @staticmethod
     def backward(ctx: Any, of: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -170,7 +170,7 @@ class Plainly(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         """See `reached`."""
         _check(Given._make(given))
-        said = reached(Given._make(given))
+        said = in_turn.anew(reached(Given._make(given)))
         ctx.save_for_backward(*given, said)
         return said
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nlscale_kernels import in_turn
+
 
 def unit(x: Tensor, length: float = 1.0, eps: float = 1e-12) -> Tensor:
     """length x / sqrt(|x|^2 + eps) along the last axis (K); RMS norm for length = sqrt(K), eps = K times its own.
@@ -26,7 +28,7 @@ class Unit(torch.autograd.Function):
         ctx.save_for_backward(y, scale)
         ctx.length = length
         ctx.set_materialize_grads(False)
-        return y, scale
+        return y, in_turn.anew(scale)
 
     @staticmethod
     def backward(ctx: Any, of: Tensor | None, of_scale: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
