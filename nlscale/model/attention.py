@@ -16,7 +16,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from nlscale_kernels.rotary import rotate, rotate_both
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask
 
 from nlscale.config.model import Model
 from nlscale.model.block_mask import Mask, by_blocks, dense
@@ -137,7 +136,7 @@ Product = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
 
 def flash(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Mask) -> Tensor:
     """Softmax attention by torch's fastest kernel, once differentiable; `mask` None: causal."""
-    if isinstance(mask, BlockMask):
+    if mask is not None and not isinstance(mask, Tensor):
         return by_blocks(q_BHTK, k_BGTK, v_BGTK, mask)
     return F.scaled_dot_product_attention(
         q_BHTK,

@@ -3,18 +3,22 @@
 With a dense mask torch computes every score, by a slower kernel. B rows, T tokens, n = T / BLOCK blocks of a row.
 """
 
-from typing import TypeAlias
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from nlscale_kernels.switch import fused
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
 from nlscale.config.mixers import BLOCK  # queries, and keys, of a block
 
-Mask: TypeAlias = Tensor | BlockMask | None  # (B or 1, 1, queries, keys), true where attention is allowed; None: causal
+if TYPE_CHECKING:  # whose module takes torch's compiler, which a run on a CPU starts without
+    from torch.nn.attention.flex_attention import BlockMask
 
-compiled = torch.compile(flex_attention, dynamic=False)
+Mask: TypeAlias = (
+    "Tensor | BlockMask | None"  # (B or 1, 1, queries, keys), true where attention is allowed; None: causal
+)
 
 
 def takes(table: Tensor, past: int) -> bool:
@@ -25,12 +29,14 @@ def takes(table: Tensor, past: int) -> bool:
     return table.is_cuda and table.element_size() == 2 and whole and fused()
 
 
-def block_mask(tokens: int, starts_BT: Tensor | None, window: int | None, device: torch.device) -> BlockMask:
+def block_mask(tokens: int, starts_BT: Tensor | None, window: int | None, device: torch.device) -> "BlockMask":
     """Which tokens of whole rows attend to which: to earlier ones of their document, `window` of them at most (None: all).
 
     `starts` None: rows are one document each. From the ends of blocks, so that nothing as large as the scores is made; for
     other rows nothing is compiled anew.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
     document_BT = None if starts_BT is None else starts_BT.cumsum(1, dtype=torch.int32)
     place = torch.arange(tokens // BLOCK, device=device)
     apart = BLOCK * (place[:, None] - place)  # tokens between a query and a key at the same place of their blocks
@@ -64,13 +70,26 @@ def listed(blocks_Bnn: Tensor) -> tuple[Tensor, Tensor]:
 
 def dense(mask: Mask) -> Tensor | None:
     """The same as a tensor of bools, for who knows no blocks."""
-    if not isinstance(mask, BlockMask):
+    if mask is None or isinstance(mask, Tensor):
         return mask
+    from torch.nn.attention.flex_attention import create_mask
+
     rows, _, queries, keys = mask.shape
     return create_mask(mask.mask_mod, rows, None, queries, keys, mask.kv_indices.device)
 
 
-def by_blocks(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: BlockMask) -> Tensor:
+@cache
+def compiled() -> Callable[..., Any]:
+    """Flex attention as kernels for the shapes that it meets."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def by_blocks(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: "BlockMask") -> Tensor:
     """Softmax attention (B, H, T, K), once differentiable."""
-    o_BHTK: Tensor = compiled(q_BHTK, k_BGTK, v_BGTK, block_mask=mask, enable_gqa=q_BHTK.shape[1] != k_BGTK.shape[1])
-    return o_BHTK
+    from torch.nn.attention.flex_attention import flex_attention
+
+    product: Any = flex_attention if torch.compiler.is_compiling() else compiled()
+    found: Tensor = product(q_BHTK, k_BGTK, v_BGTK, block_mask=mask, enable_gqa=q_BHTK.shape[1] != k_BGTK.shape[1])
+    return found

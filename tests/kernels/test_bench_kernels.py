@@ -28,7 +28,7 @@ def small() -> list[Row]:
     """The tables, on this machine."""
     patch = pytest.MonkeyPatch()
     patch.setattr(peers, "find_spec", lambda package: None)
-    patch.setattr(block_mask, "compiled", flex_attention.flex_attention)
+    patch.setattr(block_mask, "compiled", lambda: flex_attention.flex_attention)
     patch.setattr(flex_attention, "_validate_device", lambda *_: None)  # which refuses gradients on a CPU
     return [row for found in bench.tables(5000, 16, "cpu", bench.on_cpu) for row in found]
 

@@ -55,7 +55,7 @@ def test_blocks_are_those_of_the_dense_mask(documents: str, window: int | None) 
 def plainly(patch: pytest.MonkeyPatch) -> None:
     """Has this process go by blocks of 8 tokens, without a compiler and on the CPU."""
     patch.setattr(by_blocks, "BLOCK", 8)
-    patch.setattr(by_blocks, "compiled", flex_attention.flex_attention)
+    patch.setattr(by_blocks, "compiled", lambda: flex_attention.flex_attention)
     patch.setattr(flex_attention, "_validate_device", lambda *_: None)  # which refuses gradients on a CPU
     patch.setattr(scene, "takes", lambda table, past: table.shape[0] % 8 == 0 and past == 0)
 
@@ -151,7 +151,7 @@ def test_other_rows_compile_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> Non
 
     torch.compiler.reset()
     compiled = torch.compile(flex_attention.flex_attention, backend=backend, dynamic=False, fullgraph=True)
-    monkeypatch.setattr(by_blocks, "compiled", compiled)
+    monkeypatch.setattr(by_blocks, "compiled", lambda: compiled)
     q = torch.randn(ROWS, 2, TOKENS, 16, generator=torch.Generator().manual_seed(0))
     for starts in list(STARTS.values())[1:]:
         mask = by_blocks.block_mask(TOKENS, starts, 300, q.device)

@@ -184,7 +184,6 @@ def _backward(ctx: Any, *of: Tensor | None) -> tuple[Tensor | None, ...]:
 resident.register_autograd(_backward, setup_context=_save)
 
 
-@torch.compiler.assume_constant_result
 def able(index: int) -> bool:
     """Whether this GPU has room, and Triton's code for it is trusted.
 
@@ -198,6 +197,9 @@ def able(index: int) -> bool:
     name, arch = device_facts(index)
     known = not doubtful(triton.__version__, arch // 10) or entries(file_of(name)).keys() >= set(KERNELS)
     return arch // 10 in ROOM and known
+
+
+able._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result imports the compiler
 
 
 def fits(q: Tensor, net: Net, count: int) -> bool:
