@@ -200,7 +200,10 @@ def unattended(model: "Model") -> list[str]:
 def unblocked(model: "Model", tokens: int, precision: str) -> list[str]:
     """What is said of rows in which a GPU computes scores that nobody sees, in words."""
     part = "document" if model.attention == "document" else None if model.window is None else "window"
-    if part is None or model.mixer not in ATTENDING or precision == "fp32" or tokens % BLOCK == 0:
+    beside = (
+        model.titans.persistent if model.mixer.startswith("titans") else 0
+    )  # of tokens beside the row, all are computed
+    if part is None or model.mixer not in ATTENDING or beside or precision == "fp32" or tokens % BLOCK == 0:
         return []
     return [
         f"data.sequence={tokens} makes no whole blocks of {BLOCK} tokens: attention on a GPU computes all scores; with "

@@ -166,8 +166,8 @@ def attend(
     """Softmax attention (B, H, T, K); `mask` None: causal over as many keys as queries."""
     if persistent is not None:
         k_BGTK, v_BGTK = persistent.before("k", k_BGTK, exchange), persistent.before("v", v_BGTK, exchange)
-        seen = dense(mask)
-        if seen is None:
-            seen = torch.ones(q_BHTK.shape[2], q_BHTK.shape[2], dtype=torch.bool, device=q_BHTK.device).tril()
-        mask = F.pad(seen, (persistent.count, 0), value=True)
+        mask = dense(mask)
+        if mask is None:
+            mask = torch.ones(q_BHTK.shape[2], q_BHTK.shape[2], dtype=torch.bool, device=q_BHTK.device).tril()
+        mask = F.pad(mask, (persistent.count, 0), value=True)
     return product(q_BHTK, k_BGTK, v_BGTK, mask)

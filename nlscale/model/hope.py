@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nlscale.config.model import Model
+from nlscale.model.attention import Persistent
 from nlscale.model.continuum import VARIANTS, ContinuumSubmodules
 from nlscale.model.exchange import Exchange
 from nlscale.model.loss import Head
@@ -88,6 +89,7 @@ class Hope(MegatronModule):
         blocks = [self.kind_of(layer, model)(model, units, config, self.around(layer, model)) for layer in stage.layers]
         self.blocks = nn.ModuleList(blocks)
         self.attends = any(block.mix.attends for block in blocks)
+        self.by_blocks = not any(isinstance(part, Persistent) for part in self.blocks.modules())  # seen beside the row
         if stage.last:
             own = self.embed.weight if model.tied and stage.first else None
             self.head = Head(model.vocabulary, config, own)
@@ -149,7 +151,7 @@ class Hope(MegatronModule):
         """The scene of the tokens after the first `past` of a row; `starts` of all of its tokens so far."""
         rotary = self.cosine[: starts_BT.shape[1]], self.sine[: starts_BT.shape[1]]
         starts = starts_BT if self.apart else None
-        return scene(rotary, starts, self.window, past, hand_on, self.attends)
+        return scene(rotary, starts, self.window, past, hand_on, self.attends, self.by_blocks)
 
     def walk(self, x_TBD: Tensor, scene: Scene, before: Sequence[Any] | None = None) -> tuple[Tensor, list[Any]]:
         """All blocks of this stage, `model.loops` times over; what each hands on, in the order in which they were passed."""

@@ -28,16 +28,18 @@ def scene(
     past: int = 0,
     hand_on: bool = False,
     attends: bool = True,
+    blocks: bool = True,
 ) -> Scene:
     """The scene of the tokens after the first `past` of `starts`' row (None: rows are one document each).
 
     A token attends to itself and earlier tokens of its document, `window` of them at most (None: all). Keys are those of
-    the tokens that one of these may attend to. `attends`: whether anybody asks for the mask.
+    the tokens that one of these may attend to. `attends`: whether anybody asks for the mask; `blocks`: whether
+    who does can take it by blocks.
     """
     masked = attends and (starts_BT is not None or window is not None or past > 0)
     tokens, device = rotary[0].shape[0], rotary[0].device
     mask: Mask = None
-    if masked and takes(rotary[0], past):
+    if masked and blocks and takes(rotary[0], past):
         mask = block_mask(tokens, starts_BT, window, device)
     elif masked:
         mask = allowed(tokens, starts_BT, window, past, device)

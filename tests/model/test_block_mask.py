@@ -115,8 +115,8 @@ CASES = {
     "tensor": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "context": (2, ["parallel.context=2"]),
     "pipeline": (2, ["parallel.pipeline=2"]),
-    "learned tokens": (1, ["model.mixer=titans_mag", "model.titans.chunk=8", "model.window=12"]),
-    "layer": (1, ["model.mixer=titans_mal", "model.titans.chunk=8", "model.window=12"]),
+    "gate": (1, ["model.mixer=titans_mag", "model.titans.chunk=8", "model.window=12", "model.titans.persistent=0"]),
+    "layer": (1, ["model.mixer=titans_mal", "model.titans.chunk=8", "model.window=12", "model.titans.persistent=0"]),
     "written": (1, ["model.mixer=written", "model.written.chunk=8"]),
 }
 
@@ -128,6 +128,13 @@ def test_a_model_learns_the_same(case: str) -> None:
         ranks(count, learnt, overrides, False), ranks(count, learnt, overrides, True), strict=True
     ):
         assert mine == pytest.approx(plain, rel=2e-6) and not none and calls
+
+
+@pytest.mark.parametrize("mixer", ["titans_mag", "titans_mal", "titans_mac"])
+def test_tokens_beside_the_row_are_no_block_of_it(mixer: str) -> None:
+    learned = [f"model.mixer={mixer}", "model.titans.chunk=8", "model.window=12", "model.titans.persistent=3"]
+    (plain,), (mine,) = ranks(1, learnt, learned, False), ranks(1, learnt, learned, True)
+    assert mine == plain and mine[1] == 0
 
 
 def test_what_goes_by_blocks() -> None:
