@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: train test lint slurm bench faults matrices gpu ladder kernels clean
+.PHONY: train test lint slurm bench faults matrices gpu ladder kernels oldest clean
 
 train: $(VENV)/installed
 	$(BIN)/nlscale data prepare stdlib --out corpora/stdlib --sequence 256 --tokeniser bpe:4096 --held-out 0.05
@@ -66,6 +66,16 @@ kernels: $(VENV)/tested
 		$(BIN)/pip install --quiet --no-deps --target $(VENV)/triton-$$version triton==$$version && \
 		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m nlscale_kernels.aot --arch 80 90 100 || exit 1; \
 	done
+
+# Tests of kernels and models by the oldest torch and Triton that setup.py takes, in a venv of their own: what is compiled there
+# may be another thing. pip's own torch comes with gigabytes; TORCH_INDEX may name one without.
+OLDEST := $(VENV)/oldest
+oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	{ grep -v -e ^torch -e ^triton constraints.txt; echo torch==2.11.0; echo triton==3.6.0; } >$(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(OLDEST)/bin/pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[test]'
+	$(OLDEST)/bin/python -m pytest tests/kernels tests/model -n logical --maxprocesses 8 --dist loadfile
 
 # torch comes first and alone: asked for by another package, the newest CUDA build would come with gigabytes.
 $(VENV)/installed: setup.py constraints.txt
